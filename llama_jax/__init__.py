@@ -1,0 +1,43 @@
+"""The Llama family in JAX. The public names, each imported when it is first used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llama_jax.config import ConfigError, ModelConfig, RopeScaling
+    from llama_jax.infer.chat import Conversation, chat, chat_stream
+    from llama_jax.infer.generate import Completion, generate, logits
+    from llama_jax.infer.sampling import Sampling
+    from llama_jax.presets import PRESETS
+    from llama_jax.weights.load import LoadedLlama, load
+    from llama_jax.weights.source import CheckpointError
+
+_HOME = {
+    "config": ("ConfigError", "ModelConfig", "RopeScaling"),
+    "infer.chat": ("Conversation", "chat", "chat_stream"),
+    "infer.generate": ("Completion", "generate", "logits"),
+    "infer.sampling": ("Sampling",),
+    "presets": ("PRESETS",),
+    "weights.load": ("LoadedLlama", "load"),
+    "weights.source": ("CheckpointError",),
+}
+_MODULES = {name: f"llama_jax.{module}" for module, names in _HOME.items() for name in names}
+
+__all__ = [
+    "PRESETS", "CheckpointError", "Completion", "ConfigError", "Conversation", "LoadedLlama", "ModelConfig",
+    "RopeScaling", "Sampling", "chat", "chat_stream", "generate", "load", "logits",
+]  # fmt: skip
+
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module 'llama_jax' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})

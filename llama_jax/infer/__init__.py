@@ -1,0 +1,1 @@
+"""Running a model: sampling, prefill and decode, conversations."""

@@ -1,0 +1,1 @@
+"""The operations of the model: pure functions without numeric defaults."""

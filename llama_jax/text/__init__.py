@@ -1,0 +1,1 @@
+"""Tokenizers and chat formats: text to ids and back, without JAX."""

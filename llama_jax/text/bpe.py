@@ -1,0 +1,278 @@
+"""Byte-pair encoding: Meta's Llama 3 file, Hugging Face's `tokenizer.json`, and GGUF files of kind `gpt2`."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llama_jax.text.tokenizer import BaseTokenizer, Facts, gguf_array, is_control_like
+
+LLAMA3_REGEX = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
+)
+_GPT2_REGEX = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_DEFAULT_REGEXES = (r"[\p{P}$+<=>^~|]+", _GPT2_REGEX, r"\p{N}+", "[0-9][0-9][0-9]")
+# tokenizer.ggml.pre -> the regexes that split text one after the other, as in llama.cpp's llama-vocab.cpp.
+PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), (LLAMA3_REGEX,)),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r"), (r"\p{N}", _GPT2_REGEX)),
+    **dict.fromkeys(("gpt-2", "mpt", "olmo"), (_GPT2_REGEX,)),
+    "qwen2": (LLAMA3_REGEX.replace("{1,3}", ""),),
+    "default": _DEFAULT_REGEXES,
+}
+_LLAMA3_PRE = ("llama-bpe", "llama3", "llama-v3")
+
+# GPT-2's printable stand-ins for bytes: itself where Latin-1 prints it, else 256 and up.
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_HIDDEN = [byte for byte in range(256) if byte not in _PRINTABLE]
+_CHAR_TO_BYTE = {byte: byte for byte in _PRINTABLE} | {256 + i: byte for i, byte in enumerate(_HIDDEN)}
+
+# Control token types in GGUF: control and user-defined.
+_CONTROL, _USER_DEFINED = 3, 4
+
+
+class BPETokenizer(BaseTokenizer):
+    """A model of the `tokenizers` library with what surrounds it."""
+
+    def __init__(
+        self,
+        backend: Any,
+        facts: Facts,
+        *,
+        added: Mapping[int, Any],
+        byte_level: bool,
+        drops_space: bool,
+        add_bos: bool,
+    ):
+        """Wraps a model.
+
+        Args:
+            backend: A `tokenizers.Tokenizer`: its model, normalizer and pre-tokenizer are used.
+            facts: What the files beside it say.
+            added: Id to `AddedToken`. Those that are special, named in `facts` or look like `<|...|>` are
+                control tokens; the others (runs of spaces, say) are text with an id of their own.
+            byte_level: Tokens are spelt with GPT-2's stand-ins for bytes, not with `▁` and `<0x0A>`.
+            drops_space: Decoding removes one leading space.
+            add_bos: The tokenizer puts BOS before a plain prompt.
+        """
+        from tokenizers import AddedToken
+
+        added = dict(added)
+        for text in facts.special_tokens.values():
+            token = backend.token_to_id(text)
+            if token is not None and token not in added:
+                added[token] = AddedToken(text, normalized=False)
+        named = set(facts.special_tokens.values())
+        control = {
+            token.content: i
+            for i, token in added.items()
+            if token.special or token.content in named or is_control_like(token.content)
+        }
+        for token in added.values():
+            token.special = token.content in control
+        tokens = [added[i] for i in sorted(added)]
+        # Three views of one model: control tokens recognised, text only, text that does not start the whole.
+        self._control_view = _view(backend, tokens, text_only=False)
+        self._text_view = _view(backend, tokens, text_only=True)
+        self._inner_view = _view(backend, tokens, text_only=True, prefix=False)
+        self._added = {i: token.content for i, token in added.items()}
+        size = max([self._text_view.get_vocab_size(), *(i + 1 for i in added)])
+        unk = getattr(backend.model, "unk_token", None)
+        self._control_ids = frozenset(control.values())
+        super().__init__(
+            size, control, facts, add_bos=add_bos, unk=None if unk is None else backend.token_to_id(unk)
+        )
+        self.drops_space = drops_space
+        self._byte_level = byte_level
+        # Metaspace's scheme "first" gives the prefix to the start of the whole text alone.
+        self._prefix_each = b'"prepend_scheme":"first"' not in _state(backend.pre_tokenizer)
+
+    def split_control(self, text: str) -> list[str | int]:
+        """Splits text at its control tokens: ordinary text as strings, control tokens as ids."""
+        parts, end = [], 0
+        # The library's own matching: it honours lstrip, rstrip, single_word and normalized.
+        encoding = self._control_view.encode(text, add_special_tokens=False)
+        for token, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
+            if text[start:stop].strip() in self._spellings and token in self._control_ids:
+                parts += [text[end:start], token]
+                end = stop
+        return [part for part in (*parts, text[end:]) if part != ""]
+
+    def token_bytes(self, token: int) -> bytes:
+        """Returns the bytes that one id adds to the text: none for a control token."""
+        self._check_id(token)
+        if token in self._control_ids:
+            return b""
+        piece = self._added.get(token)
+        if piece is None:
+            piece = self._text_view.id_to_token(token) or ""
+            if self._byte_level:
+                try:
+                    return piece.translate(_CHAR_TO_BYTE).encode("latin-1")
+                except UnicodeEncodeError:  # not in GPT-2's alphabet, so it stands for itself
+                    return piece.encode()
+            if byte := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):
+                return bytes.fromhex(byte[1])
+        return piece.encode() if self._byte_level else piece.replace("▁", " ").encode()
+
+    def _plain(self, text: str, *, prefix: bool) -> list[int]:
+        return (self._text_view if prefix else self._inner_view).encode(text, add_special_tokens=False).ids
+
+
+class TiktokenTokenizer(BaseTokenizer):
+    """Meta's `tokenizer.model` of Llama 3: 128,000 ranks and 256 control tokens."""
+
+    def __init__(self, data: bytes, facts: Facts, *, source: str):
+        """Loads the ranks.
+
+        Args:
+            data: The bytes of the file: lines of base64 token and rank.
+            facts: What the files beside it say.
+            source: Where the bytes come from, for error messages.
+        """
+        import tiktoken
+
+        try:
+            lines = (line.split() for line in data.splitlines() if line)
+            ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+        except ValueError as error:
+            raise ValueError(f"{source} is a damaged tiktoken file: get it again ({error})") from error
+        if len(ranks) != 128_000 or set(ranks.values()) != set(range(128_000)):
+            raise ValueError(
+                f"{source} has {len(ranks)} ranks: Llama 3's tiktoken file has 128000; get it again"
+            )
+        control = llama3_control_tokens()
+        special = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"} | dict(
+            facts.special_tokens
+        )
+        facts = dataclasses.replace(facts, special_tokens=special)
+        super().__init__(len(ranks) + 256, control, facts, add_bos=True)
+        self._encoding = tiktoken.Encoding(
+            "llama3", pat_str=LLAMA3_REGEX, mergeable_ranks=ranks, special_tokens={}
+        )
+
+    def token_bytes(self, token: int) -> bytes:
+        """Returns the bytes that one id adds to the text: none for a control token."""
+        self._check_id(token)
+        return b"" if token in self._never_text else self._encoding.decode_single_token_bytes(token)
+
+    def _plain(self, text: str, *, prefix: bool) -> list[int]:
+        return [i for chunk in _chunks(text) for i in self._encoding.encode_ordinary(chunk)]
+
+
+def llama3_control_tokens() -> dict[str, int]:
+    """Names of ids 128000 to 128255: the 3.1 list, and names from other releases that do not clash with it."""
+    names = ["begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1"]
+    names += [
+        "finetune_right_pad_id",
+        "reserved_special_token_2",
+        "start_header_id",
+        "end_header_id",
+        "eom_id",
+    ]
+    names += ["eot_id", "python_tag", *(f"reserved_special_token_{i}" for i in range(3, 248))]
+    tokens = {f"<|{name}|>": 128_000 + i for i, name in enumerate(names)}
+    others = {"<|step_id|>": 128_005, "<|image|>": 128_011}  # llama-models
+    others |= {f"<|reserved_special_token_{i}|>": 128_005 + i for i in range(248, 251)}  # Llama 3.0
+    return tokens | others
+
+
+def load_tokenizer_json(path: Path, facts: Facts) -> BPETokenizer:
+    """Loads a `tokenizer.json` whose decoder is byte-level or SentencePiece-like."""
+    from tokenizers import Tokenizer
+
+    try:
+        backend = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{path} is not a readable tokenizer.json: get it again ({error})") from error
+    decoder = _state(backend.decoder)
+    byte_level = b'"ByteLevel"' in decoder
+    if not byte_level and b'"ByteFallback"' not in decoder and b'"Metaspace"' not in decoder:
+        raise ValueError(
+            f"{path} has decoder {decoder.decode()}: a Llama's is ByteLevel, ByteFallback or Metaspace"
+        )
+    strips = b'"Strip"' in decoder or (
+        b'"Metaspace"' in decoder and b'"prepend_scheme":"never"' not in decoder
+    )
+    bos = facts.special_tokens.get("bos_token")
+    first = backend.encode("a").tokens[:1]
+    return BPETokenizer(
+        backend,
+        facts,
+        added=backend.get_added_tokens_decoder(),
+        byte_level=byte_level,
+        drops_space=strips and not byte_level,
+        add_bos=first == [bos] or first == [backend.id_to_token(facts.bos_id or 0)],
+    )
+
+
+def bpe_from_gguf(metadata: Mapping[str, Any], facts: Facts) -> BPETokenizer:
+    """Builds the byte-level BPE that GGUF metadata of kind `gpt2` describes."""
+    from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
+
+    tokens = gguf_array(metadata, "tokens")
+    types = gguf_array(metadata, "token_type", len(tokens))
+    merges = [tuple(merge.split(" ")) for merge in gguf_array(metadata, "merges")]
+    pre = metadata.get("tokenizer.ggml.pre", "llama-bpe" if "<|begin_of_text|>" in tokens else "default")
+    if pre not in PRE_TOKENIZERS:
+        raise ValueError(f"tokenizer.ggml.pre {pre!r} is not supported: {', '.join(sorted(PRE_TOKENIZERS))}")
+    vocab = {token: i for i, token in enumerate(tokens)}
+    try:
+        model = models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in _LLAMA3_PRE)  # pyright: ignore
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"tokenizer.ggml.merges do not fit tokenizer.ggml.tokens: {error}") from error
+    backend = Tokenizer(model)
+    splits = [pre_tokenizers.Split(Regex(regex), "isolated") for regex in PRE_TOKENIZERS[pre]]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
+    added = {
+        i: AddedToken(tokens[i], special=kind == _CONTROL, normalized=False)
+        for i, kind in enumerate(types)
+        if kind in (_CONTROL, _USER_DEFINED)
+    }
+    return BPETokenizer(
+        backend, facts, added=added, byte_level=True, drops_space=False, add_bos=pre in _LLAMA3_PRE
+    )
+
+
+def _view(backend: Any, added: Sequence[Any], *, text_only: bool, prefix: bool = True) -> Any:
+    """Shares the backend's model under its own added tokens, with or without the prefix of a text's start."""
+    from tokenizers import Tokenizer
+
+    view = Tokenizer(backend.model)
+    for name in ("normalizer", "pre_tokenizer"):
+        if (component := getattr(backend, name)) is not None:
+            setattr(view, name, component if prefix else _without_prefix(component))
+    view.add_tokens(list(added))
+    view.encode_special_tokens = text_only
+    return view
+
+
+def _without_prefix(component: Any) -> Any:
+    state = _state(component)
+    state = re.sub(rb'"prepend_scheme":"\w+"', b'"prepend_scheme":"never"', state)
+    state = re.sub(rb'"prepend":"[^"]*"', b'"prepend":""', state)
+    bare = copy.deepcopy(component)
+    bare.__setstate__(state.replace(b'"add_prefix_space":true', b'"add_prefix_space":false'))
+    return bare
+
+
+def _state(component: Any) -> bytes:
+    return b"" if component is None else component.__getstate__()
+
+
+def _chunks(text: str) -> Iterator[str]:
+    """Cuts text as Meta does: tiktoken fails on a million characters and is slow on long runs of one kind."""
+    for start in range(0, len(text), 400_000):
+        part, begin = text[start : start + 400_000], 0
+        for run in re.finditer(r"\s+|\S+", part) if len(part) > 25_000 else ():
+            for cut in range(run.start() + 25_000, run.end(), 25_000):
+                yield part[begin:cut]
+                begin = cut
+        yield part[begin:]

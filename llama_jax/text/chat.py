@@ -1,0 +1,422 @@
+"""Chat formats: a conversation becomes the ids of a prompt, and nothing typed in it becomes a control token.
+
+One formatter for every generation of Llama, and one for the Jinja template a checkpoint ships. A message is a
+mapping with `role` and `content`; a content is a string or a list of `{"type": "text", "text": ...}`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from llama_jax.text.tokenizer import Tokenizer, any_of, spellings
+
+Message = Mapping[str, Any]
+
+# What separates turns in formats that spell it as ordinary text; typed in a message, it would forge a turn.
+_MARKER = re.compile(r"\[/?INST\]|<</?SYS>>|<\|[\w ]+\|>")
+_LLAMA2_MARKERS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
+_ROLES = ("system", "user", "assistant", "tool", "ipython", "function", "developer")
+
+
+class ChatError(ValueError):
+    """A conversation that the chat format cannot hold."""
+
+
+class ChatTemplateError(ChatError):
+    """The checkpoint's chat template failed or refused the conversation."""
+
+
+class ChatFormat(Protocol):
+    """Turns a conversation into the ids of a prompt."""
+
+    name: str
+    stop_ids: tuple[int, ...]
+
+    def prompt(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Any] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """Encodes the conversation; with `add_generation_prompt` it ends where the reply begins."""
+        ...
+
+
+def chat_format(tokenizer: Tokenizer, name: str | None = None) -> ChatFormat:
+    """Chooses the chat format of a checkpoint.
+
+    Args:
+        tokenizer: The checkpoint's tokenizer.
+        name: "llama2", "llama3", "codellama70b" or "template" force a format. None takes the checkpoint's own
+            template, else the format of the generation that the vocabulary belongs to.
+    """
+    formats: dict[str, Callable[[Tokenizer], ChatFormat]] = {
+        "template": TemplateChat,
+        "llama3": Llama3Chat,
+        "codellama70b": CodeLlama70BChat,
+        "llama2": Llama2Chat,
+    }
+    if name is None:
+        control = tokenizer.control_tokens
+        known = {
+            "template": tokenizer.chat_template is not None,
+            "llama3": {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"} <= control.keys(),
+            "codellama70b": "<step>" in control,
+            "llama2": tokenizer.drops_space and {"<s>", "</s>"} <= control.keys(),
+        }
+        name = next((key for key in formats if known[key]), None)
+        if name is None:
+            raise ChatError(
+                "this model has no chat format (no chat template, no known vocabulary): use generate"
+            )
+    if name not in formats:
+        raise ChatError(f"unknown chat format {name!r}: choose one of {', '.join(sorted(formats))}")
+    return formats[name](tokenizer)
+
+
+class Llama2Chat:
+    """Llama 2 Chat and Code Llama Instruct 7B, 13B and 34B.
+
+    `[INST]` and its kin are ordinary text to this tokenizer, so a message that contains them could forge a turn.
+    Meta's code withholds the reply to such a message; this refuses it.
+    """
+
+    name = "llama2"
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._eos = _control_ids(tokenizer, self.name, "</s>")
+        self.stop_ids = tokenizer.stop_ids
+
+    def prompt(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Any] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """Encodes the conversation: each turn on its own, with BOS and, once answered, EOS."""
+        _no_tools(tools, self.name)
+        turns = [(_role(m, ("system", "user", "assistant")), _content(m)) for m in _nonempty(messages)]
+        for _, content in turns:
+            _refuse_markers(content, _LLAMA2_MARKERS)
+        if turns[0][0] == "system":
+            (_, system), *turns = turns
+            if not turns:
+                raise ChatError("the conversation ends after the system message: add a user message")
+            turns[0] = (turns[0][0], f"<<SYS>>\n{system}\n<</SYS>>\n\n{turns[0][1]}")
+        for i, (role, _) in enumerate(turns):
+            if role != ("user", "assistant")[i % 2]:
+                raise ChatError(f"roles must alternate user, assistant, user, ...: turn {i + 1} is {role!r}")
+        if add_generation_prompt and len(turns) % 2 == 0:
+            raise ChatError("the last message must be the user's")
+        ids: list[int] = []
+        for i in range(0, len(turns), 2):
+            text = f"[INST] {turns[i][1].strip()} [/INST]"
+            answer = [f" {content.strip()} " for _, content in turns[i + 1 : i + 2]]
+            ids += self._tokenizer.encode(text + "".join(answer), bos=True) + (self._eos if answer else [])
+        return ids
+
+
+class Llama3Chat:
+    """Llama 3, 3.1, 3.2 (text) and 3.3.
+
+    Contents are stripped, as in Meta's llama3 repository and in Hugging Face's templates (llama-models does not).
+    No system prompt is added and no date; the tool role is written `ipython`.
+    """
+
+    name = "llama3"
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        markers = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+        self._bos, self._start, self._end, self._eot = _control_ids(tokenizer, self.name, *markers)
+        stops = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
+        self.stop_ids = tuple(tokenizer.control_tokens[s] for s in stops if s in tokenizer.control_tokens)
+
+    def prompt(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Any] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """Encodes the conversation: a header and a content for every message, each encoded on its own."""
+        _no_tools(tools, self.name)
+        ids = [self._bos]
+        for message in _nonempty(messages):
+            role = _role(message, ("system", "user", "assistant", "tool", "ipython"))
+            content = self._tokenizer.encode(_content(message).strip())
+            ids += [*self._header("ipython" if role == "tool" else role), *content, self._eot]
+        return ids + (self._header("assistant") if add_generation_prompt else [])
+
+    def _header(self, role: str) -> list[int]:
+        encode = self._tokenizer.encode
+        return [self._start, *encode(role), self._end, *encode("\n\n")]
+
+
+class CodeLlama70BChat:
+    """Code Llama 70B Instruct: sources and destinations, turns separated by `<step>`."""
+
+    name = "codellama70b"
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._step = _control_ids(tokenizer, self.name, "<step>")
+        self.stop_ids = tuple(sorted({*tokenizer.stop_ids, *self._step}))
+
+    def prompt(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Any] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """Encodes the conversation; an empty system message comes first where there is none."""
+        _no_tools(tools, self.name)
+        encode = self._tokenizer.encode
+        messages = _nonempty(messages)
+        if messages[0].get("role") != "system":
+            messages = [{"role": "system", "content": ""}, *messages]
+        ids = encode("", bos=True)
+        for message in messages:
+            ids += encode(f" Source: {_role(message, ('system', 'user', 'assistant'))}")
+            if content := _content(message).strip():
+                ids += encode(f"\n\n {content}")
+            ids += self._step
+        if add_generation_prompt:
+            ids += encode(" Source: assistant\nDestination: user") + encode("\n\n ")
+        return ids
+
+
+class TemplateChat:
+    """The Jinja template that a checkpoint ships, rendered as transformers does, in a sandbox.
+
+    transformers encodes the rendered text, so a control string typed in a message becomes a control token. Here
+    such strings are hidden behind private-use characters while the template runs. The text is then split at the
+    control tokens it still has, which the template wrote, and the rest is encoded as ordinary text.
+    """
+
+    name = "template"
+
+    def __init__(self, tokenizer: Tokenizer):
+        if tokenizer.chat_template is None:
+            raise ChatError("this checkpoint has no chat template: choose llama2, llama3 or codellama70b")
+        self._tokenizer = tokenizer
+        self._control = any_of(spellings(tokenizer.control_tokens))
+        self.stop_ids = tokenizer.stop_ids
+
+    def prompt(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Any] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """Encodes the conversation, to the ids of transformers' `apply_chat_template` if it is harmless."""
+        source = self._tokenizer.tool_template if tools else None
+        source = source or self._tokenizer.chat_template or ""
+        # A role is part of the format, not of the text: a known one, or one that the template itself names.
+        roles = (*_ROLES, *re.findall(r"""['"]([\w-]+)['"]""", source))
+        # transformers leaves out keys whose value is None.
+        messages = [{k: v for k, v in message.items() if v is not None} for message in _nonempty(messages)]
+        for message in messages:
+            _role(message, roles)
+        data = {"messages": messages, "tools": None if tools is None else list(tools)}
+        strings = list(_strings(data))
+        markers = set(_MARKER.findall(source)) - self._tokenizer.control_tokens.keys()
+        for text in strings:
+            _refuse_markers(text, markers)
+
+        mask = _Mask(self._tokenizer.control_tokens, used="".join([source, *strings]))
+        extra = {
+            **self._tokenizer.special_tokens,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+
+        def parts(hide: Callable[[str, str], str]) -> list[str | int]:
+            return self._tokenizer.split_control(_render(source, {**extra, **_map_strings(hide, data)}))
+
+        # Hide control strings only, so that a template that looks at the text sees almost all of it. If it joins
+        # pieces of text to a control string all the same, hide everything that control strings are made of.
+        light = parts(lambda text, _: self._control.sub(lambda match: mask.hide_edges(match[0]), text))
+        full = parts(mask.hide)
+        chosen = light if _ids(light) == _ids(full) else full
+        return self._tokenizer.encode_parts([mask.show(p) if isinstance(p, str) else p for p in chosen])
+
+
+class _Mask:
+    """Swaps the characters of control strings for private-use ones that the conversation lacks, and back."""
+
+    def __init__(self, control: Mapping[str, int], used: str):
+        self._names = [name for text in control if (name := text.strip("▁ "))]
+        chars = sorted(set("".join(self._names)))
+        used = used.lower() + "".join(chars)
+        free = (c for c in map(chr, range(0xE000, 0xF900)) if c not in used and f"\\u{ord(c):x}" not in used)
+        hidden = dict(zip(chars, free, strict=False))
+        if len(hidden) < len(chars):
+            raise ChatError(
+                "the conversation uses nearly every private-use character (U+E000 to U+F8FF): remove some"
+            )
+        self._all = str.maketrans(hidden)
+        self._edges = str.maketrans(
+            {char: hidden[char] for name in self._names for char in (name[0], name[-1])}
+        )
+        # A template's tojson(ensure_ascii=true) writes the six characters \ue000 for one.
+        self._shown = {code: char for char, code in hidden.items()}
+        self._shown |= {f"\\u{ord(code):x}": json.dumps(char)[1:-1] for char, code in hidden.items()}
+        self._codes = any_of(self._shown)
+
+    def hide_edges(self, text: str) -> str:
+        """Hides what could begin or end a control string."""
+        return text.translate(self._edges)
+
+    def hide(self, text: str, key: str) -> str:
+        """Hides what could begin or end a control string, and a text that could be the middle of one."""
+        if key not in ("role", "type") and any(text.strip() in name for name in self._names):
+            return text.translate(self._all)
+        return text.translate(
+            self._edges
+        )  # of a role or type no more: templates compare those with their own
+
+    def show(self, text: str) -> str:
+        """Undoes both."""
+        return self._codes.sub(lambda match: self._shown[match[0]], text)
+
+
+def _render(source: str, variables: Mapping[str, Any]) -> str:
+    """Renders a chat template; whatever goes wrong in it is a `ChatTemplateError`."""
+    import jinja2
+
+    try:
+        return _compile(source).render(**variables)
+    except jinja2.exceptions.SecurityError as error:
+        raise ChatTemplateError(f"the chat template reaches for what the sandbox forbids: {error}") from error
+    except jinja2.TemplateSyntaxError as error:
+        raise ChatTemplateError(
+            f"line {error.lineno} of the chat template is not Jinja: {error.message}"
+        ) from error
+    except jinja2.UndefinedError as error:
+        raise ChatTemplateError(f"the chat template needs what the messages do not have: {error}") from error
+    except jinja2.TemplateError as error:
+        raise ChatTemplateError(f"the chat template refuses the conversation: {error}") from error
+    except Exception as error:  # whatever the template's expressions raise
+        raise ChatTemplateError(f"the chat template failed: {type(error).__name__}: {error}") from error
+
+
+@functools.lru_cache(maxsize=8)
+def _compile(source: str) -> Any:
+    """Compiles a chat template in the environment that transformers gives it."""
+    import jinja2
+    from jinja2 import ext, nodes, sandbox
+
+    class GenerationTag(ext.Extension):
+        """`{% generation %}` marks the assistant's text for training masks; here it only groups."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
+
+        def _body(self, caller: Callable[[], str]) -> str:
+            return caller()
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(x: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+        return json.dumps(
+            x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        )
+
+    environment = sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, ext.loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment.from_string(source)
+
+
+def _map_strings(change: Callable[[str, str], str], value: Any, key: str = "") -> Any:
+    """Rebuilds JSON-like data with every string, keys included, replaced by `change(string, its key)`."""
+    if isinstance(value, str):
+        return change(str(value), key)
+    if isinstance(value, Mapping):
+        return {change(k, "type"): _map_strings(change, item, k) for k, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_map_strings(change, item) for item in value]
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    raise ChatError(f"messages and tools must be made of JSON values, not of {type(value).__name__}")
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Yields every string in JSON-like data, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from (key, *_strings(item))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _strings(item)
+
+
+def _ids(parts: Sequence[str | int]) -> list[int]:
+    return [part for part in parts if isinstance(part, int)]
+
+
+def _nonempty(messages: Sequence[Message]) -> Sequence[Message]:
+    if not messages:
+        raise ChatError("the conversation is empty: it needs at least one message")
+    if not all(isinstance(message, Mapping) for message in messages):
+        raise ChatError("every message must be a mapping with `role` and `content`")
+    return messages
+
+
+def _role(message: Message, allowed: Sequence[str]) -> str:
+    role = message.get("role")
+    if not isinstance(role, str) or role not in allowed:
+        raise ChatError(f"unknown role {role!r}: this chat format knows {', '.join(dict.fromkeys(allowed))}")
+    return role
+
+
+def _content(message: Message) -> str:
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list | tuple) and all(
+        isinstance(part, Mapping) and "text" in part for part in content
+    ):
+        return "".join(part["text"] for part in content)
+    raise ChatError(f"the {message.get('role')} message has no text: its content is {content!r}")
+
+
+def _refuse_markers(text: str, markers: Iterable[str]) -> None:
+    for marker in markers:
+        if marker in text:
+            raise ChatError(
+                f"a message contains {marker!r}, which separates turns in this chat format: remove it"
+            )
+
+
+def _no_tools(tools: Sequence[Any] | None, name: str) -> None:
+    if tools:
+        raise ChatError(f"the {name} format has no tools: use a checkpoint whose chat template has them")
+
+
+def _control_ids(tokenizer: Tokenizer, name: str, *tokens: str) -> list[int]:
+    missing = [token for token in tokens if token not in tokenizer.control_tokens]
+    if missing:
+        raise ChatError(f"the vocabulary lacks {', '.join(missing)}, which the {name} chat format needs")
+    return [tokenizer.control_tokens[token] for token in tokens]

@@ -1,0 +1,104 @@
+"""SentencePiece vocabularies: LLaMA 1, Llama 2, Code Llama, and GGUF files of kind `llama`."""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+from llama_jax.text.tokenizer import BaseTokenizer, Facts, gguf_array, is_control_like
+
+# Token types: GGUF's numbers are SentencePiece's own.
+_UNKNOWN, _BYTE = 2, 6
+
+
+class SentencePieceTokenizer(BaseTokenizer):
+    """A serialized SentencePiece model.
+
+    Text after a control token gets SentencePiece's leading space again, as in Meta's code and llama.cpp; where
+    the checkpoint says `legacy: false`, only the start of the whole text does.
+    """
+
+    def __init__(self, model: bytes, facts: Facts, *, source: str):
+        """Loads a model.
+
+        Args:
+            model: The bytes of a `tokenizer.model`.
+            facts: What the files beside it say.
+            source: Where the bytes come from, for error messages.
+        """
+        from sentencepiece import SentencePieceProcessor
+
+        try:
+            sp: Any = SentencePieceProcessor(model_proto=model)
+            # Concatenated protobuf messages merge: this adds normalizer_spec { add_dummy_prefix: false }.
+            self._bare: Any = SentencePieceProcessor(model_proto=model + b"\x1a\x02\x18\x00")
+        except RuntimeError as error:
+            raise ValueError(
+                f"{source} is neither a SentencePiece model nor a tiktoken file: get it again ({error})"
+            ) from error
+        self._sp, size = sp, sp.vocab_size()
+        pieces = enumerate(map(sp.id_to_piece, range(size)))
+        control = {piece: i for i, piece in pieces if sp.is_control(i) or is_control_like(piece)}
+        control |= {text: i for text, i in facts.added.items() if i >= size}
+        named = {"bos_token": sp.bos_id(), "eos_token": sp.eos_id(), "unk_token": sp.unk_id()}
+        special = {name: sp.id_to_piece(i) for name, i in named.items() if i >= 0}
+        facts = dataclasses.replace(facts, special_tokens=special | dict(facts.special_tokens))
+        size = max([size, *(i + 1 for i in control.values())])
+        super().__init__(size, control, facts, add_bos=True, unk=sp.unk_id())
+        self.drops_space = sp.normalize("a").startswith("▁")
+        self._prefix_each = facts.legacy
+
+    def token_bytes(self, token: int) -> bytes:
+        """Returns the bytes that one id adds to the text: none for a control token."""
+        self._check_id(token)
+        if token in self._never_text or token >= self._sp.vocab_size():
+            return b""
+        if self._sp.is_unknown(token):
+            return " ⁇ ".encode()
+        piece = self._sp.id_to_piece(token)
+        if self._sp.is_byte(token):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace("▁", " ").encode()
+
+    def _plain(self, text: str, *, prefix: bool) -> list[int]:
+        return (self._sp if prefix else self._bare).encode(text)
+
+
+def sentencepiece_from_gguf(metadata: Mapping[str, Any], facts: Facts) -> SentencePieceTokenizer:
+    """Rebuilds the SentencePiece model that GGUF metadata of kind `llama` describes."""
+    tokens = gguf_array(metadata, "tokens")
+    scores = gguf_array(metadata, "scores", len(tokens))
+    types = [int(kind) for kind in gguf_array(metadata, "token_type", len(tokens))]
+    if _UNKNOWN not in types:
+        types[int(metadata.get("tokenizer.ggml.unknown_token_id", 0))] = _UNKNOWN
+    pieces = b"".join(
+        _field(1, _field(1, token) + _field(2, float(score)) + _field(3, kind))
+        for token, score, kind in zip(tokens, scores, types, strict=True)
+    )
+    # model_type BPE; byte_fallback, which the library refuses unless all 256 byte pieces are there.
+    trainer = _field(3, 2) + _field(35, int(_BYTE in types))
+    # No charsmap is the identity; add_dummy_prefix, remove_extra_whitespaces, escape_whitespaces.
+    add_prefix = int(metadata.get("tokenizer.ggml.add_space_prefix", True))
+    normalizer = _field(1, "identity") + _field(3, add_prefix) + _field(4, 0) + _field(5, 1)
+    model = pieces + _field(2, trainer) + _field(3, normalizer)
+    return SentencePieceTokenizer(model, facts, source="the GGUF file's tokenizer")
+
+
+def _field(number: int, value: bytes | str | float | int) -> bytes:
+    """One field in protobuf's wire format: an int as varint, a float as fixed32, the rest with its length."""
+    if isinstance(value, int):
+        return _varint(number << 3) + _varint(value)
+    if isinstance(value, float):
+        return _varint(number << 3 | 5) + struct.pack("<f", value)
+    data = value.encode() if isinstance(value, str) else value
+    return _varint(number << 3 | 2) + _varint(len(data)) + data
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*out, value])

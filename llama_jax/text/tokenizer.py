@@ -1,0 +1,360 @@
+"""Tokenizers behind one interface: text to ids and back, control tokens apart from text.
+
+The Llama family has three vocabularies: SentencePiece (`spm.py`: LLaMA 1 and 2, Code Llama), Meta's tiktoken file
+(`bpe.py`: Llama 3) and Hugging Face's `tokenizer.json` (`bpe.py`: any). A GGUF file holds the first or the last.
+
+A *control token* is an id that steers the model and is not text (`<s>`, `<|eot_id|>`). Text never becomes one
+unless the caller asks for it with `control=True`, and decoded text does not show them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from llama_jax.text.stream import StreamDecoder
+
+# Control tokens that end a turn or a text, wherever a vocabulary has them.
+STOP_TOKENS = (
+    "</s>",
+    "<|end_of_text|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|end|>",
+    "<|eot|>",
+    "<|eom|>",
+    "<end_of_turn>",
+    "<step>",
+    "▁<EOT>",
+)
+# Code Llama's files call these ordinary pieces; so do fine-tunes with the `<|...|>` markers they added.
+_CONTROL_LIKE = re.compile(r"<[|｜].*[|｜]>|▁<(PRE|SUF|MID|EOT)>|<step>")
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back."""
+
+    vocab_size: int
+    bos_id: int | None
+    stop_ids: tuple[int, ...]  # ids that end generation
+    add_bos: bool  # does the checkpoint's own tokenizer put BOS before a plain prompt?
+    control_tokens: Mapping[str, int]
+    special_tokens: Mapping[str, str]  # bos_token, eos_token, ... as a chat template sees them
+    chat_template: str | None
+    tool_template: (
+        str | None
+    )  # used instead of chat_template when there are tools, where a checkpoint ships two
+    drops_space: bool  # SentencePiece encodes " Hi" for "Hi": one leading space of the whole text is not text
+
+    def encode(self, text: str, *, bos: bool = False, control: bool = False) -> list[int]:
+        """Encodes text; control strings in it become ids only with `control=True`."""
+        ...
+
+    def split_control(self, text: str) -> list[str | int]:
+        """Splits text at its control tokens: ordinary text as strings, control tokens as ids."""
+        ...
+
+    def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
+        """Encodes consecutive parts of one text: strings are ordinary text, integers are ids."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Decodes ids; control tokens are invisible and malformed UTF-8 becomes U+FFFD."""
+        ...
+
+    def token_bytes(self, token: int) -> bytes:
+        """Returns the bytes that one id adds to the text: none for a control token."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What the files beside a vocabulary say about it; None and empty where they are silent."""
+
+    special_tokens: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    added: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    add_bos: bool | None = None
+    legacy: bool = True  # SentencePiece puts its space before every piece of text between control tokens
+    chat_template: str | None = None
+    tool_template: str | None = None
+
+
+class BaseTokenizer:
+    """What the three vocabularies share; each supplies `_plain` and `token_bytes`."""
+
+    drops_space = False
+    _prefix_each = True  # does text after a control token get the prefix that the start of a text gets?
+
+    def __init__(
+        self,
+        vocab_size: int,
+        control: Mapping[str, int],
+        facts: Facts,
+        *,
+        add_bos: bool,
+        unk: int | None = None,
+    ):
+        special = facts.special_tokens
+        self.vocab_size = vocab_size
+        self.control_tokens: Mapping[str, int] = dict(control)
+        self.special_tokens: Mapping[str, str] = special
+        self.chat_template, self.tool_template = facts.chat_template, facts.tool_template
+        self.bos_id = control.get(special.get("bos_token", ""), facts.bos_id)
+        self.add_bos = (add_bos if facts.add_bos is None else facts.add_bos) and self.bos_id is not None
+        stops = [control[name] for name in (special.get("eos_token", ""), *STOP_TOKENS) if name in control]
+        self.stop_ids = tuple(sorted({*stops, *facts.eos_ids}))
+        # Unknown text may give the unknown token, which steers nothing.
+        self._never_text = frozenset(control.values()) - {unk}
+        self._spellings = spellings(control)
+        self._control_regex = any_of(self._spellings)
+
+    def encode(self, text: str, *, bos: bool = False, control: bool = False) -> list[int]:
+        """Encodes text; control strings in it become ids only with `control=True`."""
+        if bos and self.bos_id is None:
+            raise ValueError("this tokenizer has no BOS token: encode with bos=False")
+        text = _valid(text)
+        ids = self.encode_parts(self.split_control(text) if control else [text])
+        return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
+
+    def split_control(self, text: str) -> list[str | int]:
+        """Splits text at its control tokens: ordinary text as strings, control tokens as ids."""
+        parts, end = [], 0
+        for match in self._control_regex.finditer(text):
+            parts += [text[end : match.start()], self._spellings[match[0]]]
+            end = match.end()
+        return [part for part in (*parts, text[end:]) if part != ""]
+
+    def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
+        """Encodes consecutive parts of one text: strings are ordinary text, integers are ids."""
+        ids: list[int] = []
+        for i, part in enumerate(parts):
+            if isinstance(part, int):
+                ids.append(part)
+            elif part:
+                ids += self._ordinary(_valid(part), prefix=i == 0 or self._prefix_each)
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Decodes ids; control tokens are invisible and malformed UTF-8 becomes U+FFFD."""
+        stream = StreamDecoder(self)
+        return stream.push(ids) + stream.finish()
+
+    def infill_prompt(self, prefix: str, suffix: str, *, suffix_first: bool = False) -> list[int]:
+        """Builds Code Llama's prompt for the text between `prefix` and `suffix`.
+
+        Args:
+            prefix: Text before the gap.
+            suffix: Text after the gap; it gets no leading space of SentencePiece's.
+            suffix_first: The SPM order (suffix, prefix, middle) for the default PSM.
+        """
+        names = ["▁<PRE>", "▁<SUF>", "▁<MID>"]
+        if self.bos_id is None or any(name not in self.control_tokens for name in names):
+            raise ValueError(
+                "this vocabulary has no infill tokens (▁<PRE>, ▁<SUF>, ▁<MID>): use Code Llama 7B or 13B"
+            )
+        pre, suf, mid = (self.control_tokens[name] for name in names)
+        head = self._ordinary(_valid(prefix), prefix=True) if prefix else []
+        tail = self._ordinary(_valid(suffix), prefix=False) if suffix else []
+        if suffix_first:
+            return [self.bos_id, pre, suf, *tail, mid, *head]
+        return [self.bos_id, pre, *head, suf, *tail, mid]
+
+    def token_bytes(self, token: int) -> bytes:
+        """Returns the bytes that one id adds to the text: none for a control token."""
+        raise NotImplementedError
+
+    def _plain(self, text: str, *, prefix: bool) -> list[int]:
+        """Encodes text as the library does, with or without the prefix that the start of a text gets."""
+        raise NotImplementedError
+
+    def _ordinary(self, text: str, *, prefix: bool) -> list[int]:
+        """Encodes text to ids none of which is a control token, even if the vocabulary spells one as a piece."""
+        ids = self._plain(text, prefix=prefix)
+        if self._never_text.isdisjoint(ids):
+            return ids
+        # No piece crosses a cut after the first character of every control string, overlapping ones included.
+        cuts = [match.start() + 1 for match in re.finditer(f"(?={self._control_regex.pattern})", text)]
+        first, *rest = (text[a:b] for a, b in itertools.pairwise([0, *cuts, len(text)]))
+        ids = self._plain(first, prefix=prefix)
+        for piece in rest:
+            ids += self._plain(piece, prefix=False)
+        if clash := self._never_text.intersection(ids):
+            raise ValueError(
+                f"the vocabulary spells control token {min(clash)} as ordinary text: {text[:60]!r}"
+            )
+        return ids
+
+    def _check_id(self, token: int) -> None:
+        if not 0 <= token < self.vocab_size:
+            raise ValueError(f"token id {token} is outside the tokenizer's vocabulary of {self.vocab_size}")
+
+
+def is_control_like(token: str) -> bool:
+    """Tells whether a token is a control token by its looks, whatever type its file gives it."""
+    return _CONTROL_LIKE.fullmatch(token) is not None
+
+
+def spellings(control: Mapping[str, int]) -> dict[str, int]:
+    """Maps every way to type a control token to its id: `▁<PRE>` is also reached by " <PRE>" and "<PRE>"."""
+    typed = {text.lstrip("▁"): token for text, token in control.items()}
+    spaced = {text.replace("▁", " "): token for text, token in control.items()}
+    return {text: token for text, token in (typed | spaced | dict(control)).items() if text}
+
+
+def any_of(strings: Iterable[str]) -> re.Pattern[str]:
+    """Compiles a pattern that matches any of the strings, the longest first."""
+    return re.compile("|".join(map(re.escape, sorted(strings, key=len, reverse=True))) or r"(?!)")
+
+
+def load_tokenizer(folder: Path) -> Tokenizer | None:
+    """Loads the tokenizer of a Hugging Face or Meta folder.
+
+    Args:
+        folder: Holds `tokenizer.json` (preferred) or `tokenizer.model` (SentencePiece or tiktoken).
+
+    Returns:
+        The tokenizer, or None where the folder has neither file.
+    """
+    folder = Path(folder)
+    path = next((p for name in ("tokenizer.json", "tokenizer.model") if (p := folder / name).is_file()), None)
+    if path is None:
+        return None
+    facts = _folder_facts(folder)
+    if path.suffix == ".json":
+        from llama_jax.text.bpe import load_tokenizer_json
+
+        return load_tokenizer_json(path, facts)
+    data = path.read_bytes()
+    if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data):
+        from llama_jax.text.bpe import TiktokenTokenizer
+
+        return TiktokenTokenizer(data, facts, source=str(path))
+    from llama_jax.text.spm import SentencePieceTokenizer
+
+    return SentencePieceTokenizer(data, facts, source=str(path))
+
+
+def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer | None:
+    """Builds the tokenizer that a GGUF file's metadata describes.
+
+    Args:
+        metadata: Key to value; arrays may be lists or numpy arrays.
+
+    Returns:
+        The tokenizer, or None where the file holds none.
+    """
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind is None or kind in ("none", "no_vocab"):
+        return None
+    if kind == "llama":
+        from llama_jax.text.spm import sentencepiece_from_gguf as build
+    elif kind == "gpt2":
+        from llama_jax.text.bpe import bpe_from_gguf as build
+    else:
+        raise ValueError(f"tokenizer.ggml.model {kind!r} is not supported: a Llama has 'llama' or 'gpt2'")
+    return build(metadata, _gguf_facts(metadata))
+
+
+def gguf_array(metadata: Mapping[str, Any], key: str, length: int | None = None) -> list[Any]:
+    """Returns the array under `tokenizer.ggml.<key>` as a list.
+
+    Args:
+        metadata: The GGUF file's metadata.
+        key: The last part of the key.
+        length: What the array's length must be.
+    """
+    values = metadata.get(f"tokenizer.ggml.{key}")
+    if values is None:
+        raise ValueError(f"the GGUF file has no tokenizer.ggml.{key}: convert the model again")
+    values = values.tolist() if hasattr(values, "tolist") else list(values)
+    if length is not None and len(values) != length:
+        raise ValueError(
+            f"tokenizer.ggml.{key} has {len(values)} entries for {length} tokens: the file is damaged"
+        )
+    return values
+
+
+def _gguf_facts(metadata: Mapping[str, Any]) -> Facts:
+    tokens = gguf_array(metadata, "tokens")
+
+    def token_id(name: str) -> int | None:
+        value = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        if value is not None and not 0 <= int(value) < len(tokens):
+            raise ValueError(f"tokenizer.ggml.{name}_token_id {value} is outside the {len(tokens)} tokens")
+        return None if value is None else int(value)
+
+    named = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    special = {key: tokens[i] for key, name in named.items() if (i := token_id(name)) is not None}
+    add_bos = metadata.get("tokenizer.ggml.add_bos_token")
+    return Facts(
+        special_tokens=special,
+        bos_id=token_id("bos"),
+        eos_ids=tuple(i for name in ("eos", "eot", "eom") if (i := token_id(name)) is not None),
+        add_bos=None if add_bos is None else bool(add_bos),
+        chat_template=metadata.get("tokenizer.chat_template"),
+        tool_template=metadata.get("tokenizer.chat_template.tool_use"),
+    )
+
+
+def _folder_facts(folder: Path) -> Facts:
+    config = _read_json(folder / "tokenizer_config.json")
+    model, generation = _read_json(folder / "config.json"), _read_json(folder / "generation_config.json")
+    named = {**_read_json(folder / "special_tokens_map.json"), **config}
+    named = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
+    special = {k: v for k, v in named.items() if k.endswith("_token") and isinstance(v, str)}
+    added = {token["content"]: int(i) for i, token in config.get("added_tokens_decoder", {}).items()}
+    templates = _templates(folder, config)
+    return Facts(
+        special_tokens=special,
+        added=added | _read_json(folder / "added_tokens.json"),
+        bos_id=generation.get("bos_token_id", model.get("bos_token_id")),
+        eos_ids=tuple({i for source in (generation, model) for i in _id_list(source.get("eos_token_id"))}),
+        add_bos=config.get("add_bos_token"),
+        legacy=config.get("legacy") is not False,
+        chat_template=templates.get("default"),
+        tool_template=templates.get("tool_use"),
+    )
+
+
+def _id_list(value: int | list[int] | None) -> list[int]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the chat templates by name; `default` is the one for ordinary chat."""
+    template = config.get("chat_template") or _read_json(folder / "chat_template.json").get("chat_template")
+    if (path := folder / "chat_template.jinja").is_file():
+        template = path.read_text(encoding="utf-8")
+    if isinstance(template, list):
+        return {entry["name"]: entry["template"] for entry in template}
+    return {"default": template} if template else {}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): download it again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, not a JSON object: download it again")
+    return value
+
+
+def _valid(text: str) -> str:
+    """Replaces lone surrogates, which no encoding of text can hold, by U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text

@@ -1,0 +1,86 @@
+"""What every checkpoint reader returns: named tensors that read only the bytes they are asked for.
+
+Tensors are in torch orientation, [out, in], outermost dimension first, whatever order the file states.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import mmap
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+Index = tuple[slice, ...]
+
+DOWNLOAD_AGAIN = "the download or copy was interrupted or damaged: fetch the file again"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or fetched; the message names the file and the remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One tensor of a checkpoint file.
+
+    Attributes:
+      name: the file's own name for it.
+      shape: elements, outermost dimension first.
+      dtype: of what `read` returns: the stored dtype, or float32 where the file holds quantized blocks.
+      nbytes: bytes in the file.
+      reader: reads the part that an index selects.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    nbytes: int
+    reader: Callable[[Index], np.ndarray] = dataclasses.field(repr=False)
+
+    def read(self, index: Index = ()) -> np.ndarray:
+        """Reads a part of the tensor, touching only the pages of the file that hold it.
+
+        Args:
+          index: one slice for each leading dimension to be cut; any start, stop and step. () reads all.
+
+        Returns:
+          An array of `dtype`; a read-only view of the file where the numbers are stored as they are.
+        """
+        if len(index) > len(self.shape):
+            raise IndexError(f"{self.name} has {len(self.shape)} dimensions, and the index {len(index)}")
+        return self.reader(index)
+
+
+def plain_tensor(name: str, array: np.ndarray) -> Tensor:
+    """A tensor whose numbers are stored as they are: `array`, a view of the mapped file."""
+    return Tensor(name, array.shape, array.dtype, array.nbytes, array.__getitem__)
+
+
+def map_file(path: Path) -> np.ndarray:
+    """Maps a whole file, read-only.
+
+    Pages are read when they are touched and stay in the system's page cache, so that a mapping of any size
+    adds nothing to the memory that the process itself holds.
+
+    Returns:
+      uint8 [bytes in the file].
+
+    Raises:
+      CheckpointError: no such file, not a file, not readable, empty, or a Git LFS pointer.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file")
+    if not path.is_file():
+        raise CheckpointError(f"{path}: not a file")
+    try:
+        with path.open("rb") as file:
+            if path.stat().st_size == 0:
+                raise CheckpointError(f"{path}: the file is empty; {DOWNLOAD_AGAIN}")
+            data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be opened ({error.strerror or error})") from error
+    if data[:40].tobytes().startswith(b"version https://git-lfs."):
+        raise CheckpointError(f"{path}: a Git LFS pointer, not the weights; run `git lfs pull` in its folder")
+    return data
