@@ -84,7 +84,9 @@ class LoadedLlama:
           ValueError: the checkpoint has none.
         """
         if self.tokenizer is None:
-            raise ValueError("this checkpoint has no tokenizer: put tokenizer.json or tokenizer.model beside its weights")
+            raise ValueError(
+                "this checkpoint has no tokenizer: put tokenizer.json or tokenizer.model beside its weights"
+            )
         return self.tokenizer
 
 
@@ -160,7 +162,9 @@ def open_checkpoint(name: str | Path) -> Checkpoint:
             )
             checkpoint = Checkpoint(path, "gguf", config, file.tensors, tokenizer_from_gguf(file.metadata))
         elif (path / "params.json").exists() and not (path / "config.json").exists():
-            raise CheckpointError(f"{path}: Meta's folders (params.json) are not read yet; use the Hugging Face folder")
+            raise CheckpointError(
+                f"{path}: Meta's folders (params.json) are not read yet; use the Hugging Face folder"
+            )
         else:
             folder = read_hf(path)
             config = presets.from_hf_config(folder.config)
@@ -206,7 +210,13 @@ def read_model(
     rules = ShardingRules()
     with jax.set_mesh(mesh):
         abstract = Llama(
-            checkpoint.config, rules=rules, dtype=dtype, param_dtype=dtype, stacked=stacked, attention=attention, rngs=None
+            checkpoint.config,
+            rules=rules,
+            dtype=dtype,
+            param_dtype=dtype,
+            stacked=stacked,
+            attention=attention,
+            rngs=None,
         )
         whole = rules.undivided(checkpoint.config)
     if whole:

@@ -1,0 +1,217 @@
+"""The two programs of generation, on the device: prefill (whole prompts into the cache) and decode (token by token).
+
+Shapes are static: prompts are padded to a bucket, the cache has a fixed number of slots, and the decode loop runs on
+the device until its steps are done or no row is running. The host sees tokens in chunks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import weakref
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax.infer.sampling import sample
+from llama_jax.kv_cache import KVCache, num_slots
+from llama_jax.model import Llama
+
+RUNNING, STOP, LENGTH, CACHE = range(4)
+FINISH_REASONS = {STOP: "stop", LENGTH: "length", CACHE: "cache"}
+NO_TOKEN = -1
+CHUNK = 64  # most tokens a row that one call of `decode` returns
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """Where every row stands between two steps.
+
+    Attributes:
+      cache: keys and values up to `position_B`.
+      token_B: int32: the last token, not yet in the cache.
+      position_B: int32: the slot it will be written to.
+      remaining_B: int32: how many more tokens the row may emit.
+      finish_B: int32: RUNNING, STOP, LENGTH or CACHE.
+      key_B: each row's random key.
+      seen_BV: bool: tokens so far, for the repetition penalty; None where it is off.
+    """
+
+    cache: KVCache
+    token_B: jax.Array
+    position_B: jax.Array
+    remaining_B: jax.Array
+    finish_B: jax.Array
+    key_B: jax.Array
+    seen_BV: jax.Array | None
+
+
+def prefill(
+    model: Llama,
+    tokens_BT: jax.Array,
+    start_B: jax.Array,
+    length_B: jax.Array,
+    remaining_B: jax.Array,
+    seed: jax.Array,
+    stop_ids: jax.Array,
+    values: dict[str, jax.Array],
+    seen_BV: jax.Array | None,
+    cache: KVCache | None,
+    *,
+    size: int,
+    span: int | None,
+) -> tuple[DecodeState, jax.Array, jax.Array]:
+    """Runs the prompts and samples each row's first token.
+
+    Args:
+      model: the model.
+      tokens_BT: right-padded prompts.
+      start_B: the slot of each row's first token: 0, or what the cache already holds.
+      length_B: tokens in each row; 0 is a dead row, which only fills the batch.
+      remaining_B: how many tokens each row may emit.
+      seed: uint32.
+      stop_ids: tokens that end a row.
+      values: of `Sampling.values`.
+      seen_BV: tokens of the prompts, where the repetition penalty needs them.
+      cache: of earlier turns, or None for a new one.
+      size: slots of a new cache.
+      span: static bound on the slots that these queries can see.
+
+    Returns:
+      The state, the first token of each row (NO_TOKEN where there is none) and its log-probability.
+    """
+    B, T = tokens_BT.shape
+    cache = model.init_cache(B, size) if cache is None else cache
+    row = jax.typeof(length_B).sharding.spec[0]
+    order_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T), out_sharding=jax.P(row, None))
+    # Padding goes past the end of the cache: its writes are dropped, and no later query sees it.
+    positions_BT = jnp.where(order_BT < length_B[:, None], start_B[:, None] + order_BT, num_slots(cache) + T)
+    x_BTD, cache = model.hidden(tokens_BT, positions_BT=positions_BT, cache=cache, span=span)
+    last_B = jnp.maximum(length_B - 1, 0)
+    spec = jax.typeof(x_BTD).sharding.spec
+    x_B1D = x_BTD.at[jnp.arange(B)[:, None], last_B[:, None]].get(out_sharding=spec)
+    rows_B = jnp.arange(B, dtype=jnp.uint32, out_sharding=jax.P(row))
+    state = DecodeState(
+        cache=cache,
+        token_B=jnp.zeros_like(length_B),
+        position_B=start_B + length_B - 1,
+        remaining_B=remaining_B,
+        finish_B=jnp.where(length_B > 0, RUNNING, LENGTH),
+        key_B=jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows_B),
+        seen_BV=seen_BV,
+    )
+    return _emit(model, state, x_B1D, stop_ids, values)
+
+
+def decode(
+    model: Llama,
+    state: DecodeState,
+    halt_B: jax.Array,
+    steps: jax.Array,
+    stop_ids: jax.Array,
+    values: dict[str, jax.Array],
+) -> tuple[DecodeState, jax.Array, jax.Array]:
+    """Up to `steps` tokens for each running row.
+
+    Args:
+      model: the model.
+      state: where the rows stand; its cache is donated.
+      halt_B: bool: rows that the host ends (a stop string was found).
+      steps: at most CHUNK.
+      stop_ids: tokens that end a row.
+      values: of `Sampling.values`.
+
+    Returns:
+      The state, and the tokens and log-probabilities [B, CHUNK] in order, NO_TOKEN where a row had ended.
+    """
+    state = dataclasses.replace(state, finish_B=jnp.where(halt_B, STOP, state.finish_B))
+    B = state.token_B.shape[0]
+    spec = jax.P(jax.typeof(state.token_B).sharding.spec[0], None)
+    tokens_BC = jnp.full((B, CHUNK), NO_TOKEN, jnp.int32, out_sharding=spec)
+    logprobs_BC = jnp.zeros((B, CHUNK), jnp.float32, out_sharding=spec)
+
+    def running(carry):
+        step, state, _, _ = carry
+        return (step < steps) & jax.reshard(state.finish_B == RUNNING, jax.P()).any()
+
+    def body(carry):
+        step, state, tokens_BC, logprobs_BC = carry
+        # Rows that have ended write past the end of the cache, that is nowhere.
+        slot_B = jnp.where(state.finish_B == RUNNING, state.position_B, num_slots(state.cache))
+        x_B1D, cache = model.hidden(state.token_B[:, None], positions_BT=slot_B[:, None], cache=state.cache)
+        state, token_B, logprob_B = _emit(model, dataclasses.replace(state, cache=cache), x_B1D, stop_ids, values)
+        tokens_BC = jax.lax.dynamic_update_slice(tokens_BC, token_B[:, None], (0, step))
+        logprobs_BC = jax.lax.dynamic_update_slice(logprobs_BC, logprob_B[:, None], (0, step))
+        return step + 1, state, tokens_BC, logprobs_BC
+
+    _, state, tokens_BC, logprobs_BC = jax.lax.while_loop(running, body, (0, state, tokens_BC, logprobs_BC))
+    return state, tokens_BC, logprobs_BC
+
+
+def _emit(model: Llama, state: DecodeState, x_B1D, stop_ids, values) -> tuple[DecodeState, jax.Array, jax.Array]:
+    """Samples from the residual stream at each row's position, and decides which rows have ended."""
+    batch = jax.typeof(state.token_B).sharding.spec[0]
+    with jax.named_scope("sample"):
+        logits_BV = jax.reshard(model.logits(x_B1D)[:, 0], jax.P(batch, None))
+        key_B = jax.vmap(jax.random.fold_in)(state.key_B, state.position_B)
+        token_B = sample(logits_BV, values, key_B, state.seen_BV)
+        chosen_BV = jnp.arange(logits_BV.shape[-1]) == token_B[:, None]
+        logprob_B = jnp.sum(jnp.where(chosen_BV, logits_BV, 0), axis=-1) - jax.nn.logsumexp(logits_BV, axis=-1)
+    was_running = state.finish_B == RUNNING
+    stopped = (token_B[:, None] == stop_ids).any(axis=-1)
+    position_B = jnp.where(was_running, state.position_B + 1, state.position_B)
+    remaining_B = jnp.where(was_running, state.remaining_B - 1, state.remaining_B)
+    full = position_B >= num_slots(state.cache)
+    ending_B = jnp.where(stopped, STOP, jnp.where(remaining_B <= 0, LENGTH, jnp.where(full, CACHE, RUNNING)))
+    state = dataclasses.replace(
+        state,
+        token_B=token_B,
+        position_B=position_B,
+        remaining_B=remaining_B,
+        finish_B=jnp.where(was_running, ending_B, state.finish_B),
+        seen_BV=None if state.seen_BV is None else state.seen_BV | (chosen_BV & was_running[:, None]),
+    )
+    return state, jnp.where(was_running & ~stopped, token_B, NO_TOKEN), logprob_B
+
+
+class Programs:
+    """`prefill` and `decode` compiled for one model, called with its leaves: flattening a module at every call would
+    cost more than a small model's step."""
+
+    def __init__(self, model: Llama):
+        self.leaves, treedef = jax.tree.flatten(model)
+
+        def on_leaves(function):
+            @functools.wraps(function)
+            def call(leaves, *args, **kwargs):
+                return function(jax.tree.unflatten(treedef, leaves), *args, **kwargs)
+
+            return call
+
+        self._prefill = jax.jit(on_leaves(prefill), static_argnames=("size", "span"), donate_argnums=9)
+        self._decode = jax.jit(on_leaves(decode), donate_argnums=1)
+        self._forward = jax.jit(on_leaves(lambda model, tokens_BT: model(tokens_BT)[0]))
+
+    def prefill(self, *args: Any, **kwargs: Any):
+        """As `prefill` without the model; the cache is donated."""
+        return self._prefill(self.leaves, *args, **kwargs)
+
+    def decode(self, *args: Any):
+        """As `decode` without the model; the state is donated."""
+        return self._decode(self.leaves, *args)
+
+    def forward(self, tokens_BT: jax.Array) -> jax.Array:
+        """Float32 logits [B, T, V], without a cache."""
+        return self._forward(self.leaves, tokens_BT)
+
+
+_PROGRAMS: weakref.WeakKeyDictionary[Any, Programs] = weakref.WeakKeyDictionary()
+
+
+def programs_of(llama: Any) -> Programs:
+    """The compiled programs of a loaded model, made once."""
+    if llama not in _PROGRAMS:
+        _PROGRAMS[llama] = Programs(llama.model)
+    return _PROGRAMS[llama]

@@ -1,0 +1,73 @@
+import random
+import time
+
+import pytest
+from tests.text.conftest import CORPUS, load, random_texts
+
+from llama_jax.text.stream import StopStrings, StreamDecoder
+
+
+@pytest.fixture(params=["smollm2", "llama3", "sp_tokenizer", "legacy", "metaspace"])
+def tokenizer(request):
+    if request.param in ("legacy", "metaspace"):
+        return load(request.getfixturevalue("sp_folders")[request.param])
+    return request.getfixturevalue(request.param)
+
+
+def test_pieces_join_to_decode(tokenizer):
+    rng = random.Random(0)
+    streams = [tokenizer.encode(text) for text in random_texts(200, seed=5)]
+    streams += [rng.choices(range(tokenizer.vocab_size), k=40) for _ in range(200)]
+    streams += [rng.choices(range(min(300, tokenizer.vocab_size)), k=40) for _ in range(200)]  # bytes, mostly
+    for ids in streams:
+        stream, pieces = StreamDecoder(tokenizer), []
+        while ids_left := ids[sum(n for n, _ in pieces) :]:
+            n = rng.randrange(1, 4)
+            pieces.append((len(ids_left[:n]), stream.push(ids_left[:n])))
+        whole = tokenizer.decode(ids)
+        assert "".join(piece for _, piece in pieces) + stream.finish() == whole
+        if "\ufffd" not in whole:
+            assert all("\ufffd" not in piece for _, piece in pieces)
+
+
+def test_characters_and_spaces_survive_token_by_token(tokenizer):
+    text = " Hi 🦙 你好,  two spaces\n\n the end "
+    stream = StreamDecoder(tokenizer)
+    pieces = [stream.push([i]) for i in tokenizer.encode(text)]
+    assert "".join(pieces) + stream.finish() == text
+    assert any(piece == "" for piece in pieces)  # held back until the character is whole
+
+
+def test_cost_per_token_does_not_grow(smollm2):
+    ids = smollm2.encode(CORPUS) * 500
+    stream = StreamDecoder(smollm2)
+    start = time.perf_counter()
+    for i in ids:
+        stream.push([i])
+    assert (time.perf_counter() - start) / len(ids) < 100e-6
+
+
+@pytest.mark.parametrize(
+    ("stops", "text", "kept", "found"),
+    [
+        ([], "abc", "abc", None),
+        (["\nUser:"], "hi\nUser: x", "hi", "\nUser:"),
+        (["\nUser:"], "hi\nUse", "hi\nUse", None),
+        (["abcd", "bc"], "xabcd", "xa", "bc"),  # completed first
+        (["aab"], "aaab", "a", "aab"),
+        (["END", "E"], "ENEND", "", "E"),
+        (["b", "ab"], "ab", "", "ab"),
+    ],
+)
+def test_stop_strings_do_not_depend_on_the_pieces(stops, text, kept, found):
+    for size in range(1, len(text) + 1):
+        stop = StopStrings(stops)
+        pieces = [stop.push(text[i : i + size]) for i in range(0, len(text), size)]
+        assert ("".join(pieces) + stop.finish(), stop.found) == (kept, found)
+
+
+def test_stop_strings_hold_back_no_more_than_needed():
+    stop = StopStrings(["</end>"])
+    assert [stop.push(c) for c in "a<b</"] == ["a", "", "<b", "", ""]
+    with pytest.raises(ValueError, match="non-empty"):
+        StopStrings([""])
