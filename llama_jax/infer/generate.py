@@ -281,7 +281,7 @@ class Run:
             None if seen is None else self._on_rows(seen),
             self._cache,
             size=self.size,
-            span=min(self.size, bucket(self._start + T)),
+            span=min(self.size, bucket(self._start + max(map(len, self._ids)))),
         )
 
     def _stop_ids(self) -> Sequence[int]:

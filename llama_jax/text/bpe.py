@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llama_jax.text.tokenizer import BaseTokenizer, Facts, gguf_array, is_control_like
+from llama_jax.text.tokenizer import BaseTokenizer, Facts, gguf_array, is_control_like, valid
 
 LLAMA3_REGEX = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
@@ -85,21 +85,22 @@ class BPETokenizer(BaseTokenizer):
         size = max([self._text_view.get_vocab_size(), *(i + 1 for i in added)])
         unk = getattr(backend.model, "unk_token", None)
         self._control_ids = frozenset(control.values())
-        super().__init__(
-            size, control, facts, add_bos=add_bos, unk=None if unk is None else backend.token_to_id(unk)
-        )
+        super().__init__(size, control, facts, add_bos, None if unk is None else backend.token_to_id(unk))
         self.drops_space = drops_space
         self._byte_level = byte_level
         # Metaspace's scheme "first" gives the prefix to the start of the whole text alone.
         self._prefix_each = b'"prepend_scheme":"first"' not in _state(backend.pre_tokenizer)
+        # The library looks for "normalized" tokens once Prepend has done its work.
+        if b'"Prepend"' in _state(backend.normalizer):
+            self._no_prefix_after = frozenset(i for i, token in added.items() if token.normalized)
 
     def split_control(self, text: str) -> list[str | int]:
         """Splits text at its control tokens: ordinary text as strings, control tokens as ids."""
-        parts, end = [], 0
+        text, parts, end = valid(text), [], 0
         # The library's own matching: it honours lstrip, rstrip, single_word and normalized.
         encoding = self._control_view.encode(text, add_special_tokens=False)
         for token, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
-            if text[start:stop].strip() in self._spellings and token in self._control_ids:
+            if text[start:stop].replace("▁", " ").strip() in self._spellings and token in self._control_ids:
                 parts += [text[end:start], token]
                 end = stop
         return [part for part in (*parts, text[end:]) if part != ""]
@@ -120,6 +121,9 @@ class BPETokenizer(BaseTokenizer):
             if byte := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):
                 return bytes.fromhex(byte[1])
         return piece.encode() if self._byte_level else piece.replace("▁", " ").encode()
+
+    def _with_control(self, text: str) -> list[int]:
+        return self._control_view.encode(text, add_special_tokens=False).ids
 
     def _plain(self, text: str, *, prefix: bool) -> list[int]:
         return (self._text_view if prefix else self._inner_view).encode(text, add_special_tokens=False).ids
@@ -152,7 +156,7 @@ class TiktokenTokenizer(BaseTokenizer):
             facts.special_tokens
         )
         facts = dataclasses.replace(facts, special_tokens=special)
-        super().__init__(len(ranks) + 256, control, facts, add_bos=True)
+        super().__init__(len(ranks) + 256, control, facts, add_bos=True, unk=None)
         self._encoding = tiktoken.Encoding(
             "llama3", pat_str=LLAMA3_REGEX, mergeable_ranks=ranks, special_tokens={}
         )
@@ -167,7 +171,7 @@ class TiktokenTokenizer(BaseTokenizer):
 
 
 def llama3_control_tokens() -> dict[str, int]:
-    """Names of ids 128000 to 128255: the 3.1 list, and names from other releases that do not clash with it."""
+    """Names of ids 128000 to 128255: the 3.1 list, and names of other releases that do not clash."""
     names = ["begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1"]
     names += [
         "finetune_right_pad_id",
@@ -200,15 +204,14 @@ def load_tokenizer_json(path: Path, facts: Facts) -> BPETokenizer:
     strips = b'"Strip"' in decoder or (
         b'"Metaspace"' in decoder and b'"prepend_scheme":"never"' not in decoder
     )
-    bos = facts.special_tokens.get("bos_token")
-    first = backend.encode("a").tokens[:1]
+    bos = backend.token_to_id(facts.special_tokens.get("bos_token", ""))
     return BPETokenizer(
         backend,
         facts,
         added=backend.get_added_tokens_decoder(),
         byte_level=byte_level,
         drops_space=strips and not byte_level,
-        add_bos=first == [bos] or first == [backend.id_to_token(facts.bos_id or 0)],
+        add_bos=backend.encode("a").ids[:1] == [facts.bos_id if bos is None else bos],
     )
 
 
@@ -268,7 +271,7 @@ def _state(component: Any) -> bytes:
 
 
 def _chunks(text: str) -> Iterator[str]:
-    """Cuts text as Meta does: tiktoken fails on a million characters and is slow on long runs of one kind."""
+    """Cuts text as Meta does: tiktoken fails on a million characters, and long runs make it slow."""
     for start in range(0, len(text), 400_000):
         part, begin = text[start : start + 400_000], 0
         for run in re.finditer(r"\s+|\S+", part) if len(part) > 25_000 else ():

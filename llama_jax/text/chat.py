@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from llama_jax.text.tokenizer import Tokenizer, any_of, spellings
 
 Message = Mapping[str, Any]
+Tools = Sequence[Any] | None
 
 # What separates turns in formats that spell it as ordinary text; typed in a message, it would forge a turn.
 _MARKER = re.compile(r"\[/?INST\]|<</?SYS>>|<\|[\w ]+\|>")
@@ -38,11 +39,7 @@ class ChatFormat(Protocol):
     stop_ids: tuple[int, ...]
 
     def prompt(
-        self,
-        messages: Sequence[Message],
-        *,
-        tools: Sequence[Any] | None = None,
-        add_generation_prompt: bool = True,
+        self, messages: Sequence[Message], *, tools: Tools = None, add_generation_prompt: bool = True
     ) -> list[int]:
         """Encodes the conversation; with `add_generation_prompt` it ends where the reply begins."""
         ...
@@ -56,12 +53,7 @@ def chat_format(tokenizer: Tokenizer, name: str | None = None) -> ChatFormat:
         name: "llama2", "llama3", "codellama70b" or "template" force a format. None takes the checkpoint's own
             template, else the format of the generation that the vocabulary belongs to.
     """
-    formats: dict[str, Callable[[Tokenizer], ChatFormat]] = {
-        "template": TemplateChat,
-        "llama3": Llama3Chat,
-        "codellama70b": CodeLlama70BChat,
-        "llama2": Llama2Chat,
-    }
+    formats = {form.name: form for form in (TemplateChat, Llama3Chat, CodeLlama70BChat, Llama2Chat)}
     if name is None:
         control = tokenizer.control_tokens
         known = {
@@ -72,9 +64,7 @@ def chat_format(tokenizer: Tokenizer, name: str | None = None) -> ChatFormat:
         }
         name = next((key for key in formats if known[key]), None)
         if name is None:
-            raise ChatError(
-                "this model has no chat format (no chat template, no known vocabulary): use generate"
-            )
+            raise ChatError("this model has no chat format (no template, no known vocabulary): use generate")
     if name not in formats:
         raise ChatError(f"unknown chat format {name!r}: choose one of {', '.join(sorted(formats))}")
     return formats[name](tokenizer)
@@ -83,8 +73,8 @@ def chat_format(tokenizer: Tokenizer, name: str | None = None) -> ChatFormat:
 class Llama2Chat:
     """Llama 2 Chat and Code Llama Instruct 7B, 13B and 34B.
 
-    `[INST]` and its kin are ordinary text to this tokenizer, so a message that contains them could forge a turn.
-    Meta's code withholds the reply to such a message; this refuses it.
+    `[INST]` and its kin are ordinary text to this tokenizer, so a message that contains them could forge a
+    turn. Meta's code withholds the reply to such a message; this refuses it.
     """
 
     name = "llama2"
@@ -95,11 +85,7 @@ class Llama2Chat:
         self.stop_ids = tokenizer.stop_ids
 
     def prompt(
-        self,
-        messages: Sequence[Message],
-        *,
-        tools: Sequence[Any] | None = None,
-        add_generation_prompt: bool = True,
+        self, messages: Sequence[Message], *, tools: Tools = None, add_generation_prompt: bool = True
     ) -> list[int]:
         """Encodes the conversation: each turn on its own, with BOS and, once answered, EOS."""
         _no_tools(tools, self.name)
@@ -127,8 +113,8 @@ class Llama2Chat:
 class Llama3Chat:
     """Llama 3, 3.1, 3.2 (text) and 3.3.
 
-    Contents are stripped, as in Meta's llama3 repository and in Hugging Face's templates (llama-models does not).
-    No system prompt is added and no date; the tool role is written `ipython`.
+    Contents are stripped, as in Meta's llama3 repository and in Hugging Face's templates (llama-models does
+    not). No system prompt is added and no date; the tool role is written `ipython`.
     """
 
     name = "llama3"
@@ -141,11 +127,7 @@ class Llama3Chat:
         self.stop_ids = tuple(tokenizer.control_tokens[s] for s in stops if s in tokenizer.control_tokens)
 
     def prompt(
-        self,
-        messages: Sequence[Message],
-        *,
-        tools: Sequence[Any] | None = None,
-        add_generation_prompt: bool = True,
+        self, messages: Sequence[Message], *, tools: Tools = None, add_generation_prompt: bool = True
     ) -> list[int]:
         """Encodes the conversation: a header and a content for every message, each encoded on its own."""
         _no_tools(tools, self.name)
@@ -172,11 +154,7 @@ class CodeLlama70BChat:
         self.stop_ids = tuple(sorted({*tokenizer.stop_ids, *self._step}))
 
     def prompt(
-        self,
-        messages: Sequence[Message],
-        *,
-        tools: Sequence[Any] | None = None,
-        add_generation_prompt: bool = True,
+        self, messages: Sequence[Message], *, tools: Tools = None, add_generation_prompt: bool = True
     ) -> list[int]:
         """Encodes the conversation; an empty system message comes first where there is none."""
         _no_tools(tools, self.name)
@@ -198,9 +176,9 @@ class CodeLlama70BChat:
 class TemplateChat:
     """The Jinja template that a checkpoint ships, rendered as transformers does, in a sandbox.
 
-    transformers encodes the rendered text, so a control string typed in a message becomes a control token. Here
-    such strings are hidden behind private-use characters while the template runs. The text is then split at the
-    control tokens it still has, which the template wrote, and the rest is encoded as ordinary text.
+    transformers encodes the rendered text, so a control string typed in a message becomes a control token.
+    Here such strings are hidden behind private-use characters while the template runs. The text is then split
+    at the control tokens it still has, which the template wrote, and the rest is encoded as ordinary text.
     """
 
     name = "template"
@@ -213,11 +191,7 @@ class TemplateChat:
         self.stop_ids = tokenizer.stop_ids
 
     def prompt(
-        self,
-        messages: Sequence[Message],
-        *,
-        tools: Sequence[Any] | None = None,
-        add_generation_prompt: bool = True,
+        self, messages: Sequence[Message], *, tools: Tools = None, add_generation_prompt: bool = True
     ) -> list[int]:
         """Encodes the conversation, to the ids of transformers' `apply_chat_template` if it is harmless."""
         source = self._tokenizer.tool_template if tools else None
@@ -235,21 +209,21 @@ class TemplateChat:
             _refuse_markers(text, markers)
 
         mask = _Mask(self._tokenizer.control_tokens, used="".join([source, *strings]))
-        extra = {
-            **self._tokenizer.special_tokens,
-            "documents": None,
-            "add_generation_prompt": add_generation_prompt,
-        }
+        constants = {**self._tokenizer.special_tokens, "documents": None}
 
-        def parts(hide: Callable[[str, str], str]) -> list[str | int]:
-            return self._tokenizer.split_control(_render(source, {**extra, **_map_strings(hide, data)}))
+        def rendered(hide: Callable[[str, str], str]) -> str:
+            hidden = _map_strings(hide, data)
+            return _render(source, **constants, **hidden, add_generation_prompt=add_generation_prompt)
 
-        # Hide control strings only, so that a template that looks at the text sees almost all of it. If it joins
-        # pieces of text to a control string all the same, hide everything that control strings are made of.
-        light = parts(lambda text, _: self._control.sub(lambda match: mask.hide_edges(match[0]), text))
-        full = parts(mask.hide)
-        chosen = light if _ids(light) == _ids(full) else full
-        return self._tokenizer.encode_parts([mask.show(p) if isinstance(p, str) else p for p in chosen])
+        # Hide control strings only, so that a template that looks at the text sees almost all of it. If it
+        # joins pieces of text to a control string all the same, hide all that control strings are made of.
+        text = rendered(lambda text, _: self._control.sub(lambda match: mask.hide_edges(match[0]), text))
+        parts, safe = (self._tokenizer.split_control(t) for t in (text, rendered(mask.hide)))
+        if _ids(parts) != _ids(safe):
+            parts = safe
+        elif mask.show(text) == text:
+            return self._tokenizer.encode(text, control=True)
+        return self._tokenizer.encode_parts([mask.show(p) if isinstance(p, str) else p for p in parts])
 
 
 class _Mask:
@@ -262,13 +236,10 @@ class _Mask:
         free = (c for c in map(chr, range(0xE000, 0xF900)) if c not in used and f"\\u{ord(c):x}" not in used)
         hidden = dict(zip(chars, free, strict=False))
         if len(hidden) < len(chars):
-            raise ChatError(
-                "the conversation uses nearly every private-use character (U+E000 to U+F8FF): remove some"
-            )
+            raise ChatError("the conversation uses nearly all private-use characters, U+E000 to U+F8FF")
         self._all = str.maketrans(hidden)
-        self._edges = str.maketrans(
-            {char: hidden[char] for name in self._names for char in (name[0], name[-1])}
-        )
+        edges = {char for name in self._names for char in (name[0], name[-1])}
+        self._edges = str.maketrans({char: hidden[char] for char in edges})
         # A template's tojson(ensure_ascii=true) writes the six characters \ue000 for one.
         self._shown = {code: char for char, code in hidden.items()}
         self._shown |= {f"\\u{ord(code):x}": json.dumps(char)[1:-1] for char, code in hidden.items()}
@@ -280,35 +251,24 @@ class _Mask:
 
     def hide(self, text: str, key: str) -> str:
         """Hides what could begin or end a control string, and a text that could be the middle of one."""
+        # Roles and types are compared with the template's own words: hide no more of them than the edges.
         if key not in ("role", "type") and any(text.strip() in name for name in self._names):
             return text.translate(self._all)
-        return text.translate(
-            self._edges
-        )  # of a role or type no more: templates compare those with their own
+        return self.hide_edges(text)
 
     def show(self, text: str) -> str:
         """Undoes both."""
         return self._codes.sub(lambda match: self._shown[match[0]], text)
 
 
-def _render(source: str, variables: Mapping[str, Any]) -> str:
+def _render(source: str, **variables: Any) -> str:
     """Renders a chat template; whatever goes wrong in it is a `ChatTemplateError`."""
-    import jinja2
-
     try:
         return _compile(source).render(**variables)
-    except jinja2.exceptions.SecurityError as error:
-        raise ChatTemplateError(f"the chat template reaches for what the sandbox forbids: {error}") from error
-    except jinja2.TemplateSyntaxError as error:
-        raise ChatTemplateError(
-            f"line {error.lineno} of the chat template is not Jinja: {error.message}"
-        ) from error
-    except jinja2.UndefinedError as error:
-        raise ChatTemplateError(f"the chat template needs what the messages do not have: {error}") from error
-    except jinja2.TemplateError as error:
-        raise ChatTemplateError(f"the chat template refuses the conversation: {error}") from error
-    except Exception as error:  # whatever the template's expressions raise
-        raise ChatTemplateError(f"the chat template failed: {type(error).__name__}: {error}") from error
+    except Exception as error:  # of Jinja, of the sandbox, or whatever the template's expressions raise
+        kind, line = type(error).__name__, getattr(error, "lineno", None)
+        where = f" in line {line}" if line else ""
+        raise ChatTemplateError(f"the chat template failed with {kind}{where}: {error}") from error
 
 
 @functools.lru_cache(maxsize=8)
@@ -338,9 +298,12 @@ def _compile(source: str) -> Any:
             x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
         )
 
-    environment = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, ext.loopcontrols]
-    )
+    class Sandbox(sandbox.ImmutableSandboxedEnvironment):
+        def unsafe_undefined(self, obj: Any, attribute: str) -> Any:  # Jinja's own prints as nothing
+            raise jinja2.exceptions.SecurityError(f"a template may not reach for {attribute!r}")
+
+    extensions = [GenerationTag, ext.loopcontrols]
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
@@ -352,12 +315,10 @@ def _map_strings(change: Callable[[str, str], str], value: Any, key: str = "") -
     if isinstance(value, str):
         return change(str(value), key)
     if isinstance(value, Mapping):
-        return {change(k, "type"): _map_strings(change, item, k) for k, item in value.items()}
+        return {change(str(k), "type"): _map_strings(change, item, k) for k, item in value.items()}
     if isinstance(value, list | tuple):
         return [_map_strings(change, item) for item in value]
-    if value is None or isinstance(value, bool | int | float):
-        return value
-    raise ChatError(f"messages and tools must be made of JSON values, not of {type(value).__name__}")
+    return value
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -365,11 +326,12 @@ def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from (key, *_strings(item))
+        yield from _strings([*value.keys(), *value.values()])
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _strings(item)
+    elif value is not None and not isinstance(value, bool | int | float):
+        raise ChatError(f"messages and tools must be made of JSON values, not of {type(value).__name__}")
 
 
 def _ids(parts: Sequence[str | int]) -> list[int]:
@@ -410,7 +372,7 @@ def _refuse_markers(text: str, markers: Iterable[str]) -> None:
             )
 
 
-def _no_tools(tools: Sequence[Any] | None, name: str) -> None:
+def _no_tools(tools: Tools, name: str) -> None:
     if tools:
         raise ChatError(f"the {name} format has no tools: use a checkpoint whose chat template has them")
 

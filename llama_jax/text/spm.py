@@ -16,8 +16,8 @@ _UNKNOWN, _BYTE = 2, 6
 class SentencePieceTokenizer(BaseTokenizer):
     """A serialized SentencePiece model.
 
-    Text after a control token gets SentencePiece's leading space again, as in Meta's code and llama.cpp; where
-    the checkpoint says `legacy: false`, only the start of the whole text does.
+    Text after a control token gets SentencePiece's leading space again, as in Meta's code and llama.cpp.
+    Where the checkpoint says `legacy: false`, only the start of the whole text gets it.
     """
 
     def __init__(self, model: bytes, facts: Facts, *, source: str):

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 class StreamDecoder:
     """Turns ids into text as they come; the pieces join to exactly `tokenizer.decode(all ids)`.
 
-    Ids become bytes and bytes become characters, so a character split over several tokens is held back until it
+    Ids become bytes and bytes become characters: a character split over several tokens is held back until it
     is whole, and the cost of a token does not depend on the length of the text before it.
     """
 

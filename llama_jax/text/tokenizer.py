@@ -1,7 +1,8 @@
 """Tokenizers behind one interface: text to ids and back, control tokens apart from text.
 
-The Llama family has three vocabularies: SentencePiece (`spm.py`: LLaMA 1 and 2, Code Llama), Meta's tiktoken file
-(`bpe.py`: Llama 3) and Hugging Face's `tokenizer.json` (`bpe.py`: any). A GGUF file holds the first or the last.
+The Llama family has three vocabularies: SentencePiece (`spm.py`: LLaMA 1 and 2, Code Llama), Meta's tiktoken
+file (`bpe.py`: Llama 3) and Hugging Face's `tokenizer.json` (`bpe.py`: any). A GGUF file holds the first or
+the last.
 
 A *control token* is an id that steers the model and is not text (`<s>`, `<|eot_id|>`). Text never becomes one
 unless the caller asks for it with `control=True`, and decoded text does not show them.
@@ -93,18 +94,11 @@ class BaseTokenizer:
 
     drops_space = False
     _prefix_each = True  # does text after a control token get the prefix that the start of a text gets?
+    _no_prefix_after: frozenset[int] = frozenset()  # but not after these control tokens
 
-    def __init__(
-        self,
-        vocab_size: int,
-        control: Mapping[str, int],
-        facts: Facts,
-        *,
-        add_bos: bool,
-        unk: int | None = None,
-    ):
+    def __init__(self, size: int, control: Mapping[str, int], facts: Facts, add_bos: bool, unk: int | None):
         special = facts.special_tokens
-        self.vocab_size = vocab_size
+        self.vocab_size = size
         self.control_tokens: Mapping[str, int] = dict(control)
         self.special_tokens: Mapping[str, str] = special
         self.chat_template, self.tool_template = facts.chat_template, facts.tool_template
@@ -121,13 +115,12 @@ class BaseTokenizer:
         """Encodes text; control strings in it become ids only with `control=True`."""
         if bos and self.bos_id is None:
             raise ValueError("this tokenizer has no BOS token: encode with bos=False")
-        text = _valid(text)
-        ids = self.encode_parts(self.split_control(text) if control else [text])
+        ids = self._with_control(valid(text)) if control else self.encode_parts([text])
         return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
 
     def split_control(self, text: str) -> list[str | int]:
         """Splits text at its control tokens: ordinary text as strings, control tokens as ids."""
-        parts, end = [], 0
+        text, parts, end = valid(text), [], 0
         for match in self._control_regex.finditer(text):
             parts += [text[end : match.start()], self._spellings[match[0]]]
             end = match.end()
@@ -140,7 +133,8 @@ class BaseTokenizer:
             if isinstance(part, int):
                 ids.append(part)
             elif part:
-                ids += self._ordinary(_valid(part), prefix=i == 0 or self._prefix_each)
+                prefix = i == 0 or (self._prefix_each and parts[i - 1] not in self._no_prefix_after)
+                ids += self._ordinary(valid(part), prefix=prefix)
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -162,8 +156,8 @@ class BaseTokenizer:
                 "this vocabulary has no infill tokens (▁<PRE>, ▁<SUF>, ▁<MID>): use Code Llama 7B or 13B"
             )
         pre, suf, mid = (self.control_tokens[name] for name in names)
-        head = self._ordinary(_valid(prefix), prefix=True) if prefix else []
-        tail = self._ordinary(_valid(suffix), prefix=False) if suffix else []
+        head = self._ordinary(valid(prefix), prefix=True) if prefix else []
+        tail = self._ordinary(valid(suffix), prefix=False) if suffix else []
         if suffix_first:
             return [self.bos_id, pre, suf, *tail, mid, *head]
         return [self.bos_id, pre, *head, suf, *tail, mid]
@@ -176,8 +170,11 @@ class BaseTokenizer:
         """Encodes text as the library does, with or without the prefix that the start of a text gets."""
         raise NotImplementedError
 
+    def _with_control(self, text: str) -> list[int]:
+        return self.encode_parts(self.split_control(text))
+
     def _ordinary(self, text: str, *, prefix: bool) -> list[int]:
-        """Encodes text to ids none of which is a control token, even if the vocabulary spells one as a piece."""
+        """Encodes text to ids that are no control tokens, even if the vocabulary has one as a plain piece."""
         ids = self._plain(text, prefix=prefix)
         if self._never_text.isdisjoint(ids):
             return ids
@@ -277,9 +274,7 @@ def gguf_array(metadata: Mapping[str, Any], key: str, length: int | None = None)
         raise ValueError(f"the GGUF file has no tokenizer.ggml.{key}: convert the model again")
     values = values.tolist() if hasattr(values, "tolist") else list(values)
     if length is not None and len(values) != length:
-        raise ValueError(
-            f"tokenizer.ggml.{key} has {len(values)} entries for {length} tokens: the file is damaged"
-        )
+        raise ValueError(f"tokenizer.ggml.{key} has {len(values)} entries, not {length}: the file is damaged")
     return values
 
 
@@ -351,7 +346,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _valid(text: str) -> str:
+def valid(text: str) -> str:
     """Replaces lone surrogates, which no encoding of text can hold, by U+FFFD."""
     try:
         text.encode()

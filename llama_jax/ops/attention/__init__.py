@@ -5,9 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from llama_jax.ops.attention import reference, xla
+from llama_jax.ops.attention import cpu, reference, xla
 
-IMPLEMENTATIONS = {"reference": reference.attention, "xla": xla.attention}
+IMPLEMENTATIONS = {"reference": reference.attention, "xla": xla.attention, "cpu": cpu.attention}
 
 # Scores [B, K, G, T, S] of more queries than this are computed block by block, to bound memory.
 QUERY_BLOCK = 1024
@@ -32,7 +32,7 @@ def dot_product_attention(
       slots_BT: int: index along S of each query's own key. A slot of S or more (padding) sees every key.
       segment_ids_BT: int: documents packed in one row do not see each other; needs S = T.
       scale: what the scores are multiplied by.
-      implementation: "reference" or "xla" (`jax.nn.dot_product_attention`); None chooses.
+      implementation: "reference", "xla" (`jax.nn.dot_product_attention`) or "cpu"; None chooses by platform.
 
     Returns:
       [B, T, K, G, H] in q's dtype.
@@ -40,17 +40,22 @@ def dot_product_attention(
     Raises:
       ValueError: an unknown implementation.
     """
-    name = implementation or "reference"
+    name = implementation or ("cpu" if _platform() == "cpu" else "xla")
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"attention implementation {name!r} is unknown; there are {', '.join(IMPLEMENTATIONS)}")
-    attend = IMPLEMENTATIONS[name]
+
+    def attend(q, k, v, mask):
+        return IMPLEMENTATIONS[name](q, k, v, mask_BTS=mask, scale=scale)
+
+    if name != "reference":  # written for one device's rows and heads; none needs another's
+        attend = jax.shard_map(attend, out_specs=jax.typeof(q_BTKGH).sharding.spec)
     key_segments_BS = segment_ids_BT
 
     def block(q, slots, segments):
         mask_BTS = jnp.arange(k_BSKH.shape[1]) <= slots[..., None]
         if segments is not None:
             mask_BTS &= segments[..., None] == key_segments_BS[:, None, :]
-        return attend(q, k_BSKH, v_BSKH, mask_BTS=mask_BTS, scale=scale)
+        return attend(q, k_BSKH, v_BSKH, mask_BTS)
 
     T = q_BTKGH.shape[1]
     if T <= QUERY_BLOCK:
@@ -62,3 +67,9 @@ def dot_product_attention(
         segments = None if segment_ids_BT is None else segment_ids_BT[:, part]
         blocks.append(block(q_BTKGH[:, part], slots_BT[:, part], segments))
     return jnp.concatenate(blocks, axis=1)
+
+
+def _platform() -> str:
+    """Of the mesh in use, which may be a machine that is not there (ahead-of-time compilation)."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device is not None else jax.default_backend()

@@ -2,9 +2,9 @@ import random
 import time
 
 import pytest
-from tests.text.conftest import CORPUS, load, random_texts
 
 from llama_jax.text.stream import StopStrings, StreamDecoder
+from tests.text.helpers import CORPUS, load, random_texts
 
 
 @pytest.fixture(params=["smollm2", "llama3", "sp_tokenizer", "legacy", "metaspace"])
@@ -31,7 +31,7 @@ def test_pieces_join_to_decode(tokenizer):
 
 
 def test_characters_and_spaces_survive_token_by_token(tokenizer):
-    text = " Hi 🦙 你好,  two spaces\n\n the end "
+    text = "Hi 🦙 你好 ﷺ,  two spaces\n\n the end "
     stream = StreamDecoder(tokenizer)
     pieces = [stream.push([i]) for i in tokenizer.encode(text)]
     assert "".join(pieces) + stream.finish() == text
