@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from llama_jax.config import ModelConfig
 from llama_jax.sharding import ShardingRules
 
-AXES = ("batch", "cache_seq", "kv_heads", "head_dim")
+AXES = ("batch", "kv_heads", "cache_seq", "head_dim")  # a head's keys lie together: attention reads them in order
 
 
 @jax.tree_util.register_dataclass
@@ -23,7 +23,7 @@ class LayerCache:
     """Keys (rotated) and values of one layer, or of all layers stacked in front.
 
     Attributes:
-      k: [B, S, K, H] or [L, B, S, K, H], in the compute dtype.
+      k: [B, K, S, H] or [L, B, K, S, H], in the compute dtype.
       v: likewise.
     """
 
@@ -39,7 +39,7 @@ def init(
     config: ModelConfig, rules: ShardingRules, *, batch: int, size: int, dtype: str, stacked: bool = False
 ) -> KVCache:
     """An empty cache of `size` slots for `batch` rows, sharded over the mesh in use. Bytes: see `num_bytes`."""
-    shape = (batch, size, config.num_kv_heads, config.head_dim)
+    shape = (batch, config.num_kv_heads, size, config.head_dim)
     spec = rules.spec(AXES, shape)
     if stacked:
         shape, spec = (config.num_layers, *shape), jax.P(None, *spec)
@@ -59,25 +59,45 @@ def num_bytes(config: ModelConfig, *, batch: int, size: int, dtype: str) -> int:
 
 def write(layer: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, slots_BT: jax.Array) -> LayerCache:
     """Writes each row's T keys and values at its own slots; slots past the end are dropped, never clamped."""
-    rows_B1 = jnp.arange(k_BTKH.shape[0])[:, None]
+    put = _put_one if slots_BT.shape[1] == 1 else _put_many
+    return LayerCache(put(layer.k, k_BTKH, slots_BT), put(layer.v, v_BTKH, slots_BT))
 
-    def put(cache, new):
-        spec = jax.typeof(cache).sharding.spec
-        return cache.at[rows_B1, slots_BT].set(new.astype(cache.dtype), mode="drop", out_sharding=spec)
 
-    return LayerCache(put(layer.k, k_BTKH), put(layer.v, v_BTKH))
+def _put_many(cache_BKSH: jax.Array, new_BTKH: jax.Array, slots_BT: jax.Array) -> jax.Array:
+    rows_B1 = jnp.arange(len(new_BTKH))[:, None]
+    spec = jax.typeof(cache_BKSH).sharding.spec
+    new_BTKH = new_BTKH.astype(cache_BKSH.dtype)
+    return cache_BKSH.at[rows_B1, :, slots_BT].set(new_BTKH, mode="drop", out_sharding=spec)
+
+
+def _put_one(cache_BKSH: jax.Array, new_B1KH: jax.Array, slots_B1: jax.Array) -> jax.Array:
+    """A dropping scatter of one row becomes a select over the whole cache in XLA; this writes one slot."""
+    last = cache_BKSH.shape[2] - 1
+
+    def put(cache_KSH, new_1KH, slots_1):
+        at = (0, jnp.minimum(slots_1[0], last), 0)
+        new_K1H = new_1KH.swapaxes(0, 1).astype(cache_KSH.dtype)
+        old_K1H = jax.lax.dynamic_slice(cache_KSH, at, new_K1H.shape)
+        return jax.lax.dynamic_update_slice(cache_KSH, jnp.where(slots_1[0] <= last, new_K1H, old_K1H), at)
+
+    return jax.vmap(put)(cache_BKSH, new_B1KH, slots_B1)
+
+
+def of_tokens(k_BTKH: jax.Array, v_BTKH: jax.Array) -> LayerCache:
+    """The keys and values of T tokens as a cache of T slots."""
+    return LayerCache(k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2))
 
 
 def prefix(layer: LayerCache, span: int | None) -> LayerCache:
     """The first `span` slots: what attention needs to read when no later slot can be seen."""
-    if span is None or span >= layer.k.shape[1]:
+    if span is None or span >= num_slots(layer):
         return layer
-    return LayerCache(layer.k[:, :span], layer.v[:, :span])
+    return LayerCache(layer.k[:, :, :span], layer.v[:, :, :span])
 
 
 def num_slots(cache: KVCache) -> int:
     """S, the size of a cache."""
-    return (cache.k if isinstance(cache, LayerCache) else cache[0].k).shape[-3]
+    return (cache.k if isinstance(cache, LayerCache) else cache[0].k).shape[-2]
 
 
 def grow(cache: KVCache, size: int) -> KVCache:
@@ -85,7 +105,7 @@ def grow(cache: KVCache, size: int) -> KVCache:
 
     def pad(x):
         extra = [(0, 0)] * x.ndim
-        extra[-3] = (0, size - x.shape[-3])
+        extra[-2] = (0, size - x.shape[-2])
         return jnp.pad(x, extra)
 
     return jax.tree.map(pad, cache)

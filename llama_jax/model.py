@@ -70,14 +70,15 @@ class Attention(nnx.Module):
             q_BTKGH = apply_rope(einsum("BTD,DKGH->BTKGH", x_BTD, self.wq, out_sharding=grouped), angles)
             k_BTKH = apply_rope(einsum("BTD,DKH->BTKH", x_BTD, self.wk, out_sharding=heads), angles)
             v_BTKH = einsum("BTD,DKH->BTKH", x_BTD, self.wv, out_sharding=heads)
-        keys, new = LayerCache(k_BTKH, v_BTKH), None
-        if layer is not None:
-            with jax.named_scope("cache"):
+        with jax.named_scope("cache"):
+            if layer is None:
+                new, seen = None, kv_cache.of_tokens(k_BTKH, v_BTKH)
+            else:
                 new = kv_cache.write(layer, k_BTKH, v_BTKH, slots_BT)
-                keys = kv_cache.prefix(new, span)
+                seen = kv_cache.prefix(new, span)
         with jax.named_scope("attention"):
             out_BTKGH = dot_product_attention(
-                q_BTKGH, keys.k, keys.v, slots_BT=slots_BT, segment_ids_BT=segment_ids_BT, scale=H**-0.5,
+                q_BTKGH, seen.k, seen.v, slots_BT=slots_BT, segment_ids_BT=segment_ids_BT, scale=H**-0.5,
                 implementation=self.implementation,
             )  # fmt: skip
         with jax.named_scope("out"):

@@ -113,7 +113,8 @@ class ShardingRules:
             raise ValueError("no mesh is in use: wrap the call in `with jax.set_mesh(llama.mesh):`")
         spec, used = [], set()
         for axis, size in zip(axes, shape, strict=True):
-            mesh_axes = self._mesh_axes(axis)
+            # An axis of one device splits nothing: naming it would only keep dimensions from being merged.
+            mesh_axes = tuple(name for name in self._mesh_axes(axis) if sizes[name] > 1)
             if size % math.prod(sizes[name] for name in mesh_axes):
                 mesh_axes = ()
             if used & set(mesh_axes):

@@ -15,8 +15,8 @@ QUERY_BLOCK = 1024
 
 def dot_product_attention(
     q_BTKGH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
     *,
     slots_BT: jax.Array,
     segment_ids_BT: jax.Array | None = None,
@@ -27,8 +27,8 @@ def dot_product_attention(
 
     Args:
       q_BTKGH: queries: K kv heads, each shared by G query heads.
-      k_BSKH: keys: a cache of S slots, or those of the same T tokens (S = T).
-      v_BSKH: values.
+      k_BKSH: keys: a cache of S slots, or those of the same T tokens (S = T).
+      v_BKSH: values.
       slots_BT: int: index along S of each query's own key. A slot of S or more (padding) sees every key.
       segment_ids_BT: int: documents packed in one row do not see each other; needs S = T.
       scale: what the scores are multiplied by.
@@ -52,10 +52,10 @@ def dot_product_attention(
     key_segments_BS = segment_ids_BT
 
     def block(q, slots, segments):
-        mask_BTS = jnp.arange(k_BSKH.shape[1]) <= slots[..., None]
+        mask_BTS = jnp.arange(k_BKSH.shape[2]) <= slots[..., None]
         if segments is not None:
             mask_BTS &= segments[..., None] == key_segments_BS[:, None, :]
-        return attend(q, k_BSKH, v_BSKH, mask_BTS)
+        return attend(q, k_BKSH, v_BKSH, mask_BTS)
 
     T = q_BTKGH.shape[1]
     if T <= QUERY_BLOCK:

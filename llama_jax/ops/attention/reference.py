@@ -5,11 +5,11 @@ import jax.numpy as jnp
 
 
 def attention(
-    q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, mask_BTS: jax.Array, scale: float
+    q_BTKGH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, *, mask_BTS: jax.Array, scale: float
 ) -> jax.Array:
     """softmax(q k^T * scale) v, the softmax in float32; `mask_BTS` is true where a query may look."""
     precision = jax.lax.Precision.HIGHEST if q_BTKGH.dtype == jnp.float32 else None
-    scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, precision=precision) * scale
+    scores_BKGTS = jnp.einsum("BTKGH,BKSH->BKGTS", q_BTKGH, k_BKSH, precision=precision) * scale
     scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS.astype(jnp.float32), -jnp.inf)
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(q_BTKGH.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH, precision=precision)
+    return jnp.einsum("BKGTS,BKSH->BTKGH", weights_BKGTS, v_BKSH, precision=precision)
