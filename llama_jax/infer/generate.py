@@ -207,8 +207,13 @@ class Run:
       sampling: how they are chosen.
       cache: of an earlier run, donated; then `ids` is one row, which starts at slot `start`.
       start: see `cache`.
+      size: slots of a new cache; None fits them to the prompts.
       history: for the repetition penalty: tokens before `ids`.
       first_chunk: tokens in the first chunk after the first token; chunks double up to CHUNK. Streaming wants few.
+
+    Attributes:
+      state: after the last finished chunk; its cache outlives the run. None while a program runs, which owns it.
+      emitted: every token of the first row, those after a stop string included: what the cache holds.
     """
 
     def __init__(
@@ -220,6 +225,7 @@ class Run:
         sampling: Sampling,
         cache: KVCache | None = None,
         start: int = 0,
+        size: int | None = None,
         history: Sequence[int] = (),
         first_chunk: int = CHUNK,
     ):
@@ -228,13 +234,16 @@ class Run:
         self._max_new, self._sampling, self._first_chunk = max_new_tokens, sampling, first_chunk
         self._halt = np.zeros(pad_batch(len(ids)), bool)
         longest = start + max(map(len, ids))
-        self.size = num_slots(cache) if cache is not None else cache_size(llama, longest, max_new_tokens)
+        if cache is not None:
+            size = num_slots(cache)
+        self.size = size or cache_size(llama, longest, max_new_tokens)
         if longest > self.size:
             raise ValueError(
                 f"the prompt has {longest} tokens, but the cache has {self.size} slots: shorten the prompt"
                 + (" or raise max_seq_len" if self.size < llama.config.max_seq_len else "")
             )
         self.state: DecodeState | None = None
+        self.emitted: list[int] = []
 
     def halt(self, row: int) -> None:
         """Ends a row before the next chunk."""
@@ -253,8 +262,9 @@ class Run:
         steps, rest = self._first_chunk, self._max_new - 1
         while rest > 0 and (~self._halt & (np.asarray(self.state.finish_B) == RUNNING)).any():
             steps = min(steps, CHUNK, rest)
+            state, self.state = self.state, None
             self.state, tokens_BC, logprobs_BC = self._programs.decode(
-                self.state, self._on_rows(self._halt), steps, stop_ids, values
+                state, self._on_rows(self._halt), steps, stop_ids, values
             )
             yield self._rows(np.asarray(tokens_BC), np.asarray(logprobs_BC))
             rest -= steps
@@ -297,6 +307,7 @@ class Run:
 
     def _rows(self, tokens_BC: np.ndarray, logprobs_BC: np.ndarray):
         live = range(len(self._ids))
+        self.emitted += tokens_BC[0][tokens_BC[0] != NO_TOKEN].tolist()
         kept = [tokens_BC[i] != NO_TOKEN for i in live]
         return [tokens_BC[i][kept[i]].tolist() for i in live], [logprobs_BC[i][kept[i]].tolist() for i in live]
 

@@ -1,0 +1,106 @@
+"""What the scripts share: options of the model and of sampling, clear failures, progress. No JAX until it is needed."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llama_jax.weights.load import LoadedLlama
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+
+@dataclasses.dataclass
+class ModelArgs:
+    """Which model, and how it runs."""
+
+    model: str = DEFAULT_MODEL
+    """smollm2-135m-instruct (fetched once, 98 MB), a Hugging Face folder, a .gguf file or a Hugging Face hub id."""
+    mesh: str | None = None
+    """Devices, such as fsdp=2,tensor=4 (axes data, fsdp, tensor); default: all of them on tensor."""
+    dtype: str | None = None
+    """float32, bfloat16 or float16; default: float32 on CPU, bfloat16 on TPU and GPU."""
+    max_seq_len: int | None = None
+    """Slots of the key/value cache; default: what the call needs, up to the model's context."""
+    chat_format: str | None = None
+    """llama2, llama3, codellama70b or template; default: the checkpoint's own."""
+
+    def load(self) -> LoadedLlama:
+        """Loads the model."""
+        from llama_jax.weights.load import load
+
+        return load(
+            self.model, mesh=self.mesh, dtype=self.dtype, max_seq_len=self.max_seq_len, chat_format=self.chat_format
+        )
+
+
+@dataclasses.dataclass
+class SamplingArgs:
+    """How tokens are chosen."""
+
+    temperature: float = 0.0
+    """0 takes the most likely token; Meta's scripts use 0.6 with --top-p 0.9."""
+    top_k: int | None = None
+    """Keep the k most likely tokens."""
+    top_p: float | None = None
+    """Keep the most likely tokens that hold this much probability together."""
+    min_p: float | None = None
+    """Keep tokens at least this many times as likely as the most likely one."""
+    repetition_penalty: float | None = None
+    """Above 1 makes tokens that were there already less likely."""
+    seed: int = 0
+    """Of the random numbers."""
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of `generate` and `Conversation`, checked before anything is loaded."""
+        options = dataclasses.asdict(self)
+        from llama_jax.infer.sampling import Sampling
+
+        Sampling(**options)
+        return options
+
+
+@contextlib.contextmanager
+def fail_clearly() -> Iterator[None]:
+    """Turns expected errors into one line on stderr and exit code 1, and Ctrl-C into 130."""
+    try:
+        yield
+        sys.stdout.flush()
+    except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError):  # the reader left, as in `... | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)
+        if os.environ.get("LLAMA_JAX_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+@contextlib.contextmanager
+def token_progress(most: int) -> Iterator[Callable[[int], None]]:
+    """Tokens done and their rate, where stderr is a terminal.
+
+    Args:
+      most: tokens, if no row ends early.
+
+    Yields:
+      A function to call with the number of tokens just done.
+    """
+    if not sys.stderr.isatty():
+        yield lambda done: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("Generating"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=most)
+        yield lambda done: bar.advance(task, done)

@@ -1,0 +1,78 @@
+"""Talk to a Llama: one answer for a question, or a conversation that remembers.
+
+    python scripts/chat.py "What is the capital of France?"
+    python scripts/chat.py                     # a conversation; /reset starts over, /quit or Ctrl-D ends it
+
+On several devices each weight is split over all of them; --mesh fsdp=2,tensor=4 splits another way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from typing import Annotated
+
+import tyro
+
+from llama_jax.cli import ModelArgs, SamplingArgs, fail_clearly
+
+
+@dataclasses.dataclass
+class Args:
+    question: Annotated[str | None, tyro.conf.Positional] = None
+    """What to ask; leave it out for a conversation."""
+    system: str | None = None
+    """A system message to begin with."""
+    max_new_tokens: int = 512
+    """Most tokens of an answer."""
+    model: tyro.conf.OmitArgPrefixes[ModelArgs] = dataclasses.field(default_factory=ModelArgs)
+    sampling: tyro.conf.OmitArgPrefixes[SamplingArgs] = dataclasses.field(default_factory=SamplingArgs)
+
+
+def main(args: Args) -> None:
+    sampling = args.sampling.options()
+    llama = args.model.load()
+    from llama_jax import Conversation
+
+    def conversation() -> Conversation:
+        system = [{"role": "system", "content": args.system}] if args.system else []
+        return Conversation(llama, system, max_new_tokens=args.max_new_tokens, **sampling)
+
+    if args.question is not None:
+        show(conversation().ask(args.question))
+        return
+    talk = conversation()
+    if sys.stdin.isatty():
+        print("Ask something. /reset starts over, /quit or Ctrl-D ends, Ctrl-C stops an answer.", file=sys.stderr)
+    while (line := read()) is not None:
+        if line == "/quit":
+            break
+        if line == "/reset":
+            talk = conversation()
+        elif line:
+            try:
+                show(talk.ask(line))
+            except ValueError as error:
+                print(f"{error}\n(/reset starts a new conversation)", file=sys.stderr)
+            except KeyboardInterrupt:
+                print(" [stopped]", file=sys.stderr)
+
+
+def read() -> str | None:
+    """The next line without its end; None at the end of the input."""
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except (EOFError, KeyboardInterrupt):
+        return None
+
+
+def show(pieces: Iterator[str]) -> None:
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print(flush=True)
+
+
+if __name__ == "__main__":
+    with fail_clearly():
+        main(tyro.cli(Args, description=__doc__))

@@ -1,0 +1,77 @@
+"""Continue prompts with a Llama; all prompts run as one batch.
+
+    python scripts/generate.py --prompt "The capital of France is" --prompt "def fibonacci(n):" --max-new-tokens 32
+    python scripts/generate.py --prompts-file prompts.txt --json > completions.jsonl
+
+--json prints one object per prompt and line: prompt, text, tokens, finish_reason (and logprobs with --logprobs).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import tyro
+
+from llama_jax.cli import ModelArgs, SamplingArgs, fail_clearly, token_progress
+
+
+@dataclasses.dataclass
+class Args:
+    prompt: tyro.conf.UseAppendAction[list[str]] = dataclasses.field(default_factory=list)
+    """A prompt; may be given several times."""
+    prompts_file: Path | None = None
+    """A text file with one prompt a line, or a .jsonl file of {"prompt": ...}; - is standard input."""
+    max_new_tokens: int = 128
+    """Most tokens for each prompt."""
+    stop: tyro.conf.UseAppendAction[list[str]] = dataclasses.field(default_factory=list)
+    """A text that ends a completion; may be given several times."""
+    logprobs: bool = False
+    """Add each token's log-probability to the JSON."""
+    json: bool = False
+    """Print one JSON object per prompt."""
+    model: tyro.conf.OmitArgPrefixes[ModelArgs] = dataclasses.field(default_factory=ModelArgs)
+    sampling: tyro.conf.OmitArgPrefixes[SamplingArgs] = dataclasses.field(default_factory=SamplingArgs)
+
+
+def read_prompts(args: Args) -> list[str]:
+    prompts = list(args.prompt)
+    if args.prompts_file is not None:
+        text = sys.stdin.read() if str(args.prompts_file) == "-" else args.prompts_file.read_text(encoding="utf-8")
+        lines = [line for line in text.split("\n") if line.strip()]
+        if args.prompts_file.suffix == ".jsonl":
+            lines = [json.loads(line)["prompt"] for line in lines]
+        prompts += lines
+    if not prompts:
+        raise ValueError("no prompt: give --prompt TEXT or --prompts-file FILE")
+    return prompts
+
+
+def main(args: Args) -> None:
+    prompts = read_prompts(args)
+    sampling = args.sampling.options()
+    llama = args.model.load()
+    from llama_jax import generate
+
+    with token_progress(len(prompts) * args.max_new_tokens) as advance:
+        completions = generate(
+            llama, prompts, max_new_tokens=args.max_new_tokens, stop=args.stop, logprobs=args.logprobs,
+            on_tokens=advance, **sampling,
+        )  # fmt: skip
+    for prompt, completion in zip(prompts, completions, strict=True):
+        if args.json:
+            result = {"prompt": prompt} | dataclasses.asdict(completion)
+            if not args.logprobs:
+                del result["logprobs"]
+            print(json.dumps(result, ensure_ascii=False))
+        else:
+            print(prompt + completion.text)
+            if len(prompts) > 1:
+                print("-" * 40)
+
+
+if __name__ == "__main__":
+    with fail_clearly():
+        main(tyro.cli(Args, description=__doc__))
