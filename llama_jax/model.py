@@ -8,7 +8,7 @@ Modules declare parameters and are pure functions of them: the cache goes in and
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,7 @@ class Attention(nnx.Module):
         self.wo = params.weight((K, G, H, D), "kv_heads", "groups", "head_dim", "embed")
         self.rules, self.implementation = params.rules, implementation
 
-    def __call__(self, x_BTD, layer: LayerCache | None, *, angles, slots_BT, segment_ids_BT, span):
+    def __call__(self, x_BTD, layer: LayerCache | None, *, angles, slots_BT, segment_ids_BT, span, ordered):
         """Returns the attention output [B, T, D] and the layer's cache with the new keys and values."""
         B, T, _ = x_BTD.shape
         D, K, G, H = self.wq.shape
@@ -78,8 +78,8 @@ class Attention(nnx.Module):
                 seen = kv_cache.prefix(new, span)
         with jax.named_scope("attention"):
             out_BTKGH = dot_product_attention(
-                q_BTKGH, seen.k, seen.v, slots_BT=slots_BT, segment_ids_BT=segment_ids_BT, scale=H**-0.5,
-                implementation=self.implementation,
+                q_BTKGH, seen.k, seen.v, slots_BT=slots_BT, segment_ids_BT=segment_ids_BT, ordered=ordered,
+                scale=H**-0.5, implementation=self.implementation,
             )  # fmt: skip
         with jax.named_scope("out"):
             spec = self.rules.spec(("batch", "seq", "act_embed"), (B, T, D))
@@ -180,6 +180,7 @@ class Llama(nnx.Module):
         segment_ids_BT: jax.Array | None = None,
         cache: KVCache | None = None,
         span: int | None = None,
+        ordered: bool = False,
     ) -> tuple[jax.Array, KVCache | None]:
         """The residual stream after the last block.
 
@@ -190,6 +191,7 @@ class Llama(nnx.Module):
           segment_ids_BT: int32, for packed documents (without a cache).
           cache: keys and values of earlier positions.
           span: static bound on the slots that the queries can see; None is the whole cache.
+          ordered: with a cache, whether token t is at position t, padding excepted (true without a cache).
 
         Returns:
           [B, T, D] in `dtype`, and the cache with the new keys and values (None without a cache).
@@ -210,12 +212,8 @@ class Llama(nnx.Module):
         with jax.named_scope("embed"):
             x_BTD = self.embed.get_value().at[tokens_BT].get(out_sharding=spec).astype(self.dtype)
 
-        def apply(block: Block, x_BTD, layer):
-            return block(
-                x_BTD, layer, angles=angles, slots_BT=slots_BT, segment_ids_BT=segment_ids_BT, span=span
-            )
-
-        return apply_blocks(self.blocks, x_BTD, cache, apply)
+        where = {"angles": angles, "slots_BT": slots_BT, "segment_ids_BT": segment_ids_BT}
+        return apply_blocks(self.blocks, x_BTD, cache, where, {"span": span, "ordered": ordered or cache is None})
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Final norm and output head: float32 [B, T, V]. The product is in `dtype`, as in every reference."""
@@ -245,16 +243,23 @@ def _stack(x: jax.ShapeDtypeStruct, num_layers: int) -> jax.ShapeDtypeStruct:
 
 
 def apply_blocks(
-    blocks: nnx.List | Block,
-    x_BTD: jax.Array,
-    cache: KVCache | None,
-    apply: Callable[[Block, jax.Array, LayerCache | None], tuple[jax.Array, LayerCache | None]],
+    blocks: nnx.List | Block, x_BTD: jax.Array, cache: KVCache | None, where: dict[str, Any], static: dict[str, Any]
 ) -> tuple[jax.Array, KVCache | None]:
-    """Runs the blocks one after the other: the one function that knows how they lie in memory."""
+    """Runs the blocks one after the other: the one function that knows how they lie in memory.
+
+    Args:
+      blocks: a list, or one block with a leading layer axis.
+      x_BTD: the residual stream.
+      cache: one layer cache a block, stacked if the blocks are; None without a cache.
+      where: arrays that every block takes: angles, slots and segments.
+      static: what every block takes that is no array.
+    """
     if isinstance(blocks, Block):
-        return jax.lax.scan(lambda x, layer: apply(layer[0], x, layer[1]), x_BTD, (blocks, cache))
+        return jax.lax.scan(lambda x, layer: layer[0](x, layer[1], **where, **static), x_BTD, (blocks, cache))
+    # Jitted within the jitted step, so that a list of blocks is traced once and not once a layer.
+    apply = jax.jit(lambda block, x_BTD, layer, where: block(x_BTD, layer, **where, **static))
     layers = []
     for i, block in enumerate(blocks):
-        x_BTD, layer = apply(block, x_BTD, None if cache is None else cache[i])
+        x_BTD, layer = apply(block, x_BTD, None if cache is None else cache[i], where)
         layers.append(layer)
     return x_BTD, None if cache is None else tuple(layers)

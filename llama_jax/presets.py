@@ -159,7 +159,7 @@ def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
         head_dim=_or(hf.get("head_dim"), _divide(dim, heads)),
         norm_eps=hf.get("rms_norm_eps", 1e-6),  # HF's default; Llama 2 and later write 1e-5
         rope_theta=float(_or(rope.get("rope_theta"), _or(hf.get("rope_theta"), 10000.0))),
-        rope_scaling=_hf_scaling(rope, hf),
+        rope_scaling=_hf_scaling(rope),
         max_seq_len=hf.get("max_position_embeddings", 2048),
         tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
     )
@@ -170,10 +170,16 @@ def _hf_rope(hf: Mapping[str, Any]) -> Mapping[str, Any]:
     for rope in both:
         if not isinstance(rope, Mapping):
             raise ConfigError(f"config.json: RoPE parameters must be an object, got {rope!r}")
-    return both[0] if both else {}
+    if len(both) == 2 and _hf_scaling(both[0]) != _hf_scaling(both[1]):
+        raise ConfigError("config.json: rope_parameters and rope_scaling contradict each other; remove the wrong one")
+    rope = both[0] if both else {}
+    thetas = [theta for theta in (rope.get("rope_theta"), hf.get("rope_theta")) if theta is not None]
+    if len(set(thetas)) == 2:
+        raise ConfigError(f"config.json: rope_theta is both {thetas[0]} and {thetas[1]}; remove the wrong one")
+    return rope
 
 
-def _hf_scaling(rope: Mapping[str, Any], hf: Mapping[str, Any]) -> RopeScaling | None:
+def _hf_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("partial_rotary_factor", 1) not in (1, None):
         raise ConfigError(f"config.json: partial_rotary_factor = {rope['partial_rotary_factor']} is not supported")

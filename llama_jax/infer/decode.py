@@ -83,12 +83,13 @@ def prefill(
       The state, the first token of each row (NO_TOKEN where there is none) and its log-probability.
     """
     B, T = tokens_BT.shape
-    cache = model.init_cache(B, size) if cache is None else cache
+    fresh = cache is None
+    cache = model.init_cache(B, size) if fresh else cache
     row = jax.typeof(length_B).sharding.spec[0]
     order_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T), out_sharding=jax.P(row, None))
     # Padding goes past the end of the cache: its writes are dropped, and no later query sees it.
     positions_BT = jnp.where(order_BT < length_B[:, None], start_B[:, None] + order_BT, num_slots(cache) + T)
-    x_BTD, cache = model.hidden(tokens_BT, positions_BT=positions_BT, cache=cache, span=span)
+    x_BTD, cache = model.hidden(tokens_BT, positions_BT=positions_BT, cache=cache, span=span, ordered=fresh)
     last_B = jnp.maximum(length_B - 1, 0)
     spec = jax.typeof(x_BTD).sharding.spec
     x_B1D = x_BTD.at[jnp.arange(B)[:, None], last_B[:, None]].get(out_sharding=spec)

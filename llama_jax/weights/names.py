@@ -187,3 +187,13 @@ def check(tensors: dict[str, Tensor], config: ModelConfig, format: Format, path:
             f"{path}: {len(extra)} tensors that a Llama does not have, first {extra[0]!r}: leaving them out would give"
             " wrong results, so this model is not supported"
         )
+
+
+def to_stored(ours: np.ndarray, row: Row, config: ModelConfig, format: Format) -> np.ndarray:
+    """The inverse of `read`: one whole parameter as a format stores it, perhaps as a view."""
+    letters = "".join(row.stored)
+    stored = ours.transpose([row.axes.index(axis) for axis in letters])
+    if row.rope and format in INTERLEAVED:
+        *heads, H, D = stored.shape
+        stored = stored.reshape(*heads, 2, H // 2, D).swapaxes(-3, -2)
+    return stored.reshape(stored_shape(row, config))

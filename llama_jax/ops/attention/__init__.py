@@ -9,8 +9,10 @@ from llama_jax.ops.attention import cpu, reference, xla
 
 IMPLEMENTATIONS = {"reference": reference.attention, "xla": xla.attention, "cpu": cpu.attention}
 
-# Scores [B, K, G, T, S] of more queries than this are computed block by block, to bound memory.
+# Scores [B, K, G, T, S] are computed for blocks of queries: at most so many, to bound memory ...
 QUERY_BLOCK = 1024
+# ... and where queries are in order, not fewer than this, each block with only the keys before its end.
+SMALL_BLOCK = 128
 
 
 def dot_product_attention(
@@ -20,6 +22,7 @@ def dot_product_attention(
     *,
     slots_BT: jax.Array,
     segment_ids_BT: jax.Array | None = None,
+    ordered: bool = False,
     scale: float,
     implementation: str | None = None,
 ) -> jax.Array:
@@ -31,6 +34,7 @@ def dot_product_attention(
       v_BKSH: values.
       slots_BT: int: index along S of each query's own key. A slot of S or more (padding) sees every key.
       segment_ids_BT: int: documents packed in one row do not see each other; needs S = T.
+      ordered: whether query t's own key is in slot t, padding excepted: spares half the work.
       scale: what the scores are multiplied by.
       implementation: "reference", "xla" (`jax.nn.dot_product_attention`) or "cpu"; None chooses by platform.
 
@@ -49,24 +53,17 @@ def dot_product_attention(
 
     if name != "reference":  # written for one device's rows and heads; none needs another's
         attend = jax.shard_map(attend, out_specs=jax.typeof(q_BTKGH).sharding.spec)
-    key_segments_BS = segment_ids_BT
-
-    def block(q, slots, segments):
-        mask_BTS = jnp.arange(k_BKSH.shape[2]) <= slots[..., None]
-        if segments is not None:
-            mask_BTS &= segments[..., None] == key_segments_BS[:, None, :]
-        return attend(q, k_BKSH, v_BKSH, mask_BTS)
-
-    T = q_BTKGH.shape[1]
-    if T <= QUERY_BLOCK:
-        return block(q_BTKGH, slots_BT, segment_ids_BT)
-    starts = range(0, T, QUERY_BLOCK)
+    T, S = q_BTKGH.shape[1], k_BKSH.shape[2]
+    width = min(QUERY_BLOCK, max(SMALL_BLOCK, T // 16)) if ordered else QUERY_BLOCK
     blocks = []
-    for start in starts:  # a Python loop: the last block may be shorter, and 128 blocks make a sequence of 131072
-        part = slice(start, min(start + QUERY_BLOCK, T))
-        segments = None if segment_ids_BT is None else segment_ids_BT[:, part]
-        blocks.append(block(q_BTKGH[:, part], slots_BT[:, part], segments))
-    return jnp.concatenate(blocks, axis=1)
+    for start in range(0, T, width):  # a Python loop: shapes differ, and 131072 tokens make 128 blocks
+        queries = slice(start, min(start + width, T))
+        keys = slice(0, min(queries.stop, S) if ordered else S)
+        mask_BTS = jnp.arange(keys.stop) <= slots_BT[:, queries, None]
+        if segment_ids_BT is not None:
+            mask_BTS &= segment_ids_BT[:, queries, None] == segment_ids_BT[:, None, keys]
+        blocks.append(attend(q_BTKGH[:, queries], k_BKSH[:, :, keys], v_BKSH[:, :, keys], mask_BTS))
+    return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
 
 
 def _platform() -> str:

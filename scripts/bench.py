@@ -1,0 +1,74 @@
+"""How fast a model runs on this machine.
+
+    python scripts/bench.py                                  # decode at batch 1 and 8, prefill of 512 tokens
+    python scripts/bench.py --against transformers           # the same weights in transformers, timed in turn
+    python scripts/bench.py --startup                        # seconds from the command to the first character
+
+Times vary with what else the machine does: compare ratios of one run. --json prints one object.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import tyro
+
+from llama_jax.cli import ModelArgs, fail_clearly
+
+
+@dataclasses.dataclass
+class Args:
+    batch: tuple[int, ...] = (1, 8)
+    """Rows of each decode measurement."""
+    new_tokens: int = 64
+    """Tokens a row that a measurement decodes."""
+    prefill_tokens: int = 512
+    """Length of the prefilled prompt."""
+    repeats: int = 5
+    """How often each is timed; the median counts."""
+    against: str | None = None
+    """transformers (needs the test extra), or nothing."""
+    startup: bool = False
+    """Time the start of chat.py and the imports instead."""
+    json: bool = False
+    """Print one JSON object."""
+    model: tyro.conf.OmitArgPrefixes[ModelArgs] = dataclasses.field(default_factory=ModelArgs)
+
+
+def main(args: Args) -> None:
+    from llama_jax.infer import bench
+
+    def say(what: str) -> None:
+        print(f"timing {what} ...", file=sys.stderr)
+
+    if args.startup:
+        times = bench.startup(model=args.model.model, root=Path(__file__).parents[1])
+        print(json.dumps(times) if args.json else "\n".join(f"{name:12} {t:6.2f} s" for name, t in times.items()))
+        return
+    llama = args.model.load()
+    bandwidth = bench.read_bandwidth()
+    results = bench.measure(
+        llama, batches=args.batch, new_tokens=args.new_tokens, prefill_tokens=args.prefill_tokens,
+        repeats=args.repeats, against=args.against, progress=say,
+    )  # fmt: skip
+    if args.json:
+        rows = [dataclasses.asdict(r) | {"ratio": r.ratio} for r in results]
+        print(json.dumps({"read_bandwidth": bandwidth, "measurements": rows}))
+        return
+    print(f"read bandwidth, all cores: {bandwidth / 1e9:.1f} GB/s")
+    for r in results:
+        line = f"{r.what:8} batch {r.batch:<3} {r.tokens_per_second:8.1f} tokens/s"
+        if r.weight_bytes_per_second:
+            share = r.weight_bytes_per_second / bandwidth
+            line += f"  weights at {r.weight_bytes_per_second / 1e9:5.1f} GB/s, {share:4.0%} of the bandwidth"
+        if r.ratio and r.against_tokens_per_second:
+            line += f"  {args.against} {r.against_tokens_per_second:8.1f}, ratio {r.ratio:.2f}"
+        print(line)
+
+
+if __name__ == "__main__":
+    with fail_clearly():
+        main(tyro.cli(Args, description=__doc__))

@@ -1,0 +1,5 @@
+"""Eight simulated CPU devices for every test; `make_mesh(config)` without sizes takes one of them."""
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)  # before the first use of a device
