@@ -205,9 +205,7 @@ class Llama(nnx.Module):
             positions_BT = order_BT
         slots_BT = order_BT if cache is None else positions_BT
         config = self.config
-        angles = rope_angles(
-            positions_BT, inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-        )
+        angles = rope_angles(positions_BT, inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling))
         spec = self.rules.spec(("batch", "seq", "act_embed"), (B, T, config.embed_dim))
         with jax.named_scope("embed"):
             x_BTD = self.embed.get_value().at[tokens_BT].get(out_sharding=spec).astype(self.dtype)

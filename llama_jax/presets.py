@@ -141,7 +141,9 @@ def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
         raise ConfigError(f"config.json says model_type {model_type!r}; this library computes 'llama' models only")
     for key, neutral in _HF_NEUTRAL.items():
         if key in hf and hf[key] not in neutral:
-            raise ConfigError(f"config.json sets {key} = {hf[key]!r}, which changes the mathematics and is not supported")
+            raise ConfigError(
+                f"config.json sets {key} = {hf[key]!r}, which changes the mathematics and is not supported"
+            )
     unknown = sorted(key for key in hf if key not in _HF_KNOWN and key not in _HF_NEUTRAL)
     if unknown:
         warnings.warn(f"config.json has keys that a Llama does not use, ignored: {', '.join(unknown)}", stacklevel=2)
@@ -366,7 +368,9 @@ def from_gguf_metadata(
         return _need(metadata, f"llama.{key}", "GGUF metadata")
 
     dim, heads = need("embedding_length"), need("attention.head_count")
-    head_dim = metadata.get("llama.attention.key_length", metadata.get("llama.rope.dimension_count", _divide(dim, heads)))
+    head_dim = metadata.get(
+        "llama.attention.key_length", metadata.get("llama.rope.dimension_count", _divide(dim, heads))
+    )
     for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
         if metadata.get(key, head_dim) != head_dim:
             raise ConfigError(f"GGUF: {key} = {metadata[key]} but the head size is {head_dim}: not supported")
@@ -421,7 +425,9 @@ def _divisors(scaling: RopeScaling, head_dim: int, theta: float) -> list[float]:
 def _scaling_of_divisors(divisors: list[float], head_dim: int, theta: float) -> RopeScaling | None:
     divisors = [float(d) for d in divisors]
     if len(divisors) != head_dim // 2:
-        raise ConfigError(f"GGUF: rope_freqs.weight has {len(divisors)} values, expected head_dim / 2 = {head_dim // 2}")
+        raise ConfigError(
+            f"GGUF: rope_freqs.weight has {len(divisors)} values, expected head_dim / 2 = {head_dim // 2}"
+        )
     if all(d == 1.0 for d in divisors):
         return None
     scaling = RopeScaling(max(*divisors, 1.0), 1.0, 4.0, 8192)

@@ -118,7 +118,9 @@ class ShardingRules:
             if size % math.prod(sizes[name] for name in mesh_axes):
                 mesh_axes = ()
             if used & set(mesh_axes):
-                raise ValueError(f"axes {tuple(axes)} use mesh axis {sorted(used & set(mesh_axes))} twice: mend the rules")
+                raise ValueError(
+                    f"axes {tuple(axes)} use mesh axis {sorted(used & set(mesh_axes))} twice: mend the rules"
+                )
             used |= set(mesh_axes)
             spec.append(mesh_axes[0] if len(mesh_axes) == 1 else mesh_axes or None)
         return P(*spec)

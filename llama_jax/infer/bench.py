@@ -111,9 +111,7 @@ def measure(
         lambda: _seconds(lambda: generate(llama, prompts, max_new_tokens=1)),
         theirs and (lambda: _seconds(lambda: theirs(prompts, 1))),
     )
-    results.append(
-        Measurement("prefill", 1, prefill_tokens / ours, None, other and prefill_tokens / other)
-    )
+    results.append(Measurement("prefill", 1, prefill_tokens / ours, None, other and prefill_tokens / other))
     return results
 
 
@@ -192,7 +190,11 @@ def startup(*, model: str, root: Path) -> dict[str, float]:
             if process.returncode:
                 raise RuntimeError(f"{' '.join(question)} ended with exit code {process.returncode}")
     for name, code in (("import_jax", "import jax"), ("import_load", "import llama_jax; llama_jax.load")):
-        command = [sys.executable, "-c", f"import time; t = time.perf_counter(); {code}; print(time.perf_counter() - t)"]
+        command = [
+            sys.executable,
+            "-c",
+            f"import time; t = time.perf_counter(); {code}; print(time.perf_counter() - t)",
+        ]
         times = [float(subprocess.run(command, capture_output=True, check=True, cwd=root).stdout) for _ in range(5)]
         results[name] = statistics.median(times)
     return results

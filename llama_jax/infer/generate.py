@@ -127,7 +127,7 @@ def logits(llama: LoadedLlama, tokens: Any) -> jax.Array:
         padded_BT[:B] = tokens_BT
         on_device = jax.device_put(padded_BT, llama.model.rules.sharding(("batch", "seq"), padded_BT.shape))
         logits_BTV = programs_of(llama).forward(on_device)
-        if B == len(padded_BT):
+        if len(padded_BT) == B:
             return logits_BTV
         return jax.reshard(logits_BTV, jax.P(None, *jax.typeof(logits_BTV).sharding.spec[1:]))[:B]
 

@@ -32,9 +32,7 @@ def einsum(equation: str, x: jax.Array, w: nnx.Param | jax.Array, *, out_shardin
     if matmul is None:
         return jnp.einsum(equation, x, w, precision=precision, out_sharding=out_sharding)
     x_RC, w_2d, contract, shape, spec_2d = matmul
-    y = jax.lax.dot_general(
-        x_RC, w_2d, (((1,), (contract,)), ((), ())), precision=precision, out_sharding=spec_2d
-    )
+    y = jax.lax.dot_general(x_RC, w_2d, (((1,), (contract,)), ((), ())), precision=precision, out_sharding=spec_2d)
     return jax.lax.reshape(y, shape, out_sharding=out_sharding)
 
 

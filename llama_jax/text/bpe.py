@@ -148,18 +148,12 @@ class TiktokenTokenizer(BaseTokenizer):
         except ValueError as error:
             raise ValueError(f"{source} is a damaged tiktoken file: get it again ({error})") from error
         if len(ranks) != 128_000 or set(ranks.values()) != set(range(128_000)):
-            raise ValueError(
-                f"{source} has {len(ranks)} ranks: Llama 3's tiktoken file has 128000; get it again"
-            )
+            raise ValueError(f"{source} has {len(ranks)} ranks: Llama 3's tiktoken file has 128000; get it again")
         control = llama3_control_tokens()
-        special = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"} | dict(
-            facts.special_tokens
-        )
+        special = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"} | dict(facts.special_tokens)
         facts = dataclasses.replace(facts, special_tokens=special)
         super().__init__(len(ranks) + 256, control, facts, add_bos=True, unk=None)
-        self._encoding = tiktoken.Encoding(
-            "llama3", pat_str=LLAMA3_REGEX, mergeable_ranks=ranks, special_tokens={}
-        )
+        self._encoding = tiktoken.Encoding("llama3", pat_str=LLAMA3_REGEX, mergeable_ranks=ranks, special_tokens={})
 
     def token_bytes(self, token: int) -> bytes:
         """Returns the bytes that one id adds to the text: none for a control token."""
@@ -198,12 +192,8 @@ def load_tokenizer_json(path: Path, facts: Facts) -> BPETokenizer:
     decoder = _state(backend.decoder)
     byte_level = b'"ByteLevel"' in decoder
     if not byte_level and b'"ByteFallback"' not in decoder and b'"Metaspace"' not in decoder:
-        raise ValueError(
-            f"{path} has decoder {decoder.decode()}: a Llama's is ByteLevel, ByteFallback or Metaspace"
-        )
-    strips = b'"Strip"' in decoder or (
-        b'"Metaspace"' in decoder and b'"prepend_scheme":"never"' not in decoder
-    )
+        raise ValueError(f"{path} has decoder {decoder.decode()}: a Llama's is ByteLevel, ByteFallback or Metaspace")
+    strips = b'"Strip"' in decoder or (b'"Metaspace"' in decoder and b'"prepend_scheme":"never"' not in decoder)
     bos = backend.token_to_id(facts.special_tokens.get("bos_token", ""))
     return BPETokenizer(
         backend,
@@ -239,9 +229,7 @@ def bpe_from_gguf(metadata: Mapping[str, Any], facts: Facts) -> BPETokenizer:
         for i, kind in enumerate(types)
         if kind in (_CONTROL, _USER_DEFINED)
     }
-    return BPETokenizer(
-        backend, facts, added=added, byte_level=True, drops_space=False, add_bos=pre in _LLAMA3_PRE
-    )
+    return BPETokenizer(backend, facts, added=added, byte_level=True, drops_space=False, add_bos=pre in _LLAMA3_PRE)
 
 
 def _view(backend: Any, added: Sequence[Any], *, text_only: bool, prefix: bool = True) -> Any:

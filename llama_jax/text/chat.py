@@ -294,9 +294,7 @@ def _compile(source: str) -> Any:
         raise jinja2.TemplateError(message)
 
     def tojson(x: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-        return json.dumps(
-            x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-        )
+        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     class Sandbox(sandbox.ImmutableSandboxedEnvironment):
         def unsafe_undefined(self, obj: Any, attribute: str) -> Any:  # Jinja's own prints as nothing
@@ -357,9 +355,7 @@ def _content(message: Message) -> str:
     content = message.get("content")
     if isinstance(content, str):
         return content
-    if isinstance(content, list | tuple) and all(
-        isinstance(part, Mapping) and "text" in part for part in content
-    ):
+    if isinstance(content, list | tuple) and all(isinstance(part, Mapping) and "text" in part for part in content):
         return "".join(part["text"] for part in content)
     raise ChatError(f"the {message.get('role')} message has no text: its content is {content!r}")
 
@@ -367,9 +363,7 @@ def _content(message: Message) -> str:
 def _refuse_markers(text: str, markers: Iterable[str]) -> None:
     for marker in markers:
         if marker in text:
-            raise ChatError(
-                f"a message contains {marker!r}, which separates turns in this chat format: remove it"
-            )
+            raise ChatError(f"a message contains {marker!r}, which separates turns in this chat format: remove it")
 
 
 def _no_tools(tools: Tools, name: str) -> None:

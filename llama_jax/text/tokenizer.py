@@ -49,9 +49,7 @@ class Tokenizer(Protocol):
     control_tokens: Mapping[str, int]
     special_tokens: Mapping[str, str]  # bos_token, eos_token, ... as a chat template sees them
     chat_template: str | None
-    tool_template: (
-        str | None
-    )  # used instead of chat_template when there are tools, where a checkpoint ships two
+    tool_template: str | None  # used instead of chat_template when there are tools, where a checkpoint ships two
     drops_space: bool  # SentencePiece encodes " Hi" for "Hi": one leading space of the whole text is not text
 
     def encode(self, text: str, *, bos: bool = False, control: bool = False) -> list[int]:
@@ -152,9 +150,7 @@ class BaseTokenizer:
         """
         names = ["▁<PRE>", "▁<SUF>", "▁<MID>"]
         if self.bos_id is None or any(name not in self.control_tokens for name in names):
-            raise ValueError(
-                "this vocabulary has no infill tokens (▁<PRE>, ▁<SUF>, ▁<MID>): use Code Llama 7B or 13B"
-            )
+            raise ValueError("this vocabulary has no infill tokens (▁<PRE>, ▁<SUF>, ▁<MID>): use Code Llama 7B or 13B")
         pre, suf, mid = (self.control_tokens[name] for name in names)
         head = self._ordinary(valid(prefix), prefix=True) if prefix else []
         tail = self._ordinary(valid(suffix), prefix=False) if suffix else []
@@ -185,9 +181,7 @@ class BaseTokenizer:
         for piece in rest:
             ids += self._plain(piece, prefix=False)
         if clash := self._never_text.intersection(ids):
-            raise ValueError(
-                f"the vocabulary spells control token {min(clash)} as ordinary text: {text[:60]!r}"
-            )
+            raise ValueError(f"the vocabulary spells control token {min(clash)} as ordinary text: {text[:60]!r}")
         return ids
 
     def _check_id(self, token: int) -> None:

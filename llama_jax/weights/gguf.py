@@ -23,12 +23,8 @@ from llama_jax.weights.source import DOWNLOAD_AGAIN, CheckpointError, Index, Ten
 # By ggml_type; 4, 5, 31 to 33 and 36 to 38 were formats that llama.cpp has removed.
 TYPE_NAMES = {
     **dict(enumerate(["F32", "F16", "Q4_0", "Q4_1"])),
-    **dict(
-        enumerate(["Q5_0", "Q5_1", "Q8_0", "Q8_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_K"], start=6)
-    ),
-    **dict(
-        enumerate(["IQ2_XXS", "IQ2_XS", "IQ3_XXS", "IQ1_S", "IQ4_NL", "IQ3_S", "IQ2_S", "IQ4_XS"], start=16)
-    ),
+    **dict(enumerate(["Q5_0", "Q5_1", "Q8_0", "Q8_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_K"], start=6)),
+    **dict(enumerate(["IQ2_XXS", "IQ2_XS", "IQ3_XXS", "IQ1_S", "IQ4_NL", "IQ3_S", "IQ2_S", "IQ4_XS"], start=16)),
     **dict(enumerate(["I8", "I16", "I32", "I64", "F64", "IQ1_M", "BF16"], start=24)),
     **{34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0"},
 }
@@ -225,9 +221,7 @@ def _read_tensors(header: _Header, count: int, alignment: Any, data: np.ndarray)
     tensors: dict[str, Tensor] = {}
     for name, place in places.items():
         stored = data[start + place.offset : start + place.end].view(place.dtype).reshape(place.shape)
-        make = (
-            plain_tensor if place.kind in PLAIN_DTYPES else functools.partial(_quantized_tensor, place.kind)
-        )
+        make = plain_tensor if place.kind in PLAIN_DTYPES else functools.partial(_quantized_tensor, place.kind)
         tensors[name] = make(name, stored)
     return tensors
 
@@ -261,9 +255,7 @@ def _check_places(header: _Header, places: dict[str, _Place], alignment: int, st
         end, before = place.end, name
         if start + end > len(header.data):
             size = len(header.data)
-            raise header.error(
-                f"tensor {name!r} needs a file of {start + end} bytes, and this one has {size}"
-            )
+            raise header.error(f"tensor {name!r} needs a file of {start + end} bytes, and this one has {size}")
 
 
 def _quantized_tensor(kind: str, name: str, blocks: np.ndarray) -> Tensor:

@@ -75,15 +75,11 @@ def read_hf(folder: str | Path) -> HFFolder:
     for file in sorted(set(listed.values())) or _unlisted_files(folder):
         for name, tensor in _read_safetensors(folder / file).items():
             if name in tensors:
-                raise CheckpointError(
-                    f"{folder}: {name!r} is in {home[name]} and in {file}; remove the wrong file"
-                )
+                raise CheckpointError(f"{folder}: {name!r} is in {home[name]} and in {file}; remove the wrong file")
             tensors[name], home[name] = tensor, file
     for name, file in listed.items():
         if home.get(name) != file:
-            raise CheckpointError(
-                f"{folder / file}: lacks {name!r}, which {INDEX} says is in it; fetch both again"
-            )
+            raise CheckpointError(f"{folder / file}: lacks {name!r}, which {INDEX} says is in it; fetch both again")
     return HFFolder(folder, config, tensors)
 
 
@@ -97,14 +93,10 @@ def _listed_tensors(folder: Path) -> dict[str, str]:
         raise CheckpointError(f"{path}: has no weight_map; {DOWNLOAD_AGAIN}")
     for name, file in listed.items():
         if not isinstance(file, str) or Path(file).name != file:
-            raise CheckpointError(
-                f"{path}: {name!r} is in {file!r}, which is not a file name; {DOWNLOAD_AGAIN}"
-            )
+            raise CheckpointError(f"{path}: {name!r} is in {file!r}, which is not a file name; {DOWNLOAD_AGAIN}")
     missing = sorted(file for file in set(listed.values()) if not (folder / file).exists())
     if missing:
-        raise CheckpointError(
-            f"{folder}: lacks {', '.join(missing)}, named in {INDEX}; fetch the missing files"
-        )
+        raise CheckpointError(f"{folder}: lacks {', '.join(missing)}, named in {INDEX}; fetch the missing files")
     return listed
 
 
@@ -118,13 +110,9 @@ def _unlisted_files(folder: Path) -> list[str]:
             stem, total = part[1], part[2]
             found = len(list(folder.glob(f"{stem}-*-of-{total}.safetensors")))
             if found != int(total):
-                raise CheckpointError(
-                    f"{folder}: has {found} of the {int(total)} parts of {stem}; fetch the others"
-                )
+                raise CheckpointError(f"{folder}: has {found} of the {int(total)} parts of {stem}; fetch the others")
     if not files and any(folder.glob("*.bin")):
-        raise CheckpointError(
-            f"{folder}: its weights are pickled (.bin), which a later version will read; {CONVERT}"
-        )
+        raise CheckpointError(f"{folder}: its weights are pickled (.bin), which a later version will read; {CONVERT}")
     if not files:
         raise CheckpointError(f"{folder}: has no .safetensors file; {DOWNLOAD_AGAIN}")
     return files
@@ -173,9 +161,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     end = 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1][:2]):
         if entry.first != end:
-            raise _damaged(
-                path, f"{name!r} begins at byte {entry.first} of the data, where {end} is expected"
-            )
+            raise _damaged(path, f"{name!r} begins at byte {entry.first} of the data, where {end} is expected")
         end = entry.last
         stored = data[start + entry.first : start + entry.last].view(entry.dtype)
         try:
@@ -193,9 +179,7 @@ def _check_entry(path: Path, name: str, entry: Any) -> _Entry:
             raise _damaged(path, f"the entry of {name!r} lacks dtype, shape or data_offsets")
     if kind not in DTYPES:
         known = ", ".join(DTYPES)
-        raise CheckpointError(
-            f"{path}: {name!r} is stored as {kind}; supported are {known}: use another file"
-        )
+        raise CheckpointError(f"{path}: {name!r} is stored as {kind}; supported are {known}: use another file")
     if not all(type(size) is int and size >= 0 for size in shape):
         raise _damaged(path, f"{name!r} has the impossible shape {shape}")
     if first < 0 or last - first != math.prod(shape) * DTYPES[kind].itemsize:

@@ -190,9 +190,7 @@ def _fetch_snapshot(name: str) -> Path:
 
     page = f"{constants.ENDPOINT}/{name}"
     try:
-        folder = huggingface_hub.snapshot_download(
-            name, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED
-        )
+        folder = huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED)
     except Exception as error:  # beside its own errors, the client raises those of its HTTP library
         raise CheckpointError(f"{name}: {_explain(error, page)}{_suggestion(name)}") from error
     if not any(Path(folder).glob("*.safetensors")):
@@ -212,9 +210,7 @@ def _explain(error: Exception, page: str) -> str:
             problem = "there is no such folder here, and no such repository on the Hugging Face Hub"
             return f"{problem}; check the spelling; if it is private, run `hf auth login`"
         case errors.LocalEntryNotFoundError():
-            problem = (
-                "there is no such folder here, the Hugging Face Hub is out of reach, and its cache lacks it"
-            )
+            problem = "there is no such folder here, the Hugging Face Hub is out of reach, and its cache lacks it"
             return f"{problem}; connect (and unset HF_HUB_OFFLINE), or give the path of a copy"
         case _:
             return f"{page} could not be fetched ({error}); try again: what came so far is kept"
@@ -285,9 +281,7 @@ def _run(name: str, command: list[str], folder: Path) -> None:
     """Runs an installer with its temporary files in `folder` too, so that a kill leaves none elsewhere."""
     environment = {**os.environ, "TMPDIR": str(folder)}
     try:
-        done = subprocess.run(
-            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
-        )
+        done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     except OSError as error:
         raise _FetchError(f"{name}: {error}") from error
     if done.returncode != 0:
@@ -417,9 +411,7 @@ def _lock(destination: Path) -> Iterator[None]:
             _say(f"Another process is fetching {destination}: waiting for it")
             lock.acquire(timeout=LOCK_SECONDS)
     except filelock.Timeout as error:
-        raise CheckpointError(
-            f"{destination}: another process has been fetching it for an hour; end it"
-        ) from error
+        raise CheckpointError(f"{destination}: another process has been fetching it for an hour; end it") from error
     try:
         yield
     finally:

@@ -162,9 +162,7 @@ def open_checkpoint(name: str | Path) -> Checkpoint:
             )
             checkpoint = Checkpoint(path, "gguf", config, file.tensors, tokenizer_from_gguf(file.metadata))
         elif (path / "params.json").exists() and not (path / "config.json").exists():
-            raise CheckpointError(
-                f"{path}: Meta's folders (params.json) are not read yet; use the Hugging Face folder"
-            )
+            raise CheckpointError(f"{path}: Meta's folders (params.json) are not read yet; use the Hugging Face folder")
         else:
             folder = read_hf(path)
             config = presets.from_hf_config(folder.config)

@@ -48,9 +48,7 @@ class Row:
         return getattr(self, format).format(layer)
 
 
-def _layer(
-    ours: str, axes: str, stored: tuple[str, ...], hf: str, meta: str, gguf: str, rope: bool = False
-) -> Row:
+def _layer(ours: str, axes: str, stored: tuple[str, ...], hf: str, meta: str, gguf: str, rope: bool = False) -> Row:
     return Row(
         f"blocks.{{}}.{ours}", axes, stored, f"model.layers.{{}}.{hf}.weight", f"layers.{{}}.{meta}.weight",
         f"blk.{{}}.{gguf}.weight", rope,
@@ -177,11 +175,7 @@ def check(tensors: dict[str, Tensor], config: ModelConfig, format: Format, path:
                 f" {list(shape)}; weights and configuration do not belong together"
             )
     tied = {row.name(format) for row in TABLE if row.ours == "lm_head"} if config.tie_embeddings else set()
-    extra = [
-        name
-        for name in tensors
-        if name not in names and name not in tied and not NO_PARAMETERS.fullmatch(name)
-    ]
+    extra = [name for name in tensors if name not in names and name not in tied and not NO_PARAMETERS.fullmatch(name)]
     if extra:
         raise CheckpointError(
             f"{path}: {len(extra)} tensors that a Llama does not have, first {extra[0]!r}: leaving them out would give"

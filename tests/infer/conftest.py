@@ -7,4 +7,5 @@ import llama_jax
 
 @pytest.fixture(scope="session")
 def smollm2() -> llama_jax.LoadedLlama:
-    return llama_jax.load("smollm2-135m-instruct", mesh="tensor=1")
+    """On one device, with one size of cache for every call: tests share its compiled programs."""
+    return llama_jax.load("smollm2-135m-instruct", mesh="tensor=1", max_seq_len=256)

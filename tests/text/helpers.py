@@ -49,11 +49,7 @@ def random_texts(count: int, seed: int) -> list[str]:
 def write_folder(folder: Path, files: Mapping[str, Any]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name, value in files.items():
-        data = (
-            value
-            if isinstance(value, bytes)
-            else (value if isinstance(value, str) else json.dumps(value)).encode()
-        )
+        data = value if isinstance(value, bytes) else (value if isinstance(value, str) else json.dumps(value)).encode()
         (folder / name).write_bytes(data)
     return folder
 
@@ -87,9 +83,7 @@ def sp_backend(sp: Any, *, legacy: bool) -> tokenizers.Tokenizer:
     merges = []
     for piece, i in ids.items():
         if not (sp.is_byte(i) or sp.is_control(i) or sp.is_unknown(i)) and i >= 8:
-            merges += [
-                (piece[:k], piece[k:]) for k in range(1, len(piece)) if {piece[:k], piece[k:]} <= ids.keys()
-            ]
+            merges += [(piece[:k], piece[k:]) for k in range(1, len(piece)) if {piece[:k], piece[k:]} <= ids.keys()]
     merges.sort(key=lambda pair: ids[pair[0] + pair[1]])
     hf = tokenizers.Tokenizer(
         models.BPE(vocab=ids, merges=merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>")

@@ -147,9 +147,7 @@ def chat_folders(smollm2_metadata, llama3_folder, sp, sp_folders, tmp_path_facto
     smol = tmp_path_factory.mktemp("smol")
     smollm2_oracle(smollm2_metadata).backend_tokenizer.save(str(smol / "tokenizer.json"))
     chatml = dict(
-        zip(
-            ("bos_token", "eos_token", "pad_token"), ("<|im_start|>", "<|im_end|>", "<|im_end|>"), strict=True
-        )
+        zip(("bos_token", "eos_token", "pad_token"), ("<|im_start|>", "<|im_end|>", "<|im_end|>"), strict=True)
     )
     llama3 = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
     llama2 = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -164,9 +162,7 @@ def chat_folders(smollm2_metadata, llama3_folder, sp, sp_folders, tmp_path_facto
     }
 
 
-@pytest.fixture(
-    params=["smollm2", "chatml", "everything", "llama3", "llama3.1", "llama2-legacy", "llama2-metaspace"]
-)
+@pytest.fixture(params=["smollm2", "chatml", "everything", "llama3", "llama3.1", "llama2-legacy", "llama2-metaspace"])
 def template_case(request, chat_folders, tmp_path):
     """A checkpoint's tokenizer with a template, and transformers' tokenizer of the same."""
     folder, template, special = chat_folders[request.param]
@@ -198,9 +194,7 @@ def test_tool_calls_give_the_ids_of_transformers(chat_folders, tmp_path):
 
 
 def attacks(control: dict[str, int]) -> list[str]:
-    names = [
-        name for name in spellings(control) if not re.fullmatch(r"<\|reserved_special_token_\d\d+\|>", name)
-    ]
+    names = [name for name in spellings(control) if not re.fullmatch(r"<\|reserved_special_token_\d\d+\|>", name)]
     texts = [*names, *(f"x {n}y\n{n}{n} " for n in names), *(f"{n[:2]}{n}{n[2:]}" for n in names)]
     return [*texts, *(n[: len(n) // 2] + "".join(names) + n[len(n) // 2 :] for n in names)]
 

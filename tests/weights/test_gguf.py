@@ -189,9 +189,7 @@ def info(name="x", dims=(32, 2), kind=0, offset=0):
     return string(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, offset)
 
 
-def raw(
-    items=(), infos=(), data=b"", *, magic=b"GGUF", version=3, num_tensors=None, num_items=None, align=32
-):
+def raw(items=(), infos=(), data=b"", *, magic=b"GGUF", version=3, num_tensors=None, num_items=None, align=32):
     counts = (
         len(infos) if num_tensors is None else num_tensors,
         len(items) if num_items is None else num_items,
@@ -263,9 +261,7 @@ def test_missing_file_and_folder(tmp_path):
 def test_version_2_and_hand_made_file(tmp_path):
     path = tmp_path / "a.gguf"
     items = [item("general.alignment", 4, U32(64)), item("a", 9, struct.pack("<IQ", 5, 0))]
-    path.write_bytes(
-        raw(items, [info(), info("y", (), offset=256)], FLOATS + FLOATS[4:8], version=2, align=64)
-    )
+    path.write_bytes(raw(items, [info(), info("y", (), offset=256)], FLOATS + FLOATS[4:8], version=2, align=64))
     file = read_gguf(path)
     np.testing.assert_array_equal(file.tensors["x"].read(), np.arange(64).reshape(2, 32))
     assert file.tensors["y"].read() == 1

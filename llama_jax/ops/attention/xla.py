@@ -12,6 +12,11 @@ def attention(
     q_BTNH = q_BTKGH.reshape(B, T, K * G, H)
     with jax.default_matmul_precision("highest" if q_BTKGH.dtype == jnp.float32 else None):
         out_BTNH = jax.nn.dot_product_attention(
-            q_BTNH, k_BKSH.swapaxes(1, 2), v_BKSH.swapaxes(1, 2), mask=mask_BTS[:, None], scale=scale, implementation="xla"
+            q_BTNH,
+            k_BKSH.swapaxes(1, 2),
+            v_BKSH.swapaxes(1, 2),
+            mask=mask_BTS[:, None],
+            scale=scale,
+            implementation="xla",
         )
     return out_BTNH.reshape(B, T, K, G, H)
