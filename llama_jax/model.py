@@ -155,7 +155,7 @@ class Llama(nnx.Module):
         self.embed = params.weight((V, D), "vocab", "embed")
         if stacked and rngs is None:
             self.blocks = jax.tree.map(lambda x: _stack(x, config.num_layers), Block(config, params, attention))
-        elif stacked:
+        elif stacked and rngs is not None:
             keys = jax.random.split(rngs.params(), config.num_layers)
             self.blocks = jax.vmap(
                 lambda key: Block(config, _Params(rules, param_dtype, nnx.Rngs(params=key)), attention)
@@ -253,9 +253,11 @@ def apply_blocks(
       static: what every block takes that is no array.
     """
     if isinstance(blocks, Block):
+        assert not isinstance(cache, tuple), "stacked blocks take a stacked cache"
         return jax.lax.scan(lambda x, layer: layer[0](x, layer[1], **where, **static), x_BTD, (blocks, cache))
     # Jitted within the jitted step, so that a list of blocks is traced once and not once a layer.
     apply = jax.jit(lambda block, x_BTD, layer, where: block(x_BTD, layer, **where, **static))
+    assert not isinstance(cache, LayerCache), "a list of blocks takes a list of caches"
     layers = []
     for i, block in enumerate(blocks):
         x_BTD, layer = apply(block, x_BTD, None if cache is None else cache[i], where)

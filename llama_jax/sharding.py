@@ -11,6 +11,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -46,7 +47,7 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def make_mesh(
-    config: ModelConfig, *, data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+    config: ModelConfig, *, data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
 ) -> Mesh:
     """The mesh of axes `MESH_AXES` for one model, in Explicit sharding mode.
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
+import gguf
 import jax
+import numpy as np
 import torch
 import transformers
 
@@ -20,8 +23,8 @@ def tiny_config(**changes: Any) -> ModelConfig:
     """A Llama of 130 thousand parameters; every dimension has its own size, and most divide by 8 devices."""
     sizes = {
         "vocab_size": 256, "embed_dim": 64, "mlp_dim": 160, "num_layers": 2, "num_heads": 8,
-        "num_kv_heads": 4, "head_dim": 16, "norm_eps": 1e-5, "rope_theta": 10000.0, "rope_scaling": None, "max_seq_len": 512,
-        "tie_embeddings": False,
+        "num_kv_heads": 4, "head_dim": 16, "norm_eps": 1e-5, "rope_theta": 10000.0, "rope_scaling": None,
+        "max_seq_len": 512, "tie_embeddings": False,
     }  # fmt: skip
     return ModelConfig(**sizes | changes)
 
@@ -89,6 +92,59 @@ def write_hf(
         model = hf_model(model, **options)
     model.save_pretrained(folder, **({"max_shard_size": max_shard_size} if max_shard_size else {}))
     return model
+
+
+def write_gguf(path: Path, config: ModelConfig, hf: transformers.LlamaForCausalLM, *, kind: str = "F32") -> Path:
+    """Saves a model as llama.cpp's converter does, by the gguf package: matrices of a `kind` such as "Q8_0"."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_seq_len)
+    writer.add_embedding_length(config.embed_dim)
+    writer.add_block_count(config.num_layers)
+    writer.add_feed_forward_length(config.mlp_dim)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_freq_base(config.rope_theta)
+    if config.rope_scaling:
+        writer.add_tensor("rope_freqs.weight", _rope_freqs(config))
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_layers)
+    heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
+    for name, parameter in hf.named_parameters():  # without lm_head where it is tied
+        array = parameter.detach().numpy()
+        for projection, n in heads.items():
+            if projection in name:  # interleaved: 2i and 2i + 1 are a pair
+                array = array.reshape(n, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+        type_ = gguf.GGMLQuantizationType[kind if array.ndim == 2 else "F32"]
+        stored = gguf.quants.quantize(np.ascontiguousarray(array), type_)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), stored, raw_dtype=type_)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _rope_freqs(config: ModelConfig) -> np.ndarray:
+    """What frequencies are divided by, in llama.cpp's words."""
+    scaling = config.rope_scaling
+    low = scaling.original_max_seq_len / scaling.low_freq_factor
+    high = scaling.original_max_seq_len / scaling.high_freq_factor
+    factors = []
+    for i in range(0, config.head_dim, 2):
+        wavelength = 2 * math.pi * config.rope_theta ** (i / config.head_dim)
+        if wavelength < high:
+            factors.append(1.0)
+        elif wavelength > low:
+            factors.append(scaling.factor)
+        else:
+            smooth = scaling.original_max_seq_len / wavelength - scaling.low_freq_factor
+            smooth /= scaling.high_freq_factor - scaling.low_freq_factor
+            factors.append(1 / ((1 - smooth) / scaling.factor + smooth))
+    return np.array(factors, np.float32)
 
 
 def rebuild(model: Llama, config: ModelConfig, leaves: list[jax.Array] | None = None) -> Llama:

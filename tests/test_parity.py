@@ -1,10 +1,10 @@
 """Logits against Hugging Face transformers, in float32, for every variant of the architecture.
 
-One sequence of 8704 tokens, longer than the 8192 of Llama 3.1's RoPE scaling: RoPE is relative, so that a short
-sequence at a large offset would test nothing. Weights have a deviation of 0.15, which makes attention sharp:
-with the usual 0.02 a wrong frequency moves logits by less than the tolerance. Embeddings are smaller (0.02)
-where they are not also the output head, so that eps counts. Measured, with logits up to 8: largest difference
-2.6e-5, smallest negative control 0.7.
+One sequence of 8704 tokens, longer than the 8192 of Llama 3.1's RoPE scaling: RoPE is relative, so that a
+short sequence at a large offset would test nothing. Weights have a deviation of 0.15, which makes attention
+sharp: with the usual 0.02 a wrong frequency moves logits by less than the tolerance. Embeddings are smaller
+(0.02) where they are not also the output head, so that eps counts. Measured, with logits up to 8: largest
+difference 2.6e-5, smallest negative control 0.7.
 """
 
 from __future__ import annotations

@@ -357,8 +357,8 @@ def test_meta_params_round_trip(name):
     params = to_meta_params(config)
     # The argument names of Meta's ModelArgs, which refuses others.
     assert params.keys() <= {
-        "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "norm_eps",
-        "rope_theta", "use_scaled_rope", "max_batch_size", "max_seq_len",
+        "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier",
+        "norm_eps", "rope_theta", "use_scaled_rope", "max_batch_size", "max_seq_len",
     }  # fmt: skip
     read = from_meta_params(json.loads(json.dumps(params)))
     if name == "smollm2-135m":  # tied, which the file cannot say
@@ -369,9 +369,9 @@ def test_meta_params_round_trip(name):
 @pytest.mark.parametrize(
     ("dim", "multiple_of", "multiplier", "mlp_dim"),
     [
-        (4096, 256, None, 11008), (5120, 256, None, 13824), (6656, 256, None, 17920), (8192, 256, None, 22016),
-        (8192, 256, 1.0, 22016), (8192, 4096, 1.3, 28672), (4096, 1024, 1.3, 14336), (16384, 4096, 1.2, 53248),
-        (2048, 256, 1.5, 8192), (3072, 256, 1.0, 8192),
+        (4096, 256, None, 11008), (5120, 256, None, 13824), (6656, 256, None, 17920),
+        (8192, 256, None, 22016), (8192, 256, 1.0, 22016), (8192, 4096, 1.3, 28672), (4096, 1024, 1.3, 14336),
+        (16384, 4096, 1.2, 53248), (2048, 256, 1.5, 8192), (3072, 256, 1.0, 8192),
     ],
 )  # fmt: skip
 def test_meta_mlp_dim(dim, multiple_of, multiplier, mlp_dim):

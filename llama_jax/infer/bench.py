@@ -122,9 +122,12 @@ def _decode_seconds(run: Callable[[int], Any], new_tokens: int) -> float:
 
 
 def _medians(repeats: int, ours: Callable[[], float], theirs: Callable[[], float] | None):
-    ours(), theirs and theirs()  # compile, warm up
-    times = [(ours(), theirs() if theirs else None) for _ in range(repeats)]
-    return statistics.median(a for a, _ in times), theirs and statistics.median(b for _, b in times)
+    both = [ours] + ([theirs] if theirs else [])
+    for side in both:  # compile, warm up
+        side()
+    times = [[side() for side in both] for _ in range(repeats)]
+    medians = [statistics.median(column) for column in zip(*times, strict=True)]
+    return medians[0], medians[1] if theirs else None
 
 
 def _seconds(run: Callable[[], Any]) -> float:
@@ -160,7 +163,7 @@ def transformers_generate(llama: LoadedLlama) -> Callable[[list[list[int]], int]
     def run(prompts: list[list[int]], new_tokens: int):
         ids = torch.tensor(prompts)
         with torch.no_grad():
-            return model.generate(
+            return model.generate(  # pyright: ignore[reportAttributeAccessIssue]
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, min_new_tokens=new_tokens,
                 do_sample=False,
             )  # fmt: skip

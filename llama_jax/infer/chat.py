@@ -85,8 +85,8 @@ class Conversation:
     def stream(self, messages: Sequence[Message]) -> Iterator[str]:
         """Adds messages and yields the answer in pieces.
 
-        If the caller stops early (or Ctrl-C does), what was said so far counts as the answer. If the messages do not fit
-        or are not valid, they are not added.
+        If the caller stops early (or Ctrl-C does), what was said so far counts as the answer. If the messages do not
+        fit or are not valid, they are not added.
 
         Raises:
           ValueError: they do not fit into the cache (both numbers are given), or the chat format refuses them.

@@ -84,18 +84,19 @@ def prefill(
     """
     B, T = tokens_BT.shape
     fresh = cache is None
-    cache = model.init_cache(B, size) if fresh else cache
+    cache = model.init_cache(B, size) if cache is None else cache
     row = jax.typeof(length_B).sharding.spec[0]
     order_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T), out_sharding=jax.P(row, None))
     # Padding goes past the end of the cache: its writes are dropped, and no later query sees it.
     positions_BT = jnp.where(order_BT < length_B[:, None], start_B[:, None] + order_BT, num_slots(cache) + T)
-    x_BTD, cache = model.hidden(tokens_BT, positions_BT=positions_BT, cache=cache, span=span, ordered=fresh)
+    x_BTD, filled = model.hidden(tokens_BT, positions_BT=positions_BT, cache=cache, span=span, ordered=fresh)
     last_B = jnp.maximum(length_B - 1, 0)
     spec = jax.typeof(x_BTD).sharding.spec
     x_B1D = x_BTD.at[jnp.arange(B)[:, None], last_B[:, None]].get(out_sharding=spec)
     rows_B = jnp.arange(B, dtype=jnp.uint32, out_sharding=jax.P(row))
+    assert filled is not None
     state = DecodeState(
-        cache=cache,
+        cache=filled,
         token_B=jnp.zeros_like(length_B),
         position_B=start_B + length_B - 1,
         remaining_B=remaining_B,

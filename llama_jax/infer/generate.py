@@ -59,8 +59,8 @@ def generate(
 
     Args:
       llama: of `load`.
-      prompts: texts (BOS is added where the checkpoint's tokenizer says so, control strings stay text), or lists of ids,
-        taken as they are. Any number, any lengths: they run as one batch.
+      prompts: texts (BOS is added where the checkpoint's tokenizer says so, control strings stay text), or lists of
+        ids, taken as they are. Any number, any lengths: they run as one batch.
       max_new_tokens: most tokens for each prompt.
       temperature: see `Sampling`, as the following ones.
       top_k: see `Sampling`.
@@ -257,15 +257,17 @@ class Run:
     def __iter__(self) -> Iterator[tuple[list[list[int]], list[list[float]]]]:
         values = self._sampling.values()
         stop_ids = np.asarray(self._stop_ids(), np.int32)
-        self.state, token_B, logprob_B = self._prefill(values, stop_ids)
+        state, token_B, logprob_B = self._prefill(values, stop_ids)
+        self.state = state
         yield self._rows(np.asarray(token_B)[:, None], np.asarray(logprob_B)[:, None])
         steps, rest = self._first_chunk, self._max_new - 1
-        while rest > 0 and (~self._halt & (np.asarray(self.state.finish_B) == RUNNING)).any():
+        while rest > 0 and (~self._halt & (np.asarray(state.finish_B) == RUNNING)).any():
             steps = min(steps, CHUNK, rest)
-            state, self.state = self.state, None
-            self.state, tokens_BC, logprobs_BC = self._programs.decode(
+            self.state = None
+            state, tokens_BC, logprobs_BC = self._programs.decode(
                 state, self._on_rows(self._halt), steps, stop_ids, values
             )
+            self.state = state
             yield self._rows(np.asarray(tokens_BC), np.asarray(logprobs_BC))
             rest -= steps
             steps *= 2

@@ -15,8 +15,8 @@ class Sampling:
 
     Attributes:
       temperature: 0 takes the most likely token; else logits are divided by it.
-      repetition_penalty: > 1 makes tokens of the prompt and the answer less likely: their positive logits are divided by
-        it, their negative ones multiplied (the CTRL paper's rule, as in transformers). Applies at temperature 0 too.
+      repetition_penalty: > 1 makes tokens of the prompt and the answer less likely: their positive logits are divided
+        by it, their negative ones multiplied (the CTRL paper's rule, as in transformers). Applies at temperature 0 too.
       top_k: keep the k most likely tokens.
       top_p: keep the smallest set of most likely tokens whose probabilities exceed p together (Meta's rule: the token
         that crosses p is kept).
@@ -78,6 +78,7 @@ def sample(
       int32 [B].
     """
     if "repetition_penalty" in values:
+        assert seen_BV is not None
         penalty = values["repetition_penalty"]
         penalized = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
         logits_BV = jnp.where(seen_BV, penalized, logits_BV)

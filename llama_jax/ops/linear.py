@@ -44,7 +44,8 @@ def _as_matmul(equation: str, x: jax.Array, w: jax.Array, out: P):
     rows = x.ndim - contracted
     split = contracted if first else w.ndim - contracted
     x_spec, w_spec = _spec(x), _spec(w)
-    groups = (x_spec[:rows], x_spec[rows:], w_spec[:split], w_spec[split:], tuple(out)[:rows], tuple(out)[rows:])
+    out_spec = (*out,)
+    groups = (x_spec[:rows], x_spec[rows:], w_spec[:split], w_spec[split:], out_spec[:rows], out_spec[rows:])
     if any(axis is not None for group in groups for axis in group[1:]):
         return None
     x_RC = jax.lax.reshape(
@@ -54,7 +55,7 @@ def _as_matmul(equation: str, x: jax.Array, w: jax.Array, out: P):
         w, (math.prod(w.shape[:split]), math.prod(w.shape[split:])), out_sharding=P(w_spec[0], w_spec[split])
     )
     kept = w.shape[split:] if first else w.shape[:split]
-    return x_RC, w_2d, 0 if first else 1, (*x.shape[:rows], *kept), P(tuple(out)[0], tuple(out)[rows])
+    return x_RC, w_2d, 0 if first else 1, (*x.shape[:rows], *kept), P(out_spec[0], out_spec[rows])
 
 
 def _contracted(equation: str) -> int:

@@ -131,7 +131,10 @@ def load(
     if mesh is None:
         mesh = sharding.default_mesh(config)
     elif isinstance(mesh, str):
-        mesh = sharding.make_mesh(config, **sharding.parse_mesh(mesh))
+        sizes = sharding.parse_mesh(mesh)
+        mesh = sharding.make_mesh(
+            config, data=sizes.get("data", 1), fsdp=sizes.get("fsdp", 1), tensor=sizes.get("tensor", 1)
+        )
     model = read_model(checkpoint, mesh, dtype=dtype, attention=attention)
     return LoadedLlama(config, model, checkpoint.tokenizer, mesh, max_seq_len, chat_format)
 
@@ -247,7 +250,7 @@ def _read_parameter(checkpoint: Checkpoint, name: str, leaf: Any, sharding: Any,
 
     seen: dict[tuple, np.ndarray] = {}  # devices that hold the same part share one read
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:
         key = tuple((s.start, s.stop) for s in index)
         if key not in seen:
             if stacked:
@@ -271,7 +274,7 @@ def use_compilation_cache() -> None:
 
     from llama_jax.weights.hub import cache_folder
 
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
         folder = cache_folder() / "xla"
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,8 @@ def attention(
     """As `reference.attention`, on the rows and heads of one device."""
     if q_BTKGH.shape[1] == 1:
         return _one_query(q_BTKGH, k_BKSH, v_BKSH, mask_BTS, scale)
-    return jax.lax.map(lambda row: _one_row(*row, scale), (q_BTKGH, k_BKSH, v_BKSH, mask_BTS))
+    rows = (q_BTKGH, k_BKSH, v_BKSH, mask_BTS)
+    return jax.lax.map(lambda row: _one_row(row[0], row[1], row[2], row[3], scale), rows)
 
 
 def _one_query(q_B1KGH, k_BKSH, v_BKSH, mask_B1S, scale):
