@@ -59,7 +59,7 @@ def assert_same(ours_BV: np.ndarray, theirs_BV: np.ndarray) -> None:
             [TemperatureLogitsWarper(0.6), TopKLogitsWarper(50), TopPLogitsWarper(0.9), MinPLogitsWarper(0.1)],
         ),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_filters_of_transformers(options, warpers):
     logits_BV = random_logits()
@@ -128,15 +128,17 @@ def test_repetition_penalty_of_transformers(penalty, temperature):
 def test_frequencies_are_the_probabilities(options):
     """20,000 draws over 16 tokens, each count within 4 standard deviations."""
     N = 20_000
-    logits_V = jnp.asarray(1.5 * np.random.default_rng(3).standard_normal(16), jnp.float32)
+    logits_V = jnp.linspace(-1, 2, 16)
     values = Sampling(**options).values()
     key_B = jax.random.split(jax.random.key(5), N)
     token_B = np.asarray(jax.jit(sample)(jnp.tile(logits_V, (N, 1)), values, key_B, None))
     expected_V = np.asarray(jax.nn.softmax(kept(logits_V[None], **options)[0]))
     count_V = np.bincount(token_B, minlength=16)
     assert (count_V[expected_V == 0] == 0).all()
-    sigma_V = np.sqrt(N * expected_V * (1 - expected_V))
-    assert (np.abs(count_V - N * expected_V) <= 4 * sigma_V + 1e-6).all()
+    common = N * expected_V >= 10  # counts of rarer ones are not normally distributed
+    assert common.sum() >= 5
+    deviation_V = (count_V - N * expected_V)[common]
+    assert (np.abs(deviation_V) <= 4 * np.sqrt(N * expected_V * (1 - expected_V))[common]).all()
 
 
 def test_a_row_alone_is_the_row_of_a_batch():

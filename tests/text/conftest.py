@@ -2,21 +2,20 @@ import io
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 import sentencepiece
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from llama_jax.text.tokenizer import load_tokenizer, tokenizer_from_gguf
+from llama_jax.weights.gguf import read_gguf
 from tests.material import llama3_tokenizer, smollm2_gguf
 from tests.text.helpers import CORPUS, llama3_merges, llama3_vocabulary, load, sp_backend, write_folder
 
 
 @pytest.fixture(scope="session")
 def smollm2_metadata() -> dict[str, Any]:
-    fields = gguf.GGUFReader(smollm2_gguf()).fields
-    return {key: field.contents() for key, field in fields.items() if key.startswith("tokenizer.")}
+    return read_gguf(smollm2_gguf()).metadata
 
 
 @pytest.fixture(scope="session")

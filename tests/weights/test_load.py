@@ -137,7 +137,7 @@ def test_tied_embeddings(tmp_path):
     np.testing.assert_allclose(np.asarray(logits(llama, TOKENS)), expected, rtol=0, atol=1e-5)
 
 
-def test_tensors_of_old_files_that_are_no_parameters(hf, folder, single, tmp_path):
+def test_tensors_of_old_files_that_are_no_parameters(folder, single, tmp_path):
     """RoPE tables, and a copy of tied embeddings."""
     copy(folder, tmp_path, add={"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32)})
     assert_same(llama_jax.load(tmp_path, mesh="tensor=1", dtype="float32"), single)
@@ -263,7 +263,7 @@ def test_reads_only_what_devices_hold(hf, folder, single, tmp_path, kind, stacke
         tiny_config(num_kv_heads=8, rope_theta=5e5, rope_scaling=LLAMA31, max_seq_len=131072),
     ],
     ids=["untied", "tied, factor 32", "MHA, factor 8"],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("mesh", ["tensor=1", "fsdp=2,tensor=4"])
 def test_gguf_equals_hf_folder(tmp_path, config, mesh):
     hf = write_hf(tmp_path, config)
