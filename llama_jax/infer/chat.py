@@ -143,6 +143,7 @@ class Conversation:
                 self._cache = kv_cache.grow(self._cache, size)
         cache, self._cache, self._cached = self._cache, None, []  # donated: not ours until the run gives it back
         return Run(
-            self._llama, [ids[start:]], max_new_tokens=self._max_new_tokens, sampling=self._sampling, cache=cache,
+            self._llama, [ids[start:]], max_new_tokens=self._max_new_tokens, sampling=self._sampling,
+            stop_ids={*self._format.stop_ids, *self._llama.require_tokenizer().stop_ids}, cache=cache,
             size=size, start=start, history=ids[:start], first_chunk=STREAM_CHUNK,
         )  # fmt: skip

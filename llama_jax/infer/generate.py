@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -89,7 +89,8 @@ def generate(
     stops = [stop] if isinstance(stop, str) else list(stop)
     rows = [Row(llama, stops) for _ in ids]
     with jax.set_mesh(llama.mesh):
-        run = Run(llama, ids, max_new_tokens=max_new_tokens, sampling=sampling)
+        stop_ids = llama.tokenizer.stop_ids if llama.tokenizer else ()
+        run = Run(llama, ids, max_new_tokens=max_new_tokens, sampling=sampling, stop_ids=stop_ids)
         for tokens, token_logprobs in run:
             for i, row in enumerate(rows):
                 row.push(tokens[i], token_logprobs[i])
@@ -205,6 +206,7 @@ class Run:
       ids: the prompts, or what follows the tokens that `cache` holds.
       max_new_tokens: most tokens for each row.
       sampling: how they are chosen.
+      stop_ids: tokens that end a row.
       cache: of an earlier run, donated; then `ids` is one row, which starts at slot `start`.
       start: see `cache`.
       size: slots of a new cache; None fits them to the prompts.
@@ -223,6 +225,7 @@ class Run:
         *,
         max_new_tokens: int,
         sampling: Sampling,
+        stop_ids: Iterable[int],
         cache: KVCache | None = None,
         start: int = 0,
         size: int | None = None,
@@ -232,6 +235,7 @@ class Run:
         self._llama, self._programs = llama, programs_of(llama)
         self._ids, self._cache, self._start, self._history = ids, cache, start, history
         self._max_new, self._sampling, self._first_chunk = max_new_tokens, sampling, first_chunk
+        self._stop_ids = np.asarray(sorted(set(stop_ids)) or [NO_TOKEN], np.int32)
         self._halt = np.zeros(pad_batch(len(ids)), bool)
         longest = start + max(map(len, ids))
         if cache is not None:
@@ -256,8 +260,7 @@ class Run:
 
     def __iter__(self) -> Iterator[tuple[list[list[int]], list[list[float]]]]:
         values = self._sampling.values()
-        stop_ids = np.asarray(self._stop_ids(), np.int32)
-        state, token_B, logprob_B = self._prefill(values, stop_ids)
+        state, token_B, logprob_B = self._prefill(values)
         self.state = state
         yield self._rows(np.asarray(token_B)[:, None], np.asarray(logprob_B)[:, None])
         steps, rest = self._first_chunk, self._max_new - 1
@@ -265,14 +268,14 @@ class Run:
             steps = min(steps, CHUNK, rest)
             self.state = None
             state, tokens_BC, logprobs_BC = self._programs.decode(
-                state, self._on_rows(self._halt), steps, stop_ids, values
+                state, self._on_rows(self._halt), steps, self._stop_ids, values
             )
             self.state = state
             yield self._rows(np.asarray(tokens_BC), np.asarray(logprobs_BC))
             rest -= steps
             steps *= 2
 
-    def _prefill(self, values, stop_ids):
+    def _prefill(self, values):
         rows, T = len(self._halt), bucket(max(map(len, self._ids)))
         tokens_BT, length_B = np.zeros((rows, T), np.int32), np.zeros(rows, np.int32)
         for i, row in enumerate(self._ids):
@@ -288,20 +291,13 @@ class Run:
             self._on_rows(length_B),
             self._on_rows(np.full(rows, self._max_new, np.int32)),
             np.uint32(self._sampling.seed),
-            stop_ids,
+            self._stop_ids,
             values,
             None if seen is None else self._on_rows(seen),
             self._cache,
             size=self.size,
             span=min(self.size, bucket(self._start + max(map(len, self._ids)))),
         )
-
-    def _stop_ids(self) -> Sequence[int]:
-        tokenizer = self._llama.tokenizer
-        ids = set(tokenizer.stop_ids) if tokenizer else set()
-        if tokenizer is not None and self._llama.chat_name is not None:
-            ids |= set(self._llama.chat_format.stop_ids)
-        return sorted(ids) or [NO_TOKEN]
 
     def _on_rows(self, x: np.ndarray) -> jax.Array:
         axes = ("batch", *("seq",) * (x.ndim - 1))
