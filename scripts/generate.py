@@ -38,15 +38,25 @@ class Args:
 
 def read_prompts(args: Args) -> list[str]:
     prompts = list(args.prompt)
-    if args.prompts_file is not None:
-        text = sys.stdin.read() if str(args.prompts_file) == "-" else args.prompts_file.read_text(encoding="utf-8")
-        lines = [line for line in text.split("\n") if line.strip()]
-        if args.prompts_file.suffix == ".jsonl":
-            lines = [json.loads(line)["prompt"] for line in lines]
-        prompts += lines
+    file = args.prompts_file
+    if file is not None:
+        text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+        lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+        jsonl = file.suffix == ".jsonl"
+        prompts += [read_object(line, f"{file}: line {number}") if jsonl else line for number, line in lines]
     if not prompts:
         raise ValueError("no prompt: give --prompt TEXT or --prompts-file FILE")
     return prompts
+
+
+def read_object(line: str, where: str) -> str:
+    try:
+        prompt = json.loads(line)["prompt"]
+    except (ValueError, KeyError, TypeError):
+        prompt = None
+    if not isinstance(prompt, str):
+        raise ValueError(f'{where} is not an object like {{"prompt": "text"}}: {line[:60]}')
+    return prompt
 
 
 def main(args: Args) -> None:

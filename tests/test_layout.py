@@ -191,7 +191,7 @@ def test_scripts_and_configs_are_not_imported():
 def test_import_is_light():
     """Naming a function imports neither JAX nor any of the large packages: JAX comes with the first call."""
     code = "import json, sys, llama_jax; llama_jax.load; dir(llama_jax); print(json.dumps(sorted(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
     packages = {name.partition(".")[0] for name in json.loads(done.stdout)}
     assert "llama_jax" in packages
     assert not packages & {"jax", "jaxlib", "flax", "orbax", "huggingface_hub", "gguf", *LAZY}
@@ -202,7 +202,7 @@ def test_running_needs_core_dependencies_only():
         "import json, sys, llama_jax; [getattr(llama_jax, name) for name in llama_jax.__all__];"
         "print(json.dumps(sorted(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
     packages = {name.partition(".")[0] for name in json.loads(done.stdout)}
     assert {"jax", "flax"} <= packages
     assert not packages & {"orbax", "huggingface_hub", "gguf", "tokenizers", *LAZY}

@@ -44,7 +44,7 @@ def _as_matmul(equation: str, x: jax.Array, w: jax.Array, out: P):
     rows = x.ndim - contracted
     split = contracted if first else w.ndim - contracted
     x_spec, w_spec = _spec(x), _spec(w)
-    out_spec = (*out,)
+    out_spec = (*out,) + (None,) * (rows + w.ndim - contracted - len(out))
     groups = (x_spec[:rows], x_spec[rows:], w_spec[:split], w_spec[split:], out_spec[:rows], out_spec[rows:])
     if any(axis is not None for group in groups for axis in group[1:]):
         return None
@@ -62,10 +62,11 @@ def _contracted(equation: str) -> int:
     """How many dimensions are contracted."""
     operands, result = equation.split("->")
     x_axes, w_axes = operands.split(",")
-    contracted = [axis for axis in x_axes if axis not in result]
+    contracted = "".join(axis for axis in x_axes if axis not in result)
     kept = "".join(axis for axis in w_axes if axis not in contracted)
     n = len(contracted)
-    if "".join(contracted) != x_axes[-n:] or x_axes[:-n] + kept != result or kept not in w_axes:
+    orders = (contracted + kept, kept + contracted)
+    if contracted != x_axes[-n:] or x_axes[:-n] + kept != result or w_axes not in orders:
         raise ValueError(f"einsum {equation!r}: contract the last dimensions of x with the first or last of w")
     return n
 

@@ -145,12 +145,11 @@ def test_a_row_alone_is_the_row_of_a_batch():
     """Under jit and vmap alike."""
     logits_BV = jnp.asarray(random_logits(4))
     key_B = jax.random.split(jax.random.key(1), B)
-    values = Sampling(temperature=0.8, top_k=20, top_p=0.9, min_p=0.01).values()
+    values = Sampling(temperature=0.8, top_k=20, min_p=0.01).values()
     together_B = jax.jit(sample)(logits_BV, values, key_B, None)
-    apart_B = jax.vmap(lambda row, key: sample(row[None], values, key[None], None)[0])(logits_BV, key_B)
-    np.testing.assert_array_equal(together_B, apart_B)
-    alone_1 = sample(logits_BV[5:6], values, key_B[5:6], None)
-    assert alone_1[0] == together_B[5]
+    alone = jax.jit(lambda row_V, key: sample(row_V[None], values, key[None], None)[0])
+    np.testing.assert_array_equal(together_B, jax.vmap(alone)(logits_BV, key_B))
+    assert alone(logits_BV[5], key_B[5]) == together_B[5]
 
 
 def test_another_value_is_not_another_program():
