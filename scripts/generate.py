@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -41,22 +42,18 @@ def read_prompts(args: Args) -> list[str]:
     file = args.prompts_file
     if file is not None:
         text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
-        lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-        jsonl = file.suffix == ".jsonl"
-        prompts += [read_object(line, f"{file}: line {number}") if jsonl else line for number, line in lines]
+        lines = [(f"{file}: line {i}", line) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
+        prompts += [read_object(*line) if file.suffix == ".jsonl" else line[1] for line in lines]
     if not prompts:
         raise ValueError("no prompt: give --prompt TEXT or --prompts-file FILE")
     return prompts
 
 
-def read_object(line: str, where: str) -> str:
-    try:
-        prompt = json.loads(line)["prompt"]
-    except (ValueError, KeyError, TypeError):
-        prompt = None
-    if not isinstance(prompt, str):
-        raise ValueError(f'{where} is not an object like {{"prompt": "text"}}: {line[:60]}')
-    return prompt
+def read_object(where: str, line: str) -> str:
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        if isinstance(prompt := json.loads(line)["prompt"], str):
+            return prompt
+    raise ValueError(f'{where} is not an object like {{"prompt": "text"}}: {line[:60]}')
 
 
 def main(args: Args) -> None:

@@ -88,7 +88,10 @@ def fox_and_wolf(run, model) -> list[dict]:
 @pytest.mark.parametrize(
     ("script", "options"),
     [
-        ("generate.py", ("--prompt", "--prompts-file", "--json", "--logprobs", "--stop", "--mesh", "--top-p", "--seed")),
+        (
+            "generate.py",
+            ("--prompt", "--prompts-file", "--json", "--logprobs", "--stop", "--mesh", "--top-p", "--seed"),
+        ),
         ("chat.py", ("--system", "--max-new-tokens", "--mesh", "--dtype", "--temperature", "--chat-format")),
     ],
 )
