@@ -161,9 +161,9 @@ def small(smollm2):
     return dataclasses.replace(smollm2, max_seq_len=72)
 
 
-def test_a_cache_that_a_turn_just_fills(small):
+def test_a_cache_that_a_turn_just_fills(small, smollm2):
     """What the second turn adds fits into the 72 slots, but padded to its bucket of 32 it passes their end."""
-    conversation = llama_jax.Conversation(small, max_new_tokens=16)
+    conversation = llama_jax.Conversation(small, max_new_tokens=7)
     assert "".join(conversation.ask(TURNS[0])) == ANSWER
     with pytest.raises(ValueError, match=r"has \d+ tokens.*72 slots.*max_seq_len"):
         conversation.ask("What is the capital of Italy? " * 12).__next__()
@@ -176,7 +176,7 @@ def test_a_cache_that_a_turn_just_fills(small):
     assert 16 < length - cached <= 32
     answer = "".join(conversation.ask(said))
     assert answer
-    fresh = llama_jax.chat(small, history, max_new_tokens=16)
+    fresh = llama_jax.chat(smollm2, history, max_new_tokens=7)
     assert (answer, conversation.completion.finish_reason) == (fresh.text, fresh.finish_reason)
     assert conversation.messages[-1] == {"role": "assistant", "content": answer}
 
