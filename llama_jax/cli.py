@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -68,6 +69,9 @@ class SamplingArgs:
 @contextlib.contextmanager
 def fail_clearly() -> Iterator[None]:
     """Turns expected errors into one line on stderr and exit code 1, and Ctrl-C into 130."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character gets its escape
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
         sys.stdout.flush()

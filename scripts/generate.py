@@ -41,7 +41,11 @@ def read_prompts(args: Args) -> list[str]:
     prompts = list(args.prompt)
     file = args.prompts_file
     if file is not None:
-        text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+        try:
+            text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8 text ({error}): save it as UTF-8") from None
+        text = text.removeprefix("\ufeff")  # a byte order mark is no part of the first prompt
         lines = [(f"{file}: line {i}", line) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
         prompts += [read_object(*line) if file.suffix == ".jsonl" else line[1] for line in lines]
     if not prompts:
@@ -50,7 +54,7 @@ def read_prompts(args: Args) -> list[str]:
 
 
 def read_object(where: str, line: str) -> str:
-    with contextlib.suppress(ValueError, KeyError, TypeError):
+    with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
         if isinstance(prompt := json.loads(line)["prompt"], str):
             return prompt
     raise ValueError(f'{where} is not an object like {{"prompt": "text"}}: {line[:60]}')

@@ -143,7 +143,10 @@ def encode_prompt(llama: LoadedLlama, prompt: str | Sequence[int], *, where: str
         tokenizer = llama.require_tokenizer()
         ids = tokenizer.encode(prompt, bos=tokenizer.add_bos)
     else:
-        ids = [int(token) for token in prompt]
+        tokens = np.asarray(prompt if isinstance(prompt, np.ndarray) else list(prompt))
+        if isinstance(prompt, bytes) or tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iuO"):
+            raise ValueError(f"{where} must be a text or a list of integer ids, got {prompt!r:.60}")
+        ids = tokens.tolist()
     if not ids:
         raise ValueError(f"{where} is empty: give some text (this model's tokenizer adds no start token of its own)")
     _check_ids(np.asarray(ids), llama.config.vocab_size, where)
@@ -164,6 +167,7 @@ class Row:
             llama.require_tokenizer()
         self._decoder = StreamDecoder(llama.tokenizer) if llama.tokenizer else None
         self._stops = StopStrings(stops)
+        self._num_known = llama.tokenizer.vocab_size if llama.tokenizer else 0
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.pieces: list[str] = []
@@ -178,7 +182,8 @@ class Row:
             self.tokens.append(int(token))
             self.logprobs.append(float(logprob))
             if self._decoder:
-                self.pieces.append(self._stops.push(self._decoder.push([int(token)])))
+                known = int(token) < self._num_known  # padding rows of the embedding are no text
+                self.pieces.append(self._stops.push(self._decoder.push([int(token)] if known else [])))
                 self.stopped = self._stops.found is not None
         return "".join(self.pieces[before:])
 
@@ -234,7 +239,7 @@ class Run:
     ):
         self._llama, self._programs = llama, programs_of(llama)
         self._ids, self._cache, self._start, self._history = ids, cache, start, history
-        self._max_new, self._sampling, self._first_chunk = max_new_tokens, sampling, first_chunk
+        self._max_new, self._sampling, self._first_chunk = min(max_new_tokens, 2**31 - 1), sampling, first_chunk
         self._stop_ids = np.asarray(sorted(set(stop_ids)) or [NO_TOKEN], np.int32)
         self._halt = np.zeros(pad_batch(len(ids)), bool)
         longest = start + max(map(len, ids))
@@ -307,6 +312,8 @@ class Run:
         live = range(len(self._ids))
         self.emitted += tokens_BC[0][tokens_BC[0] != NO_TOKEN].tolist()
         kept = [tokens_BC[i] != NO_TOKEN for i in live]
+        if any(np.isnan(logprobs_BC[i][kept[i]]).any() for i in live):
+            raise ValueError("the model computed NaN: its weights are damaged, or float16 overflowed; try float32")
         return [tokens_BC[i][kept[i]].tolist() for i in live], [logprobs_BC[i][kept[i]].tolist() for i in live]
 
 

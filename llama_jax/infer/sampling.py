@@ -35,18 +35,16 @@ class Sampling:
         def refuse(name: str, needs: str):
             raise ValueError(f"{name} must be {needs}, got {getattr(self, name)!r}")
 
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            refuse("temperature", "a number of at least 0")
+        if not (self.temperature == 0 or 1e-6 <= self.temperature < math.inf):  # float32 must hold logits / temperature
+            refuse("temperature", "0, or a finite number of at least 1e-6")
         if self.top_k is not None and self.top_k < 1:
             refuse("top_k", "at least 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             refuse("top_p", "in (0, 1]")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             refuse("min_p", "in [0, 1]")
-        if self.repetition_penalty is not None and not (
-            math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0
-        ):
-            refuse("repetition_penalty", "a positive number (1 changes nothing)")
+        if self.repetition_penalty is not None and not (1e-6 <= self.repetition_penalty <= 1e6):
+            refuse("repetition_penalty", "a positive number from 1e-6 to 1e6 (1 changes nothing)")
         if not 0 <= self.seed < 2**32:
             refuse("seed", "from 0 to 2**32 - 1")
 
@@ -54,7 +52,8 @@ class Sampling:
         """The filters that are on, as arrays: another value needs no new compilation, another set of filters does."""
         values: dict[str, float | None] = {"repetition_penalty": self.repetition_penalty}
         if self.temperature > 0:
-            values |= {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}
+            top_k = self.top_k and min(self.top_k, 2**31 - 1)
+            values |= {"temperature": self.temperature, "top_k": top_k, "top_p": self.top_p, "min_p": self.min_p}
         neutral = {"repetition_penalty": 1.0, "top_p": 1.0, "min_p": 0.0}
         return {
             name: jnp.asarray(value, jnp.int32 if name == "top_k" else jnp.float32)

@@ -91,7 +91,7 @@ OFFLINE_SIGNS = re.compile(
 
 def cache_folder() -> Path:
     """The folder that fetched checkpoints are kept in: $LLAMA_JAX_CACHE, or else ~/.cache/llama_jax."""
-    return Path(os.environ.get("LLAMA_JAX_CACHE") or "~/.cache/llama_jax").expanduser()
+    return Path(os.path.expanduser(os.environ.get("LLAMA_JAX_CACHE") or "~/.cache/llama_jax"))
 
 
 def resolve(name: str | Path) -> Path:
@@ -109,7 +109,7 @@ def resolve(name: str | Path) -> Path:
     text = str(name)
     if text in BUILT_IN:
         return _resolve_built_in(text)
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))
     if path.exists():
         return path
     if _looks_like_path(text):

@@ -151,7 +151,7 @@ def open_checkpoint(name: str | Path) -> Checkpoint:
     from llama_jax.weights import hub, names
     from llama_jax.weights.gguf import read_gguf
     from llama_jax.weights.hf import read_hf
-    from llama_jax.weights.source import CheckpointError
+    from llama_jax.weights.source import DOWNLOAD_AGAIN, CheckpointError
 
     path = hub.resolve(str(name))
     try:
@@ -172,6 +172,13 @@ def open_checkpoint(name: str | Path) -> Checkpoint:
             checkpoint = Checkpoint(path, "hf", config, folder.tensors, load_tokenizer(path))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+    except (TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: a value in its configuration or tokenizer files has the wrong type"
+            f" ({type(error).__name__}: {error}); {DOWNLOAD_AGAIN}"
+        ) from error
+    except ValueError as error:
+        raise error if str(path) in str(error) else CheckpointError(f"{path}: {error}") from error
     names.check(checkpoint.tensors, config, checkpoint.format, path)
     tokenizer = checkpoint.tokenizer
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:

@@ -161,6 +161,11 @@ def check(tensors: dict[str, Tensor], config: ModelConfig, format: Format, path:
     Raises:
       CheckpointError: a tensor is missing, has another shape, or is none that a Llama has (such as a bias).
     """
+    if config.num_layers > len(tensors):  # before a table of that many names is made
+        raise CheckpointError(
+            f"{path}: the configuration names {config.num_layers} layers, but the files hold {len(tensors)} tensors;"
+            " weights and configuration do not belong together"
+        )
     names = expected(config, format)
     missing = [name for name in names if name not in tensors]
     if missing:
@@ -173,6 +178,11 @@ def check(tensors: dict[str, Tensor], config: ModelConfig, format: Format, path:
             raise CheckpointError(
                 f"{path}: tensor {name!r} has shape {list(tensors[name].shape)}, but the configuration asks for"
                 f" {list(shape)}; weights and configuration do not belong together"
+            )
+        if tensors[name].dtype.kind in "biu":
+            raise CheckpointError(
+                f"{path}: tensor {name!r} holds {tensors[name].dtype} numbers, whose scale is not known: this"
+                " quantization is not supported, use another file of this model"
             )
     tied = {row.name(format) for row in TABLE if row.ours == "lm_head"} if config.tie_embeddings else set()
     extra = [name for name in tensors if name not in names and name not in tied and not NO_PARAMETERS.fullmatch(name)]

@@ -171,7 +171,7 @@ def test_filters_that_change_nothing_cost_nothing():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": -0.1}, "temperature must be a number of at least 0, got -0.1"),
+        ({"temperature": -0.1}, "temperature must be 0, or a finite number of at least 1e-6, got -0.1"),
         ({"temperature": float("nan")}, "temperature.*nan"),
         ({"temperature": float("inf")}, "temperature.*inf"),
         ({"top_k": 0}, "top_k must be at least 1, got 0"),

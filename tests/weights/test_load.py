@@ -419,3 +419,17 @@ def test_no_such_path(tmp_path):
 )
 def test_wrong_arguments(folder, options, words):
     refused(folder, ValueError, words, **options)
+
+
+def test_integer_weights_and_values_of_the_wrong_type_are_refused(tmp_path):
+    """Both ran, or ended in a TypeError or a hang, before there was a check."""
+    write_hf(tmp_path, CONFIG)
+    file, config = tmp_path / "model.safetensors", json.loads((tmp_path / "config.json").read_text())
+    for change in ({"rope_parameters": {"rope_theta": [1, 2]}}, {"num_hidden_layers": 10**9}):
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(CheckpointError, match=tmp_path.name):
+            llama_jax.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({name: (8 * tensor).astype(np.int8) for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(CheckpointError, match="holds int8 numbers"):
+        llama_jax.load(tmp_path)
