@@ -57,9 +57,15 @@ def num_bytes(config: ModelConfig, *, batch: int, size: int, dtype: str) -> int:
     return 2 * config.num_layers * batch * size * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
 
 
-def write(layer: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, slots_BT: jax.Array) -> LayerCache:
-    """Writes each row's T keys and values at its own slots; slots past the end are dropped, never clamped."""
-    put = _put_one if slots_BT.shape[1] == 1 else _put_many
+def write(
+    layer: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, slots_BT: jax.Array, *, ordered: bool = False
+) -> LayerCache:
+    """Writes each row's T keys and values at its own slots; slots past the end are dropped, never clamped.
+
+    With `ordered`, token t goes to slot t: one copy instead of a scatter. Padding is then written too, to slots that
+    are written again before any query may see them.
+    """
+    put = _put_first if ordered else _put_one if slots_BT.shape[1] == 1 else _put_many
     return LayerCache(put(layer.k, k_BTKH, slots_BT), put(layer.v, v_BTKH, slots_BT))
 
 
@@ -68,6 +74,11 @@ def _put_many(cache_BKSH: jax.Array, new_BTKH: jax.Array, slots_BT: jax.Array) -
     spec = jax.typeof(cache_BKSH).sharding.spec
     new_BTKH = new_BTKH.astype(cache_BKSH.dtype)
     return cache_BKSH.at[rows_B1, :, slots_BT].set(new_BTKH, mode="drop", out_sharding=spec)
+
+
+def _put_first(cache_BKSH: jax.Array, new_BTKH: jax.Array, slots_BT: jax.Array) -> jax.Array:
+    new_BKTH = new_BTKH.swapaxes(1, 2)[:, :, : cache_BKSH.shape[2]].astype(cache_BKSH.dtype)
+    return jax.lax.dynamic_update_slice(cache_BKSH, new_BKTH, (0, 0, 0, 0))
 
 
 def _put_one(cache_BKSH: jax.Array, new_B1KH: jax.Array, slots_B1: jax.Array) -> jax.Array:

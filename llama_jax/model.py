@@ -74,7 +74,7 @@ class Attention(nnx.Module):
             if layer is None:
                 new, seen = None, kv_cache.of_tokens(k_BTKH, v_BTKH)
             else:
-                new = kv_cache.write(layer, k_BTKH, v_BTKH, slots_BT)
+                new = kv_cache.write(layer, k_BTKH, v_BTKH, slots_BT, ordered=ordered)
                 seen = kv_cache.prefix(new, span)
         with jax.named_scope("attention"):
             out_BTKGH = dot_product_attention(

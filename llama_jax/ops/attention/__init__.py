@@ -12,7 +12,7 @@ IMPLEMENTATIONS = {"reference": reference.attention, "xla": xla.attention, "cpu"
 # Scores [B, K, G, T, S] are computed for blocks of queries: at most so many, to bound memory ...
 QUERY_BLOCK = 1024
 # ... and where queries are in order, not fewer than this, each block with only the keys before its end.
-SMALL_BLOCK = 128
+SMALL_BLOCK = 256
 
 
 def dot_product_attention(
