@@ -109,7 +109,7 @@ def load(
         bfloat16 ten times slower) and bfloat16 on TPU and GPU.
       max_seq_len: size of every cache, in tokens; None fits it to each call.
       chat_format: "llama2", "llama3", "codellama70b" or "template"; None is the checkpoint's own.
-      attention: "reference" or "xla"; None chooses.
+      attention: "reference", "xla" or "cpu"; None chooses by platform.
 
     Raises:
       CheckpointError: the checkpoint cannot be fetched or read; says which file and what to do.
