@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -28,16 +29,13 @@ class ModelArgs:
     """float32, bfloat16 or float16; default: float32 on CPU, bfloat16 on TPU and GPU."""
     max_seq_len: int | None = None
     """Slots of the key/value cache; default: what the call needs, up to the model's context."""
-    chat_format: str | None = None
-    """llama2, llama3, codellama70b or template; default: the checkpoint's own."""
 
-    def load(self) -> LoadedLlama:
+    def load(self, *, chat_format: str | None = None) -> LoadedLlama:
         """Loads the model."""
+        import_jax()
         from llama_jax.weights.load import load
 
-        return load(
-            self.model, mesh=self.mesh, dtype=self.dtype, max_seq_len=self.max_seq_len, chat_format=self.chat_format
-        )
+        return load(self.model, mesh=self.mesh, dtype=self.dtype, max_seq_len=self.max_seq_len, chat_format=chat_format)
 
 
 @dataclasses.dataclass
@@ -60,6 +58,7 @@ class SamplingArgs:
     def options(self) -> dict[str, Any]:
         """Keyword arguments of `generate` and `Conversation`, checked before anything is loaded."""
         options = dataclasses.asdict(self)
+        import_jax()
         from llama_jax.infer.sampling import Sampling
 
         Sampling(**options)
@@ -86,6 +85,24 @@ def fail_clearly() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def import_jax() -> None:
+    """Imports JAX and Flax; Ctrl-C meanwhile ends the process.
+
+    A KeyboardInterrupt there would be lost in JAX's callback of the garbage collector, or crash a C extension.
+    """
+
+    def leave(*_: object) -> None:
+        os.write(sys.stderr.fileno(), b"interrupted\n")
+        os._exit(130)
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, leave)
+    import llama_jax.model  # noqa: F401
+
+    signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager

@@ -78,6 +78,11 @@ def default_mesh(config: ModelConfig) -> Mesh:
     return make_mesh(config, tensor=len(jax.devices()))
 
 
+def mesh_of(config: ModelConfig, text: str | None) -> Mesh:
+    """The mesh that `"fsdp=2,tensor=4"` means for a model; None is the default mesh."""
+    return default_mesh(config) if text is None else make_mesh(config, **parse_mesh(text))
+
+
 @dataclasses.dataclass(frozen=True)
 class ShardingRules:
     """Mesh axes of each logical axis; None is not split. Another strategy is another instance."""

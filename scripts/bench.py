@@ -3,6 +3,7 @@
     python scripts/bench.py                                  # decode at batch 1 and 8, prefill of 512 tokens
     python scripts/bench.py --against transformers           # the same weights in transformers, timed in turn
     python scripts/bench.py --startup                        # seconds from the command to the first character
+    python scripts/bench.py --convert llama3.2-3b            # conversion HF <-> Meta against cp; needs 26 GB of disk
 
 Times vary with what else the machine does: compare ratios of one run. --json prints one object.
 """
@@ -12,11 +13,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import tyro
 
-from llama_jax.cli import ModelArgs, fail_clearly
+from llama_jax.cli import ModelArgs, fail_clearly, import_jax
 
 
 @dataclasses.dataclass
@@ -33,12 +36,17 @@ class Args:
     """transformers (needs the test extra), or nothing."""
     startup: bool = False
     """Time the start of chat.py and the imports instead."""
+    convert: str | None = None
+    """Time conversions of a synthetic bfloat16 checkpoint with the shapes of this preset instead."""
+    folder: Path | None = None
+    """Where --convert makes its files, which are removed at the end; default: the system's temporary folder."""
     json: bool = False
     """Print one JSON object."""
     model: tyro.conf.OmitArgPrefixes[ModelArgs] = dataclasses.field(default_factory=ModelArgs)
 
 
 def main(args: Args) -> None:
+    import_jax()
     from llama_jax.infer import bench
 
     def say(what: str) -> None:
@@ -47,6 +55,9 @@ def main(args: Args) -> None:
     if args.startup:
         times = bench.startup(model=args.model.model, root=Path(__file__).parents[1])
         print(json.dumps(times) if args.json else "\n".join(f"{name:12} {t:6.2f} s" for name, t in times.items()))
+        return
+    if args.convert:
+        conversions(args, say)
         return
     llama = args.model.load()
     bandwidth = bench.read_bandwidth()
@@ -67,6 +78,25 @@ def main(args: Args) -> None:
         if r.ratio and r.against_tokens_per_second:
             line += f"  {args.against} {r.against_tokens_per_second:8.1f}, ratio {r.ratio:.2f}"
         print(line)
+
+
+def conversions(args: Args, say: Callable[[str], None]) -> None:
+    from llama_jax import PRESETS
+    from llama_jax.weights import bench
+
+    if args.convert not in PRESETS:
+        raise ValueError(f"unknown preset {args.convert!r}: choose one of {', '.join(PRESETS)}")
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        results = bench.measure(Path(folder), args.convert, progress=say)
+    if args.json:
+        print(json.dumps([dataclasses.asdict(r) for r in results]))
+        return
+    for r in results:
+        print(
+            f"{r.source} -> {r.to}: {r.nbytes / 1e9:.2f} GB at {r.copy_seconds / r.write_seconds:.2f}x the speed of cp"
+            f" ({r.write_seconds:.1f} s and {r.copy_seconds:.1f} s), verified in {r.verify_seconds:.1f} s;"
+            f" memory {r.peak / 1e9:.2f} GB in all, {(r.peak - r.before) / r.largest:.2f}x the largest tensor above jax"
+        )
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ On several devices each weight is split over all of them; --mesh fsdp=2,tensor=4
 from __future__ import annotations
 
 import dataclasses
+import io
 import sys
 from collections.abc import Iterator
 from typing import Annotated
@@ -26,13 +27,15 @@ class Args:
     """A system message to begin with."""
     max_new_tokens: int = 512
     """Most tokens of an answer."""
+    chat_format: str | None = None
+    """llama2, llama3, codellama70b or template; default: the checkpoint's own."""
     model: tyro.conf.OmitArgPrefixes[ModelArgs] = dataclasses.field(default_factory=ModelArgs)
     sampling: tyro.conf.OmitArgPrefixes[SamplingArgs] = dataclasses.field(default_factory=SamplingArgs)
 
 
 def main(args: Args) -> None:
     sampling = args.sampling.options()
-    llama = args.model.load()
+    llama = args.model.load(chat_format=args.chat_format)
     from llama_jax import Conversation
 
     def conversation() -> Conversation:
@@ -43,6 +46,8 @@ def main(args: Args) -> None:
         show(conversation().ask(args.question))
         return
     talk = conversation()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # bytes that are no text become U+FFFD
     if sys.stdin.isatty():
         print("Ask something. /reset starts over, /quit or Ctrl-D ends, Ctrl-C stops an answer.", file=sys.stderr)
     while (line := read()) is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import math
 import warnings
@@ -10,6 +12,8 @@ import jax
 import numpy as np
 import pytest
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llama_jax.config import ConfigError, ModelConfig, RopeScaling
 from llama_jax.model import Llama
@@ -19,10 +23,13 @@ from llama_jax.presets import (
     from_gguf_metadata,
     from_hf_config,
     from_meta_params,
+    meta_embed_axis,
     meta_mlp_dim,
+    meta_warnings,
     rope_divisors,
     to_gguf_metadata,
     to_hf_config,
+    to_meta_extra,
     to_meta_params,
 )
 from llama_jax.sharding import make_mesh
@@ -350,20 +357,137 @@ def test_meta_params(name):
         assert from_meta_params(file, vocab_size=vocab_size) == PRESETS[name]
 
 
+# The argument names of each generation's ModelArgs, which refuses others (and takes max_seq_len from the command line).
+LLAMA1_ARGS = {"dim", "n_layers", "n_heads", "vocab_size", "multiple_of", "norm_eps"}
+LLAMA2_ARGS = LLAMA1_ARGS | {"n_kv_heads", "ffn_dim_multiplier"}
+CODELLAMA_ARGS = LLAMA3_ARGS = LLAMA2_ARGS | {"rope_theta"}
+LLAMA31_ARGS = LLAMA3_ARGS | {"use_scaled_rope"}
+META_ARGS = {
+    "llama1": LLAMA1_ARGS, "llama2": LLAMA2_ARGS, "codellama": CODELLAMA_ARGS, "llama3": LLAMA3_ARGS,
+    "llama3.1": LLAMA31_ARGS, "llama3.2": LLAMA31_ARGS, "llama3.3": LLAMA31_ARGS, "smollm2": LLAMA3_ARGS,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("name", DISTINCT.values())
 def test_meta_params_round_trip(name):
-    """The context and whether embeddings are tied follow from the other numbers: Meta's file does not say."""
+    """For all models of Meta's, the context and whether embeddings are tied follow from the other numbers."""
     config = PRESETS[name]
-    params = to_meta_params(config)
-    # The argument names of Meta's ModelArgs, which refuses others.
-    assert params.keys() <= {
-        "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier",
-        "norm_eps", "rope_theta", "use_scaled_rope", "max_batch_size", "max_seq_len",
-    }  # fmt: skip
-    read = from_meta_params(json.loads(json.dumps(params)))
-    if name == "smollm2-135m":  # tied, which the file cannot say
-        read = read.replace(tie_embeddings=True, max_seq_len=config.max_seq_len)
-    assert read == config
+    params = json.loads(json.dumps(to_meta_params(config)))
+    assert params.keys() <= META_ARGS[name.partition("-")[0]]
+    assert ("n_kv_heads" in params) == (config.num_kv_heads < config.num_heads)
+    assert ("use_scaled_rope" in params) == (config.max_seq_len == 131072)
+    assert ("rope_theta" in params) == (config.rope_theta > 10000)
+    extra = to_meta_extra(config)
+    assert extra == ({"max_seq_len": 8192, "tie_embeddings": True} if name == "smollm2-135m" else {})
+    assert from_meta_params(params, extra=extra) == config
+
+
+@pytest.mark.parametrize("name", META)
+def test_meta_params_are_the_published_ones(name):
+    """Up to values that say the same."""
+    ours, published = to_meta_params(PRESETS[name]), dict(META[name])
+    assert ours["vocab_size"] == PRESETS[name].vocab_size
+    for both in (ours, published):
+        sizes = (both["dim"], both.pop("multiple_of"), both.pop("ffn_dim_multiplier", None))
+        assert meta_mlp_dim(*sizes) == PRESETS[name].mlp_dim
+        both.pop("vocab_size", None)
+    assert ours == published
+
+
+sizes = st.one_of(st.integers(1, 8), st.integers(1, 2**30 - 1), st.sampled_from([64, 2048, 3072, 4096, 8192]))
+scalings = st.builds(
+    RopeScaling,
+    factor=st.sampled_from([1.0, 8.0, 8, 32.0, 4.5]),
+    low_freq_factor=st.sampled_from([1.0, 0.5]),
+    high_freq_factor=st.sampled_from([4.0, 1.5]),
+    original_max_seq_len=st.sampled_from([8192, 4096]),
+)
+
+
+@st.composite
+def configs(draw):
+    kv_heads = draw(st.sampled_from([1, 2, 3, 8, 64]))
+    return ModelConfig(
+        vocab_size=draw(st.one_of(sizes, st.just(32000))),
+        embed_dim=draw(sizes),
+        mlp_dim=draw(sizes),
+        num_layers=draw(st.sampled_from([1, 2, 16, 28, 32, 80])),
+        num_heads=kv_heads * draw(st.integers(1, 9)),
+        num_kv_heads=kv_heads,
+        head_dim=2 * draw(st.sampled_from([1, 16, 32, 64])),
+        norm_eps=draw(st.one_of(st.sampled_from([1e-5, 1e-6]), st.floats(1e-12, 1))),
+        rope_theta=draw(st.one_of(st.sampled_from([1e4, 10000, 1e5, 5e5, 1e6]), st.floats(1e-3, 1e12))),
+        rope_scaling=draw(st.one_of(st.none(), scalings)),
+        max_seq_len=draw(st.sampled_from([1, 2048, 4096, 8192, 16384, 131072])),
+        tie_embeddings=draw(st.booleans()),
+    )
+
+
+@settings(deadline=None)
+@given(configs())
+def test_meta_params_and_extra_say_everything(config):
+    params, extra = json.loads(json.dumps([to_meta_params(config), to_meta_extra(config)]))
+    assert from_meta_params(params, vocab_size=config.vocab_size, extra=extra) == config
+    # ... and extra has no more than that: without any one of its keys, another model is read.
+    for key in extra:
+        rest = {other: value for other, value in extra.items() if other != key}
+        with contextlib.suppress(ConfigError):  # dim / n_heads may be 0 or odd
+            assert from_meta_params(params, vocab_size=config.vocab_size, extra=rest) != config
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ({"num_heads": 4}, "unknown keys: num_heads; known are head_dim"),
+        ({"head_dim": "64"}, "head_dim"),
+        ({"head_dim": None}, "head_dim"),
+        ({"max_seq_len": 0}, "max_seq_len"),
+        ({"rope_theta": "5e5"}, "rope_theta"),
+        ({"tie_embeddings": 1}, "tie_embeddings must be true or false"),
+        ({"rope_scaling": 8}, "rope_scaling must be null or give numbers for factor, low_freq_factor"),
+        ({"rope_scaling": {"factor": 8.0}}, "rope_scaling must be null or give"),
+        ({"rope_scaling": {**dataclasses.asdict(LLAMA31), "type": 1}}, "rope_scaling must be null or give"),
+        ({"rope_scaling": {**dataclasses.asdict(LLAMA31), "factor": "8"}}, "rope_scaling must be null or give"),
+        ({"rope_scaling": {**dataclasses.asdict(LLAMA31), "factor": 0.5}}, "factor >= 1"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else str(value),
+)
+def test_refused_meta_extra(extra, words):
+    with pytest.raises(ConfigError, match=words):
+        from_meta_params(to_meta_params(PRESETS["llama3.1-8b"]), extra=extra)
+
+
+def test_meta_extra_can_take_scaling_away():
+    params = to_meta_params(PRESETS["llama3.1-8b"])
+    read = from_meta_params(params, extra={"rope_scaling": None, "max_seq_len": 8192})
+    assert read == PRESETS["llama3-8b"]
+
+
+def test_meta_warnings():
+    def warnings_of(**changes):
+        return meta_warnings(PRESETS["llama3.1-8b"].replace(**changes))
+
+    for name in DISTINCT.values():
+        assert len(meta_warnings(PRESETS[name])) == (name in ("llama3.2-1b", "llama3.2-3b")), name
+    (factor,) = meta_warnings(PRESETS["llama3.2-1b"])
+    assert "factor=8.0" in factor
+    assert "factor=32.0" in factor
+    (factor,) = warnings_of(rope_scaling=dataclasses.replace(LLAMA31, original_max_seq_len=4096))
+    assert "original_max_seq_len=4096" in factor
+    (head_dim,) = warnings_of(head_dim=64)
+    assert "cannot load" in head_dim
+    assert "4096 / 32, and this model's have 64" in head_dim
+    (theta,) = warnings_of(rope_theta=10000.0, rope_scaling=None)
+    assert "rope_theta" in theta
+    assert len(warnings_of(rope_scaling=LLAMA32, head_dim=64)) == 2
+
+
+def test_meta_embed_axis():
+    axes = {name: meta_embed_axis(config) for name, config in PRESETS.items()}
+    assert {name for name, axis in axes.items() if axis == 1} == {
+        name for name in PRESETS if name.startswith(("llama1", "llama2", "codellama"))
+    }
+    assert set(axes.values()) == {0, 1}
 
 
 @pytest.mark.parametrize(
@@ -405,11 +529,6 @@ def test_refused_meta_params(changes, words):
 def test_unknown_meta_key_warns():
     with pytest.warns(UserWarning, match="ignored: favourite_colour$"):
         from_meta_params(to_meta_params(PRESETS["llama3-8b"]) | {"favourite_colour": "red"})
-
-
-def test_meta_params_cannot_say_head_dim():
-    with pytest.raises(ConfigError, match="head_dim 32"):
-        to_meta_params(tiny_config(head_dim=32))
 
 
 # -----------------------------------------------------------------------------------------------------------

@@ -49,6 +49,7 @@ def environment(tmp_path_factory) -> dict[str, str]:
         "LLAMA_JAX_CACHE": str(tmp_path_factory.mktemp("cache")),
         "JAX_NUM_CPU_DEVICES": "1",
         "HF_HUB_OFFLINE": "1",
+        "PYTHONIOENCODING": "utf-8:strict",  # as in most locales; Python is lenient in C.UTF-8
     }
 
 
@@ -60,8 +61,9 @@ def run(environment):
         command = [sys.executable, ROOT / "scripts" / script, *args]
         variables = environment | {"JAX_NUM_CPU_DEVICES": str(devices)}
         done = subprocess.run(
-            command, input=stdin, capture_output=True, text=True, env=variables, timeout=120, check=False
-        )
+            command, input=stdin, capture_output=True, text=True, errors="surrogateescape", env=variables,
+            timeout=120, check=False,
+        )  # fmt: skip
         assert done.returncode == code, done.stderr
         assert "Traceback" not in done.stderr
         if code == 0 and quiet:
@@ -92,6 +94,7 @@ def fox_and_wolf(run, model) -> list[dict]:
             "generate.py",
             ("--prompt", "--prompts-file", "--json", "--logprobs", "--stop", "--mesh", "--top-p", "--seed"),
         ),
+        ("bench.py", ("--batch", "--against", "--mesh", "--dtype", "--json")),
         ("chat.py", ("--system", "--max-new-tokens", "--mesh", "--dtype", "--temperature", "--chat-format")),
     ],
 )
@@ -99,6 +102,7 @@ def test_help(run, script, options):
     text = run(script, "--help").stdout
     for option in options:
         assert option in text
+    assert ("--chat-format" in text) == (script == "chat.py")  # it has no effect on the others
 
 
 def test_json_is_one_object_a_prompt(fox_and_wolf):
@@ -156,6 +160,13 @@ def test_chat_goes_on_after_a_turn_that_does_not_fit(run, model):
     assert "/reset" in done.stderr
 
 
+def test_chat_reads_bytes_that_are_no_text(run, model):
+    """Raw bytes 0x80 to 0xff are what the surrogates stand for."""
+    done = run("chat.py", "--model", model, *SHORT, stdin="the fox \udcff\n/reset\nthe fox \ufffd\nthe wolf\n")
+    raw, replaced, _ = done.stdout.splitlines()
+    assert raw == replaced
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -167,6 +178,7 @@ def test_chat_goes_on_after_a_turn_that_does_not_fit(run, model):
         (("generate.py", "--prompt", "a" * 300, "--model", "MODEL"), "256 slots"),
         (("chat.py", "Hi", "--top-p", "0"), "top_p must be in (0, 1]"),
         (("chat.py", "Hi", "--model", "MODEL", "--max-seq-len", "0"), "max_seq_len must be from 1"),
+        (("chat.py", "Hi", "--chat-format", "chatml"), "unknown chat format 'chatml'"),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, tuple) else "",
 )
@@ -203,3 +215,20 @@ def test_a_reader_that_leaves(model, environment):
     os.close(write)
     assert done.returncode == 141
     assert done.stderr == ""
+
+
+def test_ctrl_c_while_jax_is_imported(environment):
+    """At the worst moment: in a callback of the garbage collector, where Python drops exceptions."""
+    code = """if True:
+        import gc, os, runpy, signal, sys
+        def interrupt(*_):
+            if "jax" in sys.modules:
+                gc.callbacks.remove(interrupt)
+                os.kill(os.getpid(), signal.SIGINT)
+        gc.callbacks.append(interrupt)
+        sys.argv = ["chat.py", "Hi", "--model", "/no/such/folder"]
+        runpy.run_path("scripts/chat.py", run_name="__main__")
+    """
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")

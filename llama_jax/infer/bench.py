@@ -22,6 +22,7 @@ import numpy as np
 
 from llama_jax.infer.generate import generate
 from llama_jax.weights import names
+from llama_jax.weights.load import parameter_name
 
 if TYPE_CHECKING:
     from llama_jax.weights.load import LoadedLlama
@@ -150,7 +151,7 @@ def transformers_generate(llama: LoadedLlama) -> Callable[[list[list[int]], int]
         model = LlamaForCausalLM(config)
     state = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(llama.model)[0]:
-        row, layer = names.row_of(jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"))
+        row, layer = names.row_of(parameter_name(path))
         stored = names.to_stored(np.asarray(leaf, np.float32), row, llama.config, "hf")
         state[row.name("hf", layer)] = torch.from_numpy(np.array(stored))
     if llama.config.tie_embeddings:

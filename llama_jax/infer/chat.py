@@ -77,6 +77,7 @@ class Conversation:
         self.completion: Completion | None = None
         self._cache: KVCache | None = None
         self._cached: list[int] = []  # the ids whose keys and values the cache holds
+        self._streaming = False
 
     def ask(self, text: str) -> Iterator[str]:
         """Says something as the user; yields the answer in pieces."""
@@ -86,11 +87,15 @@ class Conversation:
         """Adds messages and yields the answer in pieces.
 
         If the caller stops early (or Ctrl-C does), what was said so far counts as the answer. If the messages do not
-        fit or are not valid, they are not added.
+        fit or are not valid, they are not added. One answer at a time: read a stream to its end or `close()` it before
+        the next one begins.
 
         Raises:
           ValueError: they do not fit into the cache (both numbers are given), or the chat format refuses them.
+          RuntimeError: an earlier answer is still open; it is not disturbed.
         """
+        if self._streaming:
+            raise RuntimeError("the last answer of this conversation is still open: read it to its end or close() it")
         if not messages:
             raise ValueError("a conversation needs at least one message, such as {'role': 'user', 'content': 'Hi'}")
         said = [*self.messages, *messages]
@@ -98,7 +103,7 @@ class Conversation:
         row = Row(self._llama, self._stops)
         with jax.set_mesh(self._llama.mesh):
             run = self._run(ids)
-        self.messages = said
+        self.messages, self._streaming = said, True
         reason = "stop"
         try:
             # The mesh is entered for each step, not around the yields: the caller's own code runs between them.
@@ -118,6 +123,7 @@ class Conversation:
             if tail := row.finish():
                 yield tail
         finally:
+            self._streaming = False
             if run.state is not None:
                 self._cache = run.state.cache
                 self._cached = [*ids, *run.emitted[:-1]]  # the last token is not written yet

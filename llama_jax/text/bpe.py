@@ -7,34 +7,34 @@ import copy
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from llama_jax.text.spm import CONTROL, USER_DEFINED
 from llama_jax.text.tokenizer import BaseTokenizer, Facts, gguf_array, is_control_like, valid
 
 LLAMA3_REGEX = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
     r"\s+(?!\S)|\s+"
 )
-_GPT2_REGEX = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_DEFAULT_REGEXES = (r"[\p{P}$+<=>^~|]+", _GPT2_REGEX, r"\p{N}+", "[0-9][0-9][0-9]")
+GPT2_REGEX = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_DEFAULT_REGEXES = (r"[\p{P}$+<=>^~|]+", GPT2_REGEX, r"\p{N}+", "[0-9][0-9][0-9]")
 # tokenizer.ggml.pre -> the regexes that split text one after the other, as in llama.cpp's llama-vocab.cpp.
 PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), (LLAMA3_REGEX,)),
-    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r"), (r"\p{N}", _GPT2_REGEX)),
-    **dict.fromkeys(("gpt-2", "mpt", "olmo"), (_GPT2_REGEX,)),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r"), (r"\p{N}", GPT2_REGEX)),
+    **dict.fromkeys(("gpt-2", "mpt", "olmo"), (GPT2_REGEX,)),
     "qwen2": (LLAMA3_REGEX.replace("{1,3}", ""),),
+    "smaug-bpe": (LLAMA3_REGEX,),
     "default": _DEFAULT_REGEXES,
 }
-_LLAMA3_PRE = ("llama-bpe", "llama3", "llama-v3")
+# Those that look a word up before they merge it.
+LLAMA3_PRE = ("llama-bpe", "llama3", "llama-v3")
 
 # GPT-2's printable stand-ins for bytes: itself where Latin-1 prints it, else 256 and up.
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _HIDDEN = [byte for byte in range(256) if byte not in _PRINTABLE]
-_CHAR_TO_BYTE = {byte: byte for byte in _PRINTABLE} | {256 + i: byte for i, byte in enumerate(_HIDDEN)}
-
-# Control token types in GGUF: control and user-defined.
-_CONTROL, _USER_DEFINED = 3, 4
+CHAR_TO_BYTE = {byte: byte for byte in _PRINTABLE} | {256 + i: byte for i, byte in enumerate(_HIDDEN)}
+BYTE_TO_CHAR = {byte: char for char, byte in CHAR_TO_BYTE.items()}
 
 
 class BPETokenizer(BaseTokenizer):
@@ -115,7 +115,7 @@ class BPETokenizer(BaseTokenizer):
             piece = self._text_view.id_to_token(token) or ""
             if self._byte_level:
                 try:
-                    return piece.translate(_CHAR_TO_BYTE).encode("latin-1")
+                    return piece.translate(CHAR_TO_BYTE).encode("latin-1")
                 except UnicodeEncodeError:  # not in GPT-2's alphabet, so it stands for itself
                     return piece.encode()
             if byte := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):
@@ -142,13 +142,7 @@ class TiktokenTokenizer(BaseTokenizer):
         """
         import tiktoken
 
-        try:
-            lines = (line.split() for line in data.splitlines() if line)
-            ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-        except ValueError as error:
-            raise ValueError(f"{source} is a damaged tiktoken file: get it again ({error})") from error
-        if len(ranks) != 128_000 or set(ranks.values()) != set(range(128_000)):
-            raise ValueError(f"{source} has {len(ranks)} ranks: Llama 3's tiktoken file has 128000; get it again")
+        ranks = read_ranks(data, source)
         control = llama3_control_tokens()
         special = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"} | dict(facts.special_tokens)
         facts = dataclasses.replace(facts, special_tokens=special)
@@ -162,6 +156,18 @@ class TiktokenTokenizer(BaseTokenizer):
 
     def _plain(self, text: str, *, prefix: bool) -> list[int]:
         return [i for chunk in _chunks(text) for i in self._encoding.encode_ordinary(chunk)]
+
+
+def read_ranks(data: bytes, source: str) -> dict[bytes, int]:
+    """Reads the 128,000 ranks of Llama 3's tiktoken file; `source` names it in error messages."""
+    try:
+        lines = (line.split() for line in data.splitlines() if line)
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+    except ValueError as error:
+        raise ValueError(f"{source} is a damaged tiktoken file: get it again ({error})") from error
+    if len(ranks) != 128_000 or set(ranks.values()) != set(range(128_000)):
+        raise ValueError(f"{source} has {len(ranks)} ranks: Llama 3's tiktoken file has 128000; get it again")
+    return ranks
 
 
 def llama3_control_tokens() -> dict[str, int]:
@@ -181,18 +187,24 @@ def llama3_control_tokens() -> dict[str, int]:
     return tokens | others
 
 
-def load_tokenizer_json(path: Path, facts: Facts) -> BPETokenizer:
-    """Loads a `tokenizer.json` whose decoder is byte-level or SentencePiece-like."""
+def load_tokenizer_json(data: bytes, facts: Facts, *, source: str) -> BPETokenizer:
+    """Loads a `tokenizer.json` whose decoder is byte-level or SentencePiece-like.
+
+    Args:
+        data: The bytes of the file.
+        facts: What the files beside it say.
+        source: Where the bytes come from, for error messages.
+    """
     from tokenizers import Tokenizer
 
     try:
-        backend = Tokenizer.from_file(str(path))
+        backend = Tokenizer.from_buffer(data)
     except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{path} is not a readable tokenizer.json: get it again ({error})") from error
+        raise ValueError(f"{source} is not a readable tokenizer.json: get it again ({error})") from error
     decoder = _state(backend.decoder)
     byte_level = b'"ByteLevel"' in decoder
     if not byte_level and b'"ByteFallback"' not in decoder and b'"Metaspace"' not in decoder:
-        raise ValueError(f"{path} has decoder {decoder.decode()}: a Llama's is ByteLevel, ByteFallback or Metaspace")
+        raise ValueError(f"{source} has decoder {decoder.decode()}: a Llama's is ByteLevel, ByteFallback or Metaspace")
     strips = b'"Strip"' in decoder or (b'"Metaspace"' in decoder and b'"prepend_scheme":"never"' not in decoder)
     bos = backend.token_to_id(facts.special_tokens.get("bos_token", ""))
     return BPETokenizer(
@@ -207,7 +219,20 @@ def load_tokenizer_json(path: Path, facts: Facts) -> BPETokenizer:
 
 def bpe_from_gguf(metadata: Mapping[str, Any], facts: Facts) -> BPETokenizer:
     """Builds the byte-level BPE that GGUF metadata of kind `gpt2` describes."""
-    from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
+    backend = backend_from_gguf(metadata)
+    return BPETokenizer(
+        backend,
+        facts,
+        added=backend.get_added_tokens_decoder(),
+        byte_level=True,
+        drops_space=False,
+        add_bos=backend.model.ignore_merges,  # llama.cpp's default for Llama 3, and for no other
+    )
+
+
+def backend_from_gguf(metadata: Mapping[str, Any]) -> Any:
+    """Builds the `tokenizers.Tokenizer` that GGUF metadata of kind `gpt2` describes."""
+    from tokenizers import AddedToken, models
 
     tokens = gguf_array(metadata, "tokens")
     types = gguf_array(metadata, "token_type", len(tokens))
@@ -217,19 +242,34 @@ def bpe_from_gguf(metadata: Mapping[str, Any], facts: Facts) -> BPETokenizer:
         raise ValueError(f"tokenizer.ggml.pre {pre!r} is not supported: {', '.join(sorted(PRE_TOKENIZERS))}")
     vocab = {token: i for i, token in enumerate(tokens)}
     try:
-        model = models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in _LLAMA3_PRE)  # pyright: ignore
+        model = models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in LLAMA3_PRE)  # pyright: ignore
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"tokenizer.ggml.merges do not fit tokenizer.ggml.tokens: {error}") from error
+    added = [
+        AddedToken(token, special=kind == CONTROL, normalized=False)
+        for token, kind in zip(tokens, types, strict=True)
+        if kind in (CONTROL, USER_DEFINED)
+    ]
+    return byte_level_backend(model, PRE_TOKENIZERS[pre], added)
+
+
+def byte_level_backend(model: Any, regexes: Sequence[str], added: Sequence[Any]) -> Any:
+    """Puts a byte-level pre-tokenizer and decoder round a `tokenizers` model.
+
+    Args:
+        model: A `tokenizers.models.BPE`, spelt with GPT-2's stand-ins for bytes.
+        regexes: They split text one after the other.
+        added: `AddedToken`s, in the order of their ids.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
+
     backend = Tokenizer(model)
-    splits = [pre_tokenizers.Split(Regex(regex), "isolated") for regex in PRE_TOKENIZERS[pre]]
+    splits = [pre_tokenizers.Split(Regex(regex), "isolated") for regex in regexes]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
-    added = {
-        i: AddedToken(tokens[i], special=kind == _CONTROL, normalized=False)
-        for i, kind in enumerate(types)
-        if kind in (_CONTROL, _USER_DEFINED)
-    }
-    return BPETokenizer(backend, facts, added=added, byte_level=True, drops_space=False, add_bos=pre in _LLAMA3_PRE)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])  # pyright: ignore
+    backend.decoder = decoders.ByteLevel()  # pyright: ignore
+    backend.add_tokens(list(added))
+    return backend
 
 
 def _view(backend: Any, added: Sequence[Any], *, text_only: bool, prefix: bool = True) -> Any:

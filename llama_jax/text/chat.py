@@ -10,6 +10,7 @@ import datetime
 import functools
 import json
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -21,6 +22,8 @@ Tools = Sequence[Any] | None
 # What separates turns in formats that spell it as ordinary text; typed in a message, it would forge a turn.
 _MARKER = re.compile(r"\[/?INST\]|<</?SYS>>|<\|[\w ]+\|>")
 _LLAMA2_MARKERS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
+_TEMPLATE_SECONDS = 5.0  # of processor time; a thousand messages take a thousandth of that
+_DEADLINE, _TICK = "template deadline", "template tick"  # no template can spell a name with a space
 _ROLES = ("system", "user", "assistant", "tool", "ipython", "function", "developer")
 
 
@@ -53,7 +56,6 @@ def chat_format(tokenizer: Tokenizer, name: str | None = None) -> ChatFormat:
         name: "llama2", "llama3", "codellama70b" or "template" force a format. None takes the checkpoint's own
             template, else the format of the generation that the vocabulary belongs to.
     """
-    formats = {form.name: form for form in (TemplateChat, Llama3Chat, CodeLlama70BChat, Llama2Chat)}
     if name is None:
         control = tokenizer.control_tokens
         known = {
@@ -62,12 +64,18 @@ def chat_format(tokenizer: Tokenizer, name: str | None = None) -> ChatFormat:
             "codellama70b": "<step>" in control,
             "llama2": tokenizer.drops_space and {"<s>", "</s>"} <= control.keys(),
         }
-        name = next((key for key in formats if known[key]), None)
+        name = next((key for key, fits in known.items() if fits), None)
         if name is None:
             raise ChatError("this model has no chat format (no template, no known vocabulary): use generate")
+    return format_named(name)(tokenizer)
+
+
+def format_named(name: str) -> Callable[[Tokenizer], ChatFormat]:
+    """Returns the chat format of that name; it takes the checkpoint's tokenizer."""
+    formats = {form.name: form for form in (TemplateChat, Llama3Chat, CodeLlama70BChat, Llama2Chat)}
     if name not in formats:
         raise ChatError(f"unknown chat format {name!r}: choose one of {', '.join(sorted(formats))}")
-    return formats[name](tokenizer)
+    return formats[name]
 
 
 class Llama2Chat:
@@ -196,12 +204,13 @@ class TemplateChat:
         """Encodes the conversation, to the ids of transformers' `apply_chat_template` if it is harmless."""
         source = self._tokenizer.tool_template if tools else None
         source = source or self._tokenizer.chat_template or ""
-        # A role is part of the format, not of the text: a known one, or one that the template itself names.
-        roles = (*_ROLES, *re.findall(r"""['"]([\w-]+)['"]""", source))
         # transformers leaves out keys whose value is None.
         messages = [{k: v for k, v in message.items() if v is not None} for message in _nonempty(messages)]
+        # A role is part of the format, not of the text: a known one, or one that the template itself names.
+        quoted = re.findall(r"""['"]([\w-]+)['"]""", source)
         for message in messages:
-            _role(message, roles)
+            if message.get("role") not in quoted:
+                _role(message, _ROLES)
         data = {"messages": messages, "tools": None if tools is None else list(tools)}
         strings = list(_strings(data))
         markers = set(_MARKER.findall(source)) - self._tokenizer.control_tokens.keys()
@@ -264,7 +273,7 @@ class _Mask:
 def _render(source: str, **variables: Any) -> str:
     """Renders a chat template; whatever goes wrong in it is a `ChatTemplateError`."""
     try:
-        return _compile(source).render(**variables)
+        return _compile(source).render({_DEADLINE: time.thread_time() + _TEMPLATE_SECONDS}, **variables)
     except Exception as error:  # of Jinja, of the sandbox, or whatever the template's expressions raise
         kind, line = type(error).__name__, getattr(error, "lineno", None)
         where = f" in line {line}" if line else ""
@@ -296,13 +305,34 @@ def _compile(source: str) -> Any:
     def tojson(x: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
         return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
+    @jinja2.pass_context
+    def tick(context: Any, _: Any = None) -> bool:
+        if time.thread_time() > context[_DEADLINE]:
+            raise TimeoutError(f"it still ran after {_TEMPLATE_SECONDS} seconds")
+        return True
+
     class Sandbox(sandbox.ImmutableSandboxedEnvironment):
+        # Jinja bounds a range, but not the product of nested ones: every turn of a loop and every call, such as a
+        # macro's of itself, looks at the clock.
+        def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
+            for loop in source.find_all(nodes.For):
+                ticks = nodes.Filter(nodes.Const(None), _TICK, [], [], None, None, lineno=loop.lineno)
+                if loop.test is None:
+                    loop.body.insert(0, nodes.ExprStmt(ticks, lineno=loop.lineno))
+                else:
+                    loop.test = nodes.And(ticks, loop.test, lineno=loop.lineno)
+            return super()._generate(source, *args, **kwargs)
+
+        def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+            tick(context)
+            return super().call(context, obj, *args, **kwargs)
+
         def unsafe_undefined(self, obj: Any, attribute: str) -> Any:  # Jinja's own prints as nothing
             raise jinja2.exceptions.SecurityError(f"a template may not reach for {attribute!r}")
 
     extensions = [GenerationTag, ext.loopcontrols]
     environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-    environment.filters["tojson"] = tojson
+    environment.filters |= {"tojson": tojson, _TICK: tick}
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     return environment.from_string(source)
@@ -347,7 +377,7 @@ def _nonempty(messages: Sequence[Message]) -> Sequence[Message]:
 def _role(message: Message, allowed: Sequence[str]) -> str:
     role = message.get("role")
     if not isinstance(role, str) or role not in allowed:
-        raise ChatError(f"unknown role {role!r}: this chat format knows {', '.join(dict.fromkeys(allowed))}")
+        raise ChatError(f"unknown role {role!r}: this chat format knows {', '.join(allowed)}")
     return role
 
 

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import struct
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 from llama_jax.text.tokenizer import BaseTokenizer, Facts, gguf_array, is_control_like
 
 # Token types: GGUF's numbers are SentencePiece's own.
-_UNKNOWN, _BYTE = 2, 6
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+
+
+class Piece(NamedTuple):
+    """One token of a SentencePiece model."""
+
+    text: str
+    score: float
+    kind: int
 
 
 class SentencePieceTokenizer(BaseTokenizer):
@@ -33,7 +41,7 @@ class SentencePieceTokenizer(BaseTokenizer):
         try:
             sp: Any = SentencePieceProcessor(model_proto=model)
             # Concatenated protobuf messages merge: this adds normalizer_spec { add_dummy_prefix: false }.
-            self._bare: Any = SentencePieceProcessor(model_proto=model + b"\x1a\x02\x18\x00")
+            self._bare: Any = SentencePieceProcessor(model_proto=model + _field(3, _field(3, 0)))
         except RuntimeError as error:
             raise ValueError(
                 f"{source} is neither a SentencePiece model nor a tiktoken file: get it again ({error})"
@@ -67,23 +75,33 @@ class SentencePieceTokenizer(BaseTokenizer):
 
 
 def sentencepiece_from_gguf(metadata: Mapping[str, Any], facts: Facts) -> SentencePieceTokenizer:
-    """Rebuilds the SentencePiece model that GGUF metadata of kind `llama` describes."""
+    """Builds the tokenizer that GGUF metadata of kind `llama` describes."""
+    return SentencePieceTokenizer(model_from_gguf(metadata), facts, source="the GGUF file's tokenizer")
+
+
+def model_from_gguf(metadata: Mapping[str, Any]) -> bytes:
+    """Writes GGUF metadata of kind `llama` as a serialized SentencePiece model, a `tokenizer.model`."""
     tokens = gguf_array(metadata, "tokens")
     scores = gguf_array(metadata, "scores", len(tokens))
     types = [int(kind) for kind in gguf_array(metadata, "token_type", len(tokens))]
-    if _UNKNOWN not in types:
-        types[int(metadata.get("tokenizer.ggml.unknown_token_id", 0))] = _UNKNOWN
+    if UNKNOWN not in types:
+        types[int(metadata.get("tokenizer.ggml.unknown_token_id", 0))] = UNKNOWN
     pieces = b"".join(
         _field(1, _field(1, token) + _field(2, float(score)) + _field(3, kind))
         for token, score, kind in zip(tokens, scores, types, strict=True)
     )
     # model_type BPE; byte_fallback, which the library refuses unless all 256 byte pieces are there.
-    trainer = _field(3, 2) + _field(35, int(_BYTE in types))
+    trainer = _field(3, 2) + _field(35, int(BYTE in types))
     # No charsmap is the identity; add_dummy_prefix, remove_extra_whitespaces, escape_whitespaces.
     add_prefix = int(metadata.get("tokenizer.ggml.add_space_prefix", True))
     normalizer = _field(1, "identity") + _field(3, add_prefix) + _field(4, 0) + _field(5, 1)
-    model = pieces + _field(2, trainer) + _field(3, normalizer)
-    return SentencePieceTokenizer(model, facts, source="the GGUF file's tokenizer")
+    return pieces + _field(2, trainer) + _field(3, normalizer)
+
+
+def read_pieces(model: bytes) -> list[Piece]:
+    """Reads the vocabulary of a serialized SentencePiece model that the library has accepted."""
+    messages = (dict(_fields(value)) for number, value in _fields(model) if number == 1)
+    return [Piece(fields[1].decode(), fields.get(2, 0.0), fields.get(3, NORMAL)) for fields in messages]
 
 
 def _field(number: int, value: bytes | str | float | int) -> bytes:
@@ -102,3 +120,26 @@ def _varint(value: int) -> bytes:
         out.append(value & 127 | 128)
         value >>= 7
     return bytes([*out, value])
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
+    """Yields number and value of the fields of a protobuf message; the inverse of `_field`."""
+    at = 0
+    while at < len(data):
+        key, at = _read_varint(data, at)
+        if key & 7 == 0:
+            value, at = _read_varint(data, at)
+            yield key >> 3, value
+            continue
+        size, at = _read_varint(data, at) if key & 7 == 2 else ({1: 8, 5: 4}[key & 7], at)
+        value, at = data[at : at + size], at + size
+        yield key >> 3, struct.unpack("<f", value)[0] if key & 7 == 5 else value
+
+
+def _read_varint(data: bytes, at: int) -> tuple[int, int]:
+    """Returns a varint and where it ends."""
+    value = shift = 0
+    while data[at] > 127:
+        value |= (data[at] & 127) << shift
+        at, shift = at + 1, shift + 7
+    return value | data[at] << shift, at + 1

@@ -35,6 +35,18 @@ STOP_TOKENS = (
     "<step>",
     "▁<EOT>",
 )
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model")  # the first that exists is used
+# A tokenizer's files in Hugging Face's spelling, and Meta's tokenizer.model.
+TOKENIZER_FILES = (
+    *VOCABULARY_FILES,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "merges.txt",
+)
 # Code Llama's files call these ordinary pieces; so do fine-tunes with the `<|...|>` markers they added.
 _CONTROL_LIKE = re.compile(r"<[|｜].*[|｜]>|▁<(PRE|SUF|MID|EOT)>|<step>")
 
@@ -210,28 +222,65 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
     """Loads the tokenizer of a Hugging Face or Meta folder.
 
     Args:
-        folder: Holds `tokenizer.json` (preferred) or `tokenizer.model` (SentencePiece or tiktoken).
+        folder: Holds `tokenizer.json` (preferred) or `tokenizer.model` (SentencePiece or tiktoken). Beside a
+            `params.json`, `tokenizer.model` may lie one folder up.
 
     Returns:
-        The tokenizer, or None where the folder has neither file.
+        The tokenizer, or None where there is neither file.
     """
     folder = Path(folder)
-    path = next((p for name in ("tokenizer.json", "tokenizer.model") if (p := folder / name).is_file()), None)
-    if path is None:
+    return tokenizer_from_files(read_files(folder, (*TOKENIZER_FILES, "config.json", "generation_config.json")), folder)
+
+
+def read_files(folder: Path, names: Iterable[str] = TOKENIZER_FILES) -> dict[str, bytes]:
+    """Reads the files of a folder's tokenizer.
+
+    Args:
+        folder: A Hugging Face, native or Meta folder.
+        names: The files to look for.
+
+    Returns:
+        File name to content, of the files that exist.
+    """
+    folder = Path(folder).absolute()
+    files = {name: path.read_bytes() for name in names if (path := folder / name).is_file()}
+    shared = folder.parent / "tokenizer.model"
+    # LLaMA 1's download has one tokenizer.model beside its folders 7B to 65B.
+    if files.keys().isdisjoint(VOCABULARY_FILES) and (folder / "params.json").is_file() and shared.is_file():
+        files["tokenizer.model"] = shared.read_bytes()
+    return files
+
+
+def tokenizer_from_files(files: Mapping[str, bytes], folder: Path = Path()) -> Tokenizer | None:
+    """Builds the tokenizer that files of a folder describe.
+
+    Args:
+        files: File name to content.
+        folder: Where they lie, for error messages.
+
+    Returns:
+        The tokenizer, or None without `tokenizer.json` and `tokenizer.model`.
+    """
+    name = next((name for name in VOCABULARY_FILES if name in files), None)
+    if name is None:
         return None
-    facts = _folder_facts(folder)
-    if path.suffix == ".json":
+    facts, data, source = file_facts(files, folder), files[name], str(folder / name)
+    if name == "tokenizer.json":
         from llama_jax.text.bpe import load_tokenizer_json
 
-        return load_tokenizer_json(path, facts)
-    data = path.read_bytes()
-    if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data):
+        return load_tokenizer_json(data, facts, source=source)
+    if is_tiktoken(data):
         from llama_jax.text.bpe import TiktokenTokenizer
 
-        return TiktokenTokenizer(data, facts, source=str(path))
+        return TiktokenTokenizer(data, facts, source=source)
     from llama_jax.text.spm import SentencePieceTokenizer
 
-    return SentencePieceTokenizer(data, facts, source=str(path))
+    return SentencePieceTokenizer(data, facts, source=source)
+
+
+def is_tiktoken(model: bytes) -> bool:
+    """Tells whether a `tokenizer.model` is a tiktoken file and not SentencePiece's."""
+    return re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", model) is not None
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer | None:
@@ -281,6 +330,12 @@ def _gguf_facts(metadata: Mapping[str, Any]) -> Facts:
             raise ValueError(f"tokenizer.ggml.{name}_token_id {value} is outside the {len(tokens)} tokens")
         return None if value is None else int(value)
 
+    def template(key: str) -> str | None:
+        value = metadata.get(key)
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"{key} must be a text, got {value!r:.80}: convert the model again")
+        return value
+
     named = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     special = {key: tokens[i] for key, name in named.items() if (i := token_id(name)) is not None}
     add_bos = metadata.get("tokenizer.ggml.add_bos_token")
@@ -289,54 +344,74 @@ def _gguf_facts(metadata: Mapping[str, Any]) -> Facts:
         bos_id=token_id("bos"),
         eos_ids=tuple(i for name in ("eos", "eot", "eom") if (i := token_id(name)) is not None),
         add_bos=None if add_bos is None else bool(add_bos),
-        chat_template=metadata.get("tokenizer.chat_template"),
-        tool_template=metadata.get("tokenizer.chat_template.tool_use"),
+        chat_template=template("tokenizer.chat_template"),
+        tool_template=template("tokenizer.chat_template.tool_use"),
     )
 
 
-def _folder_facts(folder: Path) -> Facts:
-    config = _read_json(folder / "tokenizer_config.json")
-    model, generation = _read_json(folder / "config.json"), _read_json(folder / "generation_config.json")
-    named = {**_read_json(folder / "special_tokens_map.json"), **config}
+def file_facts(files: Mapping[str, bytes], folder: Path = Path()) -> Facts:
+    """Gathers what the files beside a vocabulary say about it.
+
+    Args:
+        files: File name to content.
+        folder: Where they lie, for error messages.
+    """
+    config = _read_json(files, "tokenizer_config.json", folder)
+    named = {**_read_json(files, "special_tokens_map.json", folder), **config}
     named = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
     special = {k: v for k, v in named.items() if k.endswith("_token") and isinstance(v, str)}
     added = {token["content"]: int(i) for i, token in config.get("added_tokens_decoder", {}).items()}
-    templates = _templates(folder, config)
+    sources = ("generation_config.json", "config.json")
+    bos_ids, eos_ids = (
+        [i for name in sources for i in _token_ids(files, name, key, folder)]
+        for key in ("bos_token_id", "eos_token_id")
+    )
+    templates = _templates(files, folder)
     return Facts(
         special_tokens=special,
-        added=added | _read_json(folder / "added_tokens.json"),
-        bos_id=generation.get("bos_token_id", model.get("bos_token_id")),
-        eos_ids=tuple({i for source in (generation, model) for i in _id_list(source.get("eos_token_id"))}),
+        added=added | _read_json(files, "added_tokens.json", folder),
+        bos_id=next(iter(bos_ids), None),
+        eos_ids=tuple(set(eos_ids)),
         add_bos=config.get("add_bos_token"),
         legacy=config.get("legacy") is not False,
-        chat_template=templates.get("default"),
+        chat_template=templates.get("default") or None,
         tool_template=templates.get("tool_use"),
     )
 
 
-def _id_list(value: int | list[int] | None) -> list[int]:
-    return value if isinstance(value, list) else [] if value is None else [value]
+def _token_ids(files: Mapping[str, bytes], name: str, key: str, folder: Path) -> list[int]:
+    value = _read_json(files, name, folder).get(key)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if any(type(i) is not int or not 0 <= i < 2**31 for i in ids):
+        raise ValueError(f"{folder / name}: {key} must be a token's id or a list of ids, got {value!r:.80}: correct it")
+    return ids
 
 
-def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+def _templates(files: Mapping[str, bytes], folder: Path) -> dict[str, str]:
     """Returns the chat templates by name; `default` is the one for ordinary chat."""
-    template = config.get("chat_template") or _read_json(folder / "chat_template.json").get("chat_template")
-    if (path := folder / "chat_template.jinja").is_file():
-        template = path.read_text(encoding="utf-8")
-    if isinstance(template, list):
-        return {entry["name"]: entry["template"] for entry in template}
-    return {"default": template} if template else {}
+    if "chat_template.jinja" in files:
+        return {"default": files["chat_template.jinja"].decode()}
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        value = _read_json(files, name, folder).get("chat_template")
+        if value in (None, ""):
+            continue
+        named = value if isinstance(value, list) else [{"name": "default", "template": value}]
+        if not all(isinstance(e, dict) and type(e.get("name")) is type(e.get("template")) is str for e in named):
+            raise ValueError(
+                f"{folder / name}: chat_template must be a text, or a list of objects with the texts name and template,"
+                f" got {value!r:.80}: correct it"
+            )
+        return {entry["name"]: entry["template"] for entry in named}
+    return {}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
+def _read_json(files: Mapping[str, bytes], name: str, folder: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(files.get(name, b"{}"))
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): download it again") from error
+        raise ValueError(f"{folder / name} is not valid JSON ({error}): download it again") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, not a JSON object: download it again")
+        raise ValueError(f"{folder / name} holds a {type(value).__name__}, not a JSON object: download it again")
     return value
 
 

@@ -1,5 +1,7 @@
 """Reads GGUF, the file format of llama.cpp: metadata, and tensors that are dequantized as they are read.
 
+A checkpoint may be split in files of which each has some of the tensors, and the first one the metadata.
+
 Layout, little-endian: "GGUF", version, tensor count, metadata count, metadata (key, type, value), tensor
 descriptions (name, dimensions innermost first, type, offset), padding, data. Every count, length and offset
 is checked against the size of the file before anything of that size is made.
@@ -10,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 import struct
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,7 +52,7 @@ NUMBER_DTYPES = {
 BOOL, STRING, ARRAY = 7, 8, 9
 
 OTHER_FILE = "use another conversion of this model"
-MERGE = "merge the parts into one file: `llama-gguf-split --merge FIRST_PART MERGED`"
+PART_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 REQUANTIZE = "use another file of this model, or convert it: `llama-quantize --allow-requantize IN OUT Q8_0`"
 
 
@@ -69,18 +72,24 @@ class GGUFFile:
 
 
 def read_gguf(path: str | Path) -> GGUFFile:
-    """Opens a GGUF file, version 2 or 3, little-endian, in one part. `Tensor.read` reads its data later.
+    """Opens a GGUF file, version 2 or 3, little-endian. `Tensor.read` reads its data later.
 
     Args:
-      path: the file.
+      path: the file, or any part of a split checkpoint, whose parts lie side by side.
 
     Returns:
       Metadata and tensors. Quantized tensors read as float32, bit for bit what llama.cpp computes.
 
     Raises:
-      CheckpointError: not such a file, damaged, cut short, or with a tensor in an unsupported format.
+      CheckpointError: not such a file, damaged, cut short, a part is missing, or a tensor has an unsupported format.
     """
     path = Path(path)
+    file = _read_file(path)
+    count = file.metadata.get("split.count", 1)
+    return file if count in (0, 1) else _join_parts(path, count)  # llama.cpp writes 0 when it merges
+
+
+def _read_file(path: Path) -> GGUFFile:
     data = map_file(path)
     header = _Header(path, data)
     if data[:4].tobytes() != b"GGUF":
@@ -89,11 +98,34 @@ def read_gguf(path: str | Path) -> GGUFFile:
     _check_version(header)
     num_tensors, num_values = header.number("<u8"), header.number("<u8")
     metadata = _read_metadata(header, num_values)
-    parts = metadata.get("split.count", 1)
-    if parts not in (0, 1):  # llama.cpp writes 0 when it merges
-        raise header.error(f"one of the {parts} parts of a split checkpoint", MERGE)
     tensors = _read_tensors(header, num_tensors, metadata.get("general.alignment", 32), data)
     return GGUFFile(path, metadata, tensors)
+
+
+def _join_parts(path: Path, count: int) -> GGUFFile:
+    """All parts of a split checkpoint as one file."""
+    name = PART_NAME.fullmatch(path.name)
+    if name is None or int(name[3]) != count:
+        raise CheckpointError(
+            f"{path}: one of the {count} parts of a split checkpoint, whose names end in -00001-of-{count:05}.gguf;"
+            " give it its name back"
+        )
+    paths = [path.with_name(f"{name[1]}-{i:05}-of-{count:05}.gguf") for i in range(1, count + 1)]
+    missing = [part.name for part in paths if not part.exists()]
+    if missing:
+        raise CheckpointError(f"{path.parent}: lacks {len(missing)} of {count} parts, first {missing[0]}; fetch them")
+    parts = [_read_file(part) for part in paths]
+    tensors: dict[str, Tensor] = {}
+    for i, part in enumerate(parts):
+        if part.metadata.get("split.no") != i or part.metadata.get("split.count") != count:
+            raise CheckpointError(f"{part.path}: does not say that it is part {i + 1} of {count}; {DOWNLOAD_AGAIN}")
+        if clash := tensors.keys() & part.tensors.keys():
+            raise CheckpointError(f"{part.path}: {min(clash)!r} is in another part too; {DOWNLOAD_AGAIN}")
+        tensors |= part.tensors
+    expected = parts[0].metadata.get("split.tensors.count", len(tensors))
+    if expected != len(tensors):
+        raise CheckpointError(f"{path}: the parts hold {len(tensors)} tensors, {expected} expected; {DOWNLOAD_AGAIN}")
+    return GGUFFile(paths[0], parts[0].metadata, tensors)
 
 
 class _Header:

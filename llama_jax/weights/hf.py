@@ -1,43 +1,36 @@
-"""Reads Hugging Face folders: `config.json` beside weights in safetensors files, one or many.
+"""Reads Hugging Face folders: `config.json` beside weights in safetensors files or torch's older `.bin` files.
 
-A safetensors file is a 64-bit header length, a JSON header (name -> dtype, shape, first and last byte), and
-the data, without gaps. With many files, `model.safetensors.index.json` says which tensor is in which.
+With many files, an index (`model.safetensors.index.json`) says which tensor is in which.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes
-import numpy as np
+from llama_jax.weights.safetensors import read_safetensors
+from llama_jax.weights.source import DOWNLOAD_AGAIN, CheckpointError, Tensor
+from llama_jax.weights.torch_file import read_torch_file
 
-from llama_jax.weights.source import DOWNLOAD_AGAIN, CheckpointError, Tensor, map_file, plain_tensor
 
-DTYPES = {
-    "F64": np.dtype("<f8"),
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-    "I64": np.dtype("<i8"),
-    "I32": np.dtype("<i4"),
-    "I16": np.dtype("<i2"),
-    "I8": np.dtype("i1"),
-    "U8": np.dtype("u1"),
-    "BOOL": np.dtype("?"),
-}
-MAX_HEADER = 100_000_000  # bytes; the safetensors library has the same limit
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-CONVERT = (
-    "convert it where torch is: python -c 'from transformers import AutoModelForCausalLM as M; "
-    'M.from_pretrained("FOLDER").save_pretrained("NEW_FOLDER")\''
-)
+class _Kind(NamedTuple):
+    """How a folder spells one kind of weight file."""
+
+    single: str
+    suffix: str
+    read: Callable[[Path], dict[str, Tensor]]
+
+    @property
+    def index(self) -> str:
+        return f"{self.single}.index.json"
+
+
+SAFETENSORS = _Kind("model.safetensors", ".safetensors", read_safetensors)
+TORCH = _Kind("pytorch_model.bin", ".bin", read_torch_file)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +49,11 @@ class HFFolder:
 
 
 def read_hf(folder: str | Path) -> HFFolder:
-    """Opens a Hugging Face folder with safetensors weights. Tensor data is read later, by `Tensor.read`.
+    """Opens a Hugging Face folder. Tensor data is read later, by `Tensor.read`.
 
     Args:
       folder: holds config.json and model.safetensors, or files named by model.safetensors.index.json, or else
-        any *.safetensors files, which are then read together.
+        any *.safetensors files, which are then read together; where it has none, pytorch_model.bin likewise.
 
     Raises:
       CheckpointError: a file is missing, damaged, cut short or in a format that is not supported.
@@ -68,57 +61,30 @@ def read_hf(folder: str | Path) -> HFFolder:
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
-    config = _read_json(folder / "config.json", "a Hugging Face folder describes its model there")
-    listed = _listed_tensors(folder)
+    config = read_json(folder / "config.json", "a Hugging Face folder describes its model there")
+    kind = _kind(folder)
+    listed = _listed_tensors(folder, kind)
     tensors: dict[str, Tensor] = {}
     home: dict[str, str] = {}
-    for file in sorted(set(listed.values())) or _unlisted_files(folder):
-        for name, tensor in _read_safetensors(folder / file).items():
+    for file in sorted(set(listed.values())) or _unlisted_files(folder, kind):
+        for name, tensor in kind.read(folder / file).items():
             if name in tensors:
                 raise CheckpointError(f"{folder}: {name!r} is in {home[name]} and in {file}; remove the wrong file")
             tensors[name], home[name] = tensor, file
     for name, file in listed.items():
         if home.get(name) != file:
-            raise CheckpointError(f"{folder / file}: lacks {name!r}, which {INDEX} says is in it; fetch both again")
+            raise CheckpointError(
+                f"{folder / file}: lacks {name!r}, which {kind.index} says is in it; fetch both again"
+            )
     return HFFolder(folder, config, tensors)
 
 
-def _listed_tensors(folder: Path) -> dict[str, str]:
-    """The index's map, tensor name -> file name; empty where there is no index or no need for one."""
-    path = folder / INDEX
-    if (folder / SINGLE).exists() or not path.exists():
-        return {}
-    listed = _read_json(path, "").get("weight_map")
-    if not isinstance(listed, dict) or not listed:
-        raise CheckpointError(f"{path}: has no weight_map; {DOWNLOAD_AGAIN}")
-    for name, file in listed.items():
-        if not isinstance(file, str) or Path(file).name != file:
-            raise CheckpointError(f"{path}: {name!r} is in {file!r}, which is not a file name; {DOWNLOAD_AGAIN}")
-    missing = sorted(file for file in set(listed.values()) if not (folder / file).exists())
-    if missing:
-        raise CheckpointError(f"{folder}: lacks {', '.join(missing)}, named in {INDEX}; fetch the missing files")
-    return listed
+def read_json(path: Path, purpose: str) -> dict[str, Any]:
+    """Reads a JSON object; `purpose` says, where the file is missing, what it is for.
 
-
-def _unlisted_files(folder: Path) -> list[str]:
-    """Names of the safetensors files of a folder without an index."""
-    if (folder / SINGLE).exists():
-        return [SINGLE]
-    files = sorted(path.name for path in folder.glob("*.safetensors"))
-    for file in files:
-        if part := re.fullmatch(r"(.*)-\d+-of-(\d+)\.safetensors", file):
-            stem, total = part[1], part[2]
-            found = len(list(folder.glob(f"{stem}-*-of-{total}.safetensors")))
-            if found != int(total):
-                raise CheckpointError(f"{folder}: has {found} of the {int(total)} parts of {stem}; fetch the others")
-    if not files and any(folder.glob("*.bin")):
-        raise CheckpointError(f"{folder}: its weights are pickled (.bin), which a later version will read; {CONVERT}")
-    if not files:
-        raise CheckpointError(f"{folder}: has no .safetensors file; {DOWNLOAD_AGAIN}")
-    return files
-
-
-def _read_json(path: Path, purpose: str) -> dict[str, Any]:
+    Raises:
+      CheckpointError: no such file, or not a JSON object.
+    """
     if not path.exists():
         raise CheckpointError(f"{path}: no such file; {purpose}: fetch it, or give another folder")
     try:
@@ -130,68 +96,41 @@ def _read_json(path: Path, purpose: str) -> dict[str, Any]:
     return content
 
 
-class _Entry(NamedTuple):
-    """One tensor's entry in a header; `first` and `last` bound its bytes, from the start of the data."""
-
-    first: int
-    last: int
-    dtype: np.dtype
-    shape: list[int]
+def _kind(folder: Path) -> _Kind:
+    """safetensors, unless there are only torch's files (a folder may have both: the same weights)."""
+    new = any(folder.glob("*.safetensors")) or (folder / SAFETENSORS.index).exists()
+    old = any(folder.glob("pytorch_model*.bin")) or (folder / TORCH.index).exists()
+    return TORCH if old and not new else SAFETENSORS
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    data = map_file(path)
-    length = int.from_bytes(data[:8].tobytes(), "little")
-    start = 8 + length
-    if start > len(data) or length > MAX_HEADER:
-        raise _damaged(path, f"a header of {length} bytes is announced, in a file of {len(data)}")
-    try:
-        header = json.loads(data[8:start].tobytes(), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"its header cannot be read ({error})") from error
-    if not isinstance(header, dict):
-        raise _damaged(path, "its header is not a JSON object")
-    header.pop("__metadata__", None)
-
-    entries = {name: _check_entry(path, name, entry) for name, entry in header.items()}
-    size = start + max((entry.last for entry in entries.values()), default=0)
-    if size != len(data):
-        raise _damaged(path, f"{size} bytes are expected, and the file has {len(data)}")
-    tensors: dict[str, Tensor] = {}
-    end = 0
-    for name, entry in sorted(entries.items(), key=lambda item: item[1][:2]):
-        if entry.first != end:
-            raise _damaged(path, f"{name!r} begins at byte {entry.first} of the data, where {end} is expected")
-        end = entry.last
-        stored = data[start + entry.first : start + entry.last].view(entry.dtype)
-        try:
-            tensors[name] = plain_tensor(name, stored.reshape(entry.shape))
-        except (ValueError, OverflowError) as error:
-            raise _damaged(path, f"{name!r} has the impossible shape {entry.shape}") from error
-    return tensors
+def _listed_tensors(folder: Path, kind: _Kind) -> dict[str, str]:
+    """The index's map, tensor name -> file name; empty where there is no index or no need for one."""
+    path = folder / kind.index
+    if (folder / kind.single).exists() or not path.exists():
+        return {}
+    listed = read_json(path, "").get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise CheckpointError(f"{path}: has no weight_map; {DOWNLOAD_AGAIN}")
+    for name, file in listed.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise CheckpointError(f"{path}: {name!r} is in {file!r}, which is not a file name; {DOWNLOAD_AGAIN}")
+    missing = sorted(file for file in set(listed.values()) if not (folder / file).exists())
+    if missing:
+        raise CheckpointError(f"{folder}: lacks {', '.join(missing)}, named in {kind.index}; fetch the missing files")
+    return listed
 
 
-def _check_entry(path: Path, name: str, entry: Any) -> _Entry:
-    match entry:
-        case {"dtype": str(kind), "shape": list(shape), "data_offsets": [int(first), int(last)]}:
-            pass
-        case _:
-            raise _damaged(path, f"the entry of {name!r} lacks dtype, shape or data_offsets")
-    if kind not in DTYPES:
-        known = ", ".join(DTYPES)
-        raise CheckpointError(f"{path}: {name!r} is stored as {kind}; supported are {known}: use another file")
-    if not all(type(size) is int and size >= 0 for size in shape):
-        raise _damaged(path, f"{name!r} has the impossible shape {shape}")
-    if first < 0 or last - first != math.prod(shape) * DTYPES[kind].itemsize:
-        raise _damaged(path, f"{name!r}, {kind} of shape {shape}, cannot lie at bytes {first} to {last}")
-    return _Entry(first, last, DTYPES[kind], shape)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(result := dict(pairs)) < len(pairs):
-        raise ValueError("a name is there twice")
-    return result
-
-
-def _damaged(path: Path, problem: str) -> CheckpointError:
-    return CheckpointError(f"{path}: {problem}; {DOWNLOAD_AGAIN}")
+def _unlisted_files(folder: Path, kind: _Kind) -> list[str]:
+    """Names of the weight files of a folder without an index."""
+    if (folder / kind.single).exists():
+        return [kind.single]
+    files = sorted(path.name for path in folder.glob(f"*{kind.suffix}"))
+    for file in files:
+        if part := re.fullmatch(rf"(.*)-\d+-of-(\d+)\{kind.suffix}", file):
+            stem, total = part[1], part[2]
+            found = len(list(folder.glob(f"{stem}-*-of-{total}{kind.suffix}")))
+            if found != int(total):
+                raise CheckpointError(f"{folder}: has {found} of the {int(total)} parts of {stem}; fetch the others")
+    if not files:
+        raise CheckpointError(f"{folder}: has no {kind.suffix} file; {DOWNLOAD_AGAIN}")
+    return files

@@ -5,13 +5,15 @@ JAX is imported inside the functions, so that `llama_jax.load` costs nothing unt
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama_jax.config import ConfigError, ModelConfig
+from llama_jax.config import ModelConfig
 
 if TYPE_CHECKING:
     import jax
@@ -19,31 +21,9 @@ if TYPE_CHECKING:
     from llama_jax.model import Llama
     from llama_jax.text.chat import ChatFormat
     from llama_jax.text.tokenizer import Tokenizer
-    from llama_jax.weights.names import Format
-    from llama_jax.weights.source import Tensor
+    from llama_jax.weights.open import Checkpoint
 
 log = logging.getLogger("llama_jax")
-
-DTYPES = ("float32", "bfloat16", "float16")
-
-
-@dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    """An opened checkpoint: what it says, before any weight is read.
-
-    Attributes:
-      path: the folder or file.
-      format: whose names and layout its tensors have.
-      config: the architecture.
-      tensors: stored name -> tensor.
-      tokenizer: None where the checkpoint has none.
-    """
-
-    path: Path
-    format: Format
-    config: ModelConfig
-    tensors: dict[str, Tensor]
-    tokenizer: Tokenizer | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,6 +37,7 @@ class LoadedLlama:
       mesh: the devices; every function enters it.
       max_seq_len: the largest cache of a call, in tokens; None is up to the configuration's.
       chat_name: the chat format that was asked for; None is the checkpoint's own.
+      checkpoint: where it came from; None for a model that was made otherwise.
     """
 
     config: ModelConfig
@@ -65,6 +46,7 @@ class LoadedLlama:
     mesh: jax.sharding.Mesh
     max_seq_len: int | None = None
     chat_name: str | None = None
+    checkpoint: Checkpoint | None = None
 
     @property
     def chat_format(self) -> ChatFormat:
@@ -119,7 +101,11 @@ def load(
     import jax
 
     from llama_jax import sharding
+    from llama_jax.text.chat import format_named
+    from llama_jax.weights.open import DTYPES, open_checkpoint
 
+    if chat_format is not None:
+        format_named(chat_format)
     checkpoint = open_checkpoint(name)
     config = checkpoint.config
     if max_seq_len is not None and not 1 <= max_seq_len <= config.max_seq_len:
@@ -128,74 +114,20 @@ def load(
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    if mesh is None:
-        mesh = sharding.default_mesh(config)
-    elif isinstance(mesh, str):
-        sizes = sharding.parse_mesh(mesh)
-        mesh = sharding.make_mesh(
-            config, data=sizes.get("data", 1), fsdp=sizes.get("fsdp", 1), tensor=sizes.get("tensor", 1)
-        )
+    if mesh is None or isinstance(mesh, str):
+        mesh = sharding.mesh_of(config, mesh)
     model = read_model(checkpoint, mesh, dtype=dtype, attention=attention)
-    return LoadedLlama(config, model, checkpoint.tokenizer, mesh, max_seq_len, chat_format)
-
-
-def open_checkpoint(name: str | Path) -> Checkpoint:
-    """Opens a checkpoint of any format that is read, fetching it if need be; reads no weights.
-
-    Raises:
-      CheckpointError: no such checkpoint, or not one that can be read.
-      ConfigError: its configuration is not supported.
-    """
-    from llama_jax import presets
-    from llama_jax.text.tokenizer import load_tokenizer, tokenizer_from_gguf
-    from llama_jax.weights import hub, names
-    from llama_jax.weights.gguf import read_gguf
-    from llama_jax.weights.hf import read_hf
-    from llama_jax.weights.source import DOWNLOAD_AGAIN, CheckpointError
-
-    path = hub.resolve(str(name))
-    try:
-        if path.is_file():
-            file = read_gguf(path)
-            divisors = file.tensors.get("rope_freqs.weight")
-            config = presets.from_gguf_metadata(
-                file.metadata,
-                tie_embeddings="output.weight" not in file.tensors,
-                rope_divisors=None if divisors is None else divisors.read().tolist(),
-            )
-            checkpoint = Checkpoint(path, "gguf", config, file.tensors, tokenizer_from_gguf(file.metadata))
-        elif (path / "params.json").exists() and not (path / "config.json").exists():
-            raise CheckpointError(f"{path}: Meta's folders (params.json) are not read yet; use the Hugging Face folder")
-        else:
-            folder = read_hf(path)
-            config = presets.from_hf_config(folder.config)
-            checkpoint = Checkpoint(path, "hf", config, folder.tensors, load_tokenizer(path))
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    except (TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: a value in its configuration or tokenizer files has the wrong type"
-            f" ({type(error).__name__}: {error}); {DOWNLOAD_AGAIN}"
-        ) from error
-    except ValueError as error:
-        raise error if str(path) in str(error) else CheckpointError(f"{path}: {error}") from error
-    names.check(checkpoint.tensors, config, checkpoint.format, path)
-    tokenizer = checkpoint.tokenizer
-    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-        log.warning(
-            "%s: the tokenizer has %d tokens, the model only %d: texts with the last ones will be refused",
-            path, tokenizer.vocab_size, config.vocab_size,
-        )  # fmt: skip
-    return checkpoint
+    return LoadedLlama(config, model, checkpoint.tokenizer, mesh, max_seq_len, chat_format, checkpoint)
 
 
 def read_model(
     checkpoint: Checkpoint,
     mesh: jax.sharding.Mesh,
     *,
-    dtype: str,
+    dtype: str | None,
     stacked: bool = False,
     attention: str | None = None,
+    advance: Callable[[int], None] | None = None,
 ) -> Llama:
     """Reads the weights, one tensor at a time, into a model on `mesh`.
 
@@ -205,9 +137,10 @@ def read_model(
     Args:
       checkpoint: what to read.
       mesh: where to.
-      dtype: of parameters and computation.
+      dtype: of parameters and computation; None keeps each parameter as it is stored.
       stacked: the layout of blocks, see `model.Llama`.
       attention: name of the attention implementation.
+      advance: called with the number of bytes just read; None shows progress on a terminal.
     """
     import jax
 
@@ -216,12 +149,13 @@ def read_model(
     from llama_jax.weights.progress import progress
 
     rules = ShardingRules()
+    main = dtype or str(checkpoint.dtype)
     with jax.set_mesh(mesh):
         abstract = Llama(
             checkpoint.config,
             rules=rules,
-            dtype=dtype,
-            param_dtype=dtype,
+            dtype=main,
+            param_dtype=main,
             stacked=stacked,
             attention=attention,
             rngs=None,
@@ -232,26 +166,37 @@ def read_model(
     paths, treedef = jax.tree_util.tree_flatten_with_path(abstract)
     total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     arrays = []
-    with progress("Loading", total) as advance:
+    with contextlib.nullcontext(advance) if advance else progress("Loading", total) as done:
         for path, leaf in paths:
             sharding = jax.NamedSharding(mesh, leaf.sharding.spec)
-            name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
-            arrays.append(_read_parameter(checkpoint, name, leaf, sharding, advance))
+            arrays.append(_read_parameter(checkpoint, parameter_name(path), leaf.shape, sharding, dtype, done))
     return jax.tree_util.tree_unflatten(treedef, arrays)
 
 
-def _read_parameter(checkpoint: Checkpoint, name: str, leaf: Any, sharding: Any, advance: Any) -> jax.Array:
+def parameter_name(path: Any) -> str:
+    """The name of a leaf of `Llama` in `names.TABLE`'s spelling: "blocks.3.attn.wq", "blocks.attn.wq" if stacked."""
+    import jax
+
+    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+
+
+def _read_parameter(
+    checkpoint: Checkpoint, name: str, shape: tuple[int, ...], sharding: Any, dtype: str | None, advance: Any
+) -> jax.Array:
     import jax
     import numpy as np
 
     from llama_jax.weights import names
+    from llama_jax.weights.open import DTYPES
 
     row, layer = names.row_of(name)
-    stacked = "{}" in row.ours and layer is None
     config = checkpoint.config
+    stacked = "{}" in row.ours and layer is None
+    layers = range(config.num_layers) if stacked else [layer]
+    target = DTYPES[dtype] if dtype else np.result_type(*(checkpoint.dtype_of(row, i) for i in layers))
 
     def one(layer: int | None, index: tuple[slice, ...]) -> np.ndarray:
-        tensor = checkpoint.tensors[row.name(checkpoint.format, layer)]
+        tensor = checkpoint.tensor(row, layer)
         advance(tensor.nbytes if not seen else 0)
         return names.read(tensor, row, config, checkpoint.format, index)
 
@@ -261,14 +206,17 @@ def _read_parameter(checkpoint: Checkpoint, name: str, leaf: Any, sharding: Any,
         key = tuple((s.start, s.stop) for s in index)
         if key not in seen:
             if stacked:
-                layers = range(config.num_layers)[index[0]]
-                out = np.stack([one(i, index[1:]).astype(leaf.dtype) for i in layers])
+                chosen = layers[index[0]]
+                size = [len(range(n)[s]) for n, s in zip(shape, index, strict=True)]
+                out = np.empty(size, target)
+                for to, i in zip(out, chosen, strict=True):
+                    to[...] = one(i, index[1:])
             else:
-                out = np.ascontiguousarray(one(layer, index), leaf.dtype)
+                out = np.ascontiguousarray(one(layer, index), target)
             seen[key] = out
         return seen[key]
 
-    return jax.make_array_from_callback(leaf.shape, sharding, part)
+    return jax.make_array_from_callback(shape, sharding, part)
 
 
 def use_compilation_cache() -> None:

@@ -193,6 +193,20 @@ def test_stopping_early_keeps_what_was_said(smollm2):
     assert "".join(conversation.ask(TURNS[0])) == llama_jax.chat(smollm2, history, max_new_tokens=40).text
 
 
+def test_one_answer_at_a_time(smollm2):
+    conversation = llama_jax.Conversation(smollm2, max_new_tokens=8)
+    first, second = conversation.ask(TURNS[0]), conversation.ask(TURNS[1])
+    said = next(first)
+    with pytest.raises(RuntimeError, match="still open.*close"):
+        next(second)
+    said += "".join(first)
+    "".join(conversation.ask(TURNS[2]))
+    expected = llama_jax.Conversation(smollm2, max_new_tokens=8)
+    assert said == "".join(expected.ask(TURNS[0]))
+    "".join(expected.ask(TURNS[2]))
+    assert conversation.messages == expected.messages
+
+
 def test_a_conversation_refuses_nonsense(smollm2):
     with pytest.raises(ValueError, match="at least one message"):
         llama_jax.chat(smollm2, [])

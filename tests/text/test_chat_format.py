@@ -6,6 +6,7 @@ import pytest
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import llama_jax
 from llama_jax.text.chat import (
     ChatError,
     ChatTemplateError,
@@ -107,7 +108,8 @@ EVERYTHING = """
             {%- call turn(m.role) %}{{ m.content }}{% endcall %}
         {% endif %}
     {% endfor %}
-{{ ns.n }} {{ messages | tojson }} {{ tools | tojson(indent=2) }} {{ dict(a='<é>') | tojson }}
+{%- for m in messages if m.role != 'system' %}{{ loop.index }} of {{ loop.length }}{% else %}none{% endfor %}
+{{ ns.n }} {{ messages | tojson }} {{ tools | tojson(indent=2) }} {{ dict(a='<é>', context=1, obj=2) | tojson }}
 {{ strftime_now('%Y') }} {{ pad_token }} {{ undefined_thing }}
 {%- if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
@@ -316,6 +318,8 @@ def test_formats_are_recognised(smollm2, llama3, sp, sp_tokenizer, tmp_path):
         chat_format(without_template(smollm2))
     with pytest.raises(ChatError, match="choose one of codellama70b, llama2, llama3, template"):
         chat_format(llama3, "chatml")
+    with pytest.raises(ChatError, match="unknown chat format 'chatml': choose one of"):  # before anything is read
+        llama_jax.load("/no/such/folder", chat_format="chatml")
     with pytest.raises(ChatError, match="no chat template"):
         chat_format(llama3, "template")
     with pytest.raises(ChatError, match=r"lacks <\|begin_of_text\|>.*llama3"):
@@ -356,8 +360,10 @@ def test_bad_conversations(smollm2, llama3, sp_tokenizer, talk, message):
         with pytest.raises(ChatError, match=message):
             chat.prompt(talk)
     if message != "no text":
-        with pytest.raises(ChatError, match=message):
+        with pytest.raises(ChatError, match=message) as error:
             TemplateChat(smollm2).prompt(talk)
+        if "role" in message:  # of the words that the template quotes, none is offered as a role
+            assert str(error.value).endswith("system, user, assistant, tool, ipython, function, developer")
 
 
 @pytest.mark.parametrize("marker", ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"])
@@ -409,6 +415,25 @@ def test_bad_templates(smollm2, template, message):
     tokenizer = without_template(smollm2)
     tokenizer.chat_template = template
     with pytest.raises(ChatTemplateError, match=message):
+        TemplateChat(tokenizer).prompt([{"role": "user", "content": "x"}])
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in R %}{% for j in R %}{% for k in R %}{% endfor %}{% endfor %}{% endfor %}",
+        "{% for i in R if false %}{% endfor %}{% for i in R %}{% for j in R if false %}{% endfor %}{% endfor %}",
+        "{% for i in R recursive %}{{ loop(R) if loop.depth < 4 }}{% endfor %}",
+        "{% for i in R %}{% set x = R | sum %}{% endfor %}",
+        "{% macro f(n) %}{{ f(n - 1) ~ f(n - 1) if n }}{% endmacro %}{{ f(60) }}",
+    ],
+    ids=["nested", "filtered", "recursive", "in a filter", "macro"],
+)
+def test_a_template_that_hardly_ends(smollm2, monkeypatch, template):
+    monkeypatch.setattr("llama_jax.text.chat._TEMPLATE_SECONDS", 0.2)
+    tokenizer = without_template(smollm2)
+    tokenizer.chat_template = template.replace("R", "range(100000)")
+    with pytest.raises(ChatTemplateError, match="TimeoutError: it still ran after 0.2 seconds"):
         TemplateChat(tokenizer).prompt([{"role": "user", "content": "x"}])
 
 

@@ -213,6 +213,16 @@ def test_folder_without_tokenizer(tmp_path):
             "tokenizer_config.json holds a list",
         ),
         ({"tokenizer.model": b"IQ== 0\n", "config.json": "{"}, "config.json is not valid JSON"),
+        *(
+            ({"tokenizer.model": b"IQ== 0\n", name: {"eos_token_id": value}}, f"{name}: eos_token_id must be")
+            for name in ("config.json", "generation_config.json")
+            for value in ("2", [1, None], -1, True, 1.0, {}, 2**31)
+        ),
+        *(
+            ({"tokenizer.model": b"IQ== 0\n", name: {"chat_template": value}}, f"{name}: chat_template must be")
+            for name in ("tokenizer_config.json", "chat_template.json")
+            for value in (5, False, {"default": "x"}, ["x"], [{"name": "default"}], [{"name": "a", "template": None}])
+        ),
     ],
 )
 def test_damaged_folders(tmp_path, files, message):
@@ -231,6 +241,7 @@ def test_damaged_folders(tmp_path, files, message):
         ({"tokenizer.ggml.merges": ["no such"]}, "tokenizer.ggml.merges do not fit"),
         ({"tokenizer.ggml.token_type": [1]}, "token_type has 1 entries, not 49152"),
         ({"tokenizer.ggml.eos_token_id": 99999}, "eos_token_id 99999"),
+        ({"tokenizer.chat_template": 5}, "tokenizer.chat_template must be a text, got 5"),
     ],
 )
 def test_damaged_gguf(smollm2_metadata, change, message):

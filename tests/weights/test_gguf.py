@@ -223,7 +223,7 @@ DAMAGED = {
     "alignment 0": (raw([item("general.alignment", 4, U32(0))]), "general.alignment is 0"),
     "alignment 12": (raw([item("general.alignment", 4, U32(12))]), "power of two"),
     "alignment text": (raw([item("general.alignment", 8, string("32"))]), "general.alignment is '32'"),
-    "split": (raw([item("split.count", 2, struct.pack("<H", 3))]), "one of the 3 parts .* --merge"),
+    "split": (raw([item("split.count", 2, struct.pack("<H", 3))]), "one of the 3 parts .*-00001-of-00003.gguf"),
     "same tensor": (raw([], [info(), info()], FLOATS), "'x' is there twice"),
     "dimensions": (raw([], [info(dims=(1,) * 5)], FLOATS), "5 dimensions"),
     "dimension count": (raw([], [string("x") + U32(2**32 - 1)]), "4294967295 dimensions"),
@@ -238,6 +238,31 @@ DAMAGED = {
     "overlap": (raw([], [info("x"), info("y", (32,), offset=128)], FLOATS), "'x' and 'y' overlap"),
     "cut short": (raw([], [info()], FLOATS)[:-1], "needs a file of 352 bytes, and this one has 351"),
 }
+
+
+def test_parts_of_a_split_checkpoint_are_one(tmp_path):
+    arrays = {f"t{i}": np.full((2, 8), i, np.float32) for i in range(5)}
+    values = [("add_uint32", "llama.block_count", 7)]
+    write(tmp_path / "x.gguf", [(name, x, None) for name, x in arrays.items()], values, split_max_tensors=2)
+    parts = sorted(tmp_path.glob("*.gguf"))
+    assert [part.name for part in parts] == [f"x-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+    for part in parts:
+        file = read_gguf(part)
+        assert file.metadata["llama.block_count"] == 7
+        assert file.tensors.keys() == arrays.keys()
+        for name, x in arrays.items():
+            np.testing.assert_array_equal(file.tensors[name].read(), x)
+    second = parts[1].read_bytes()
+    parts[1].unlink()
+    with pytest.raises(CheckpointError, match=r"lacks 1 of 3 parts, first x-00002-of-00003\.gguf; fetch"):
+        read_gguf(parts[0])
+    parts[1].write_bytes(parts[2].read_bytes())
+    with pytest.raises(CheckpointError, match=r"x-00002-of-00003\.gguf: does not say that it is part 2 of 3"):
+        read_gguf(parts[0])
+    parts[1].write_bytes(second)
+    (tmp_path / "renamed.gguf").write_bytes(second)
+    with pytest.raises(CheckpointError, match="one of the 3 parts"):
+        read_gguf(tmp_path / "renamed.gguf")
 
 
 @pytest.mark.parametrize("case", DAMAGED)

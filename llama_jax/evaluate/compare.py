@@ -1,0 +1,168 @@
+"""Compares two checkpoints of any formats: configuration, tokenizer, weights, logits."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llama_jax import sharding
+from llama_jax.text.chat import ChatError, chat_format
+from llama_jax.text.export import sample_texts
+from llama_jax.weights import names
+from llama_jax.weights.compare import Difference, compare_parameter
+from llama_jax.weights.load import read_model
+from llama_jax.weights.open import Checkpoint, open_checkpoint
+from llama_jax.weights.progress import progress
+
+POSITIONS = 8704  # past the 8192 from which Llama 3.1's RoPE scaling counts
+LAST = 64  # positions whose logits are compared
+
+
+@dataclasses.dataclass(frozen=True)
+class Logits:
+    """How far the logits of b are from those of a, in float32, at the last positions of one long text.
+
+    Attributes:
+      positions: length of the text.
+      max_abs: largest |b - a|.
+      kl: mean Kullback-Leibler divergence of b from a, in nats.
+      top1: share of positions at which both have the same most likely token.
+    """
+
+    positions: int
+    max_abs: float
+    kl: float
+    top1: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What differs between two checkpoints.
+
+    Attributes:
+      config: field -> its values in a and in b, where they differ.
+      tokenizer: what differs, in words; empty where ids, control tokens and chat prompts are the same.
+      weights: the worst of each kind of parameter; empty where shapes differ.
+      logits: None if they were not asked for or shapes differ.
+    """
+
+    config: dict[str, tuple[Any, Any]]
+    tokenizer: list[str]
+    weights: list[Difference]
+    logits: Logits | None
+
+    def within(self, tolerance: float) -> bool:
+        """Whether configurations and tokenizers agree, and no weight or logit is further off than `tolerance`."""
+        values = [d.max_abs for d in self.weights] + ([self.logits.max_abs] if self.logits else [])
+        return not self.config and not self.tokenizer and bool(self.weights) and max(values) <= tolerance
+
+
+def compare(
+    a: str | Path, b: str | Path, *, positions: int = POSITIONS, mesh: str | None = None, with_logits: bool = True
+) -> Comparison:
+    """Compares two checkpoints.
+
+    Args:
+      a: the reference; whatever `load` takes.
+      b: the other.
+      positions: length of the text whose last logits are compared, at most the models' context.
+      mesh: devices for the logits, as for `load`.
+      with_logits: whether to compute them; else no model is loaded.
+
+    Raises:
+      CheckpointError: one of them cannot be read.
+      ConfigError: one of them is no model that this library computes.
+    """
+    first, second = open_checkpoint(a), open_checkpoint(b)
+    ours, theirs = dataclasses.asdict(first.config), dataclasses.asdict(second.config)
+    config = {key: (ours[key], theirs[key]) for key in ours if ours[key] != theirs[key]}
+    tokenizer = _compare_tokenizers(first, second)
+    if names.expected(first.config, "hf") != names.expected(second.config, "hf"):
+        return Comparison(config, tokenizer, [], None)
+    weights = compare_weights(first, second)
+    logits = _compare_logits(first, second, positions, mesh) if with_logits else None
+    return Comparison(config, tokenizer, weights, logits)
+
+
+def compare_weights(a: Checkpoint, b: Checkpoint) -> list[Difference]:
+    """The worst difference of each kind of parameter, over all layers."""
+    worst: dict[str, Difference] = {}
+    with progress("Comparing", sum(tensor.nbytes for tensor in a.tensors.values())) as advance:
+        for row, layer in names.parameters(a.config):
+            found = compare_parameter(a, b, row, layer)
+            before = worst.get(row.ours)
+            if before is None or (found.max_abs, not found.same_bits) > (before.max_abs, not before.same_bits):
+                worst[row.ours] = found
+            advance(a.tensor(row, layer).nbytes)
+    return list(worst.values())
+
+
+def _compare_tokenizers(a: Checkpoint, b: Checkpoint) -> list[str]:
+    one, other = a.tokenizer, b.tokenizer
+    if one is None or other is None:
+        return [] if one is other else [f"only {(a if one else b).path} has a tokenizer"]
+    texts = sample_texts()
+    problems = []
+    different = [text for text in texts if one.encode(text) != other.encode(text)]
+    if different:
+        text = different[0]
+        problems.append(
+            f"{len(different)} of {len(texts)} texts have other ids, first {text!r}:"
+            f" {one.encode(text)[:8]}... and {other.encode(text)[:8]}..."
+        )
+    for key in ("bos_id", "add_bos", "stop_ids"):
+        if (x := getattr(one, key)) != (y := getattr(other, key)):
+            problems.append(f"{key} is {x} and {y}")
+    messages = [
+        {"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), texts, strict=False)
+    ]
+    prompts = [_prompt(tokenizer, messages) for tokenizer in (one, other)]
+    if prompts[0] != prompts[1]:
+        problems.append("the same conversation becomes another chat prompt")
+    return problems
+
+
+def _prompt(tokenizer: Any, messages: Sequence[Any]) -> list[int] | None:
+    try:
+        return chat_format(tokenizer).prompt(messages)
+    except ChatError:  # no chat format
+        return None
+
+
+def _compare_logits(a: Checkpoint, b: Checkpoint, positions: int, mesh: str | None) -> Logits:
+    positions = min(positions, a.config.max_seq_len, b.config.max_seq_len)
+    tokens = np.random.default_rng(0).integers(0, a.config.vocab_size, (1, positions), np.int32)
+    if a.tokenizer is not None:
+        ids = [i for text in sample_texts() for i in a.tokenizer.encode(text) if i < a.config.vocab_size]
+        tokens = np.resize(np.asarray(ids, np.int32), (1, positions))
+    x, y = (np.asarray(_last_logits(checkpoint, tokens, mesh), np.float64)[0] for checkpoint in (a, b))
+    log_p, log_q = (z - np.logaddexp.reduce(z, axis=-1, keepdims=True) for z in (x, y))
+    return Logits(
+        positions,
+        max_abs=float(np.abs(y - x).max()),
+        kl=float(np.mean(np.sum(np.exp(log_p) * (log_p - log_q), -1))),
+        top1=float(np.mean(x.argmax(-1) == y.argmax(-1))),
+    )
+
+
+def _last_logits(checkpoint: Checkpoint, tokens_BT: np.ndarray, mesh: str | None) -> jax.Array:
+    """Float32 [1, LAST, V]; the model is gone afterwards."""
+    devices = sharding.mesh_of(checkpoint.config, mesh)
+    model = read_model(checkpoint, devices, dtype="float32")
+    with jax.set_mesh(devices):
+        rows = sharding.pad_batch(1)
+        padded_BT = jnp.broadcast_to(jnp.asarray(tokens_BT), (rows, tokens_BT.shape[1]))
+        on_device = jax.device_put(padded_BT, model.rules.sharding(("batch", "seq"), padded_BT.shape))
+        return _last(model, on_device)
+
+
+@jax.jit
+def _last(model: Any, tokens_BT: jax.Array) -> jax.Array:
+    x_BTD, _ = model.hidden(tokens_BT)
+    return model.logits(x_BTD[:, -LAST:])

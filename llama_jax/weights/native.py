@@ -1,0 +1,62 @@
+"""Our own format: `config.json` and the tokenizer as in Hugging Face's folders, the parameters as training holds them.
+
+`params/` is an Orbax checkpoint of the stacked parameters in our names and shapes: `blocks.attn.wq`, [L, D, K, G, H].
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llama_jax.config import ModelConfig
+from llama_jax.weights import names
+from llama_jax.weights.source import DOWNLOAD_AGAIN, CheckpointError, Tensor
+
+PARAMS = "params"
+
+
+def stacked_name(row: names.Row) -> str:
+    """The name of a row's parameters of all layers: "blocks.attn.wq"."""
+    return row.ours.replace(".{}", "")
+
+
+def is_stacked(name: str) -> bool:
+    """Whether the array of that name has a layer axis."""
+    return name.startswith("blocks.")
+
+
+def read_native(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
+    """Opens the parameters: one tensor for each layer, which reads that layer alone.
+
+    Raises:
+      CheckpointError: damaged, or a parameter has not the shape that `config` asks for.
+    """
+    from llama_jax.checkpoint import DamagedError, open_arrays
+
+    try:
+        arrays = open_arrays(folder / PARAMS)
+    except DamagedError as error:
+        raise CheckpointError(f"{error}; {DOWNLOAD_AGAIN}") from error
+    unknown = arrays.keys() - {stacked_name(row) for row, _ in names.parameters(config)}
+    tensors = {name: _tensor(name, arrays[name].shape, arrays[name], ()) for name in unknown}
+    for row, layer in names.parameters(config):
+        array = arrays.get(stacked_name(row))
+        if array is None:
+            continue  # names.check says what is missing
+        name = row.name("native", layer)
+        if layer is None:
+            tensors[name] = _tensor(name, array.shape, array, ())
+        elif array.shape[0] != config.num_layers:
+            raise CheckpointError(
+                f"{folder}: {stacked_name(row)!r} has {array.shape[0]} layers, but the configuration"
+                f" {config.num_layers}; weights and configuration do not belong together"
+            )
+        else:
+            tensors[name] = _tensor(name, array.shape[1:], array, (layer,))
+    return tensors
+
+
+def _tensor(name: str, shape: tuple[int, ...], array, first: tuple[int, ...]) -> Tensor:
+    nbytes = array.dtype.itemsize
+    for size in shape:
+        nbytes *= size
+    return Tensor(name, shape, array.dtype, nbytes, lambda index: array.read((*first, *index)))

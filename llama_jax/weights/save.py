@@ -1,0 +1,234 @@
+"""`convert` and `save`: a checkpoint in another format, exact, verified, in bounded memory, whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+
+from llama_jax.config import ConfigError
+from llama_jax.weights import names, writers
+from llama_jax.weights.compare import compare_parameter
+from llama_jax.weights.open import DTYPES, Checkpoint, open_checkpoint
+from llama_jax.weights.progress import progress
+from llama_jax.weights.replace import check_replaceable, replacing
+from llama_jax.weights.sink import sync
+from llama_jax.weights.source import CheckpointError, Tensor
+from llama_jax.weights.writers import Options
+
+if TYPE_CHECKING:
+    from llama_jax.weights.load import LoadedLlama
+
+Target = Literal["hf", "meta", "gguf", "native"]
+TARGETS: tuple[Target, ...] = get_args(Target)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a conversion did.
+
+    Attributes:
+      path: what was written.
+      format: of it.
+      dtype: of most of its weights, before quantization.
+      quantize: the quantization of a GGUF file's matrices, or None.
+      nbytes: of all its files.
+      write_seconds: reading, converting and writing, until the bytes are on the disk.
+      verify_seconds: reading it again and comparing it with the source.
+      warnings: what other programs would do differently with it, in words.
+    """
+
+    path: str
+    format: str
+    dtype: str
+    quantize: str | None
+    nbytes: int
+    write_seconds: float
+    verify_seconds: float
+    warnings: list[str]
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    to: Target,
+    dtype: str | None = None,
+    shards: int = 1,
+    max_shard_size: int = 5 * 10**9,
+    quantize: str | None = None,
+    overwrite: bool = False,
+    verify: bool = True,
+) -> Report:
+    """Converts a checkpoint tensor by tensor; without JAX, except to "native".
+
+    Args:
+      source: whatever `load` takes.
+      destination: a new folder, or a new file for "gguf". It appears when it is whole and verified.
+      to: "hf", "meta", "gguf" or "native".
+      dtype: "float32", "bfloat16" or "float16"; None keeps what is stored (float32 for quantized sources).
+      shards: files of a Meta folder, one a tensor-parallel rank.
+      max_shard_size: most bytes of one safetensors file.
+      quantize: "q8_0" or "q4_0" for the matrices of a GGUF file.
+      overwrite: whether a checkpoint at `destination` is replaced.
+      verify: whether the result is read again and compared with the source, bit for bit.
+
+    Raises:
+      CheckpointError: the source cannot be read, or the result is not what it should be.
+      ConfigError: the format cannot hold this model, or not in so many shards.
+      OSError: the destination exists or cannot be written.
+      ValueError: an argument is wrong.
+    """
+    options = Options(dtype=dtype, shards=shards, max_shard_size=max_shard_size, quantize=quantize)
+    _check_options(to, options)
+    check_replaceable(Path(destination).expanduser(), overwrite=overwrite)  # before anything is fetched
+    return export(open_checkpoint(source), destination, to=to, options=options, overwrite=overwrite, verify=verify)
+
+
+def save(llama: LoadedLlama, path: str | Path, *, format: Target, overwrite: bool = False, **options: Any) -> Report:
+    """Writes a loaded model, its weights as they are on the devices.
+
+    Args:
+      llama: of `load`.
+      path: a new folder, or a new file for "gguf".
+      format: "hf", "meta", "gguf" or "native".
+      overwrite: whether a checkpoint at `path` is replaced.
+      **options: `dtype`, `shards`, `max_shard_size`, `quantize`, as for `convert`.
+
+    Raises:
+      as `convert`.
+    """
+    return export(_of_loaded(llama), path, to=format, options=Options(**options), overwrite=overwrite)
+
+
+def export(
+    checkpoint: Checkpoint,
+    destination: str | Path,
+    *,
+    to: Target,
+    options: Options,
+    overwrite: bool = False,
+    verify: bool = True,
+) -> Report:
+    """Writes an opened checkpoint. Arguments and errors as `convert`."""
+    _check_options(to, options)
+    destination = Path(destination).expanduser()
+    total = _nbytes(checkpoint, to, options)
+    with replacing(destination, overwrite=overwrite) as partial:
+        free = shutil.disk_usage(partial.parent).free
+        if free < total:
+            raise OSError(f"{destination}: needs {total / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free: make room")
+        start = time.perf_counter()
+        write = getattr(writers, f"write_{to}")
+        with progress("Converting", total) as advance:
+            warnings = write(partial, checkpoint, options, advance) or []
+            files = [p for p in partial.rglob("*") if p.is_file()] if partial.is_dir() else [partial]
+            sync(files)
+        written = time.perf_counter()
+        if verify:
+            with progress("Verifying", total) as advance:
+                _verify(checkpoint, partial, options, advance)
+        verified = time.perf_counter()
+        nbytes = sum(file.stat().st_size for file in files)
+    return Report(
+        str(destination), to, options.dtype or str(checkpoint.dtype), options.quantize, nbytes,
+        written - start, verified - written, warnings,
+    )  # fmt: skip
+
+
+def _check_options(to: str, options: Options) -> None:
+    if to not in TARGETS:
+        raise ValueError(f"unknown format {to!r}: choose one of {', '.join(TARGETS)}")
+    if options.quantize and to != "gguf":
+        raise ValueError(f"--quantize {options.quantize} is for GGUF files: use --to gguf, or leave it out")
+    if options.shards != 1 and to != "meta":
+        raise ValueError("--shards is for Meta folders: use --to meta, or --max-shard-size for Hugging Face folders")
+
+
+def _nbytes(checkpoint: Checkpoint, to: Target, options: Options) -> int:
+    """Bytes of the weights that will be written."""
+    total = 0.0
+    for row, layer in names.parameters(checkpoint.config):
+        count = math.prod(names.stored_shape(row, checkpoint.config, "hf"))
+        width = (DTYPES[options.dtype] if options.dtype else checkpoint.tensor(row, layer).dtype).itemsize
+        if to == "gguf" and options.quantize and len(row.stored) == 2:
+            width = {"q8_0": 34 / 32, "q4_0": 18 / 32}[options.quantize]
+        total += count * width * (2 if to == "meta" and row.ours == "embed" and checkpoint.config.tie_embeddings else 1)
+    return int(total)
+
+
+def _verify(source: Checkpoint, path: Path, options: Options, advance: Callable[[int], None]) -> None:
+    """Reads what was written with the reader that everybody uses, and compares it with the source.
+
+    Raises:
+      CheckpointError: something differs.
+    """
+    result = open_checkpoint(path)
+    if result.config != source.config:
+        raise ConfigError(f"this format cannot hold {source.config}: it would be read as {result.config}")
+    for row, layer, tensor in _written(result):
+        stored = result.tensor(row, layer) if tensor is None else tensor
+
+        def expected(piece: np.ndarray, row: names.Row = row, stored: Tensor = stored) -> np.ndarray:
+            if options.dtype:
+                piece = piece.astype(DTYPES[options.dtype])
+            if options.quantize and len(row.stored) == 2:
+                return _requantized(piece, options.quantize.upper(), stored.name)
+            return piece.astype(stored.dtype, copy=False)
+
+        difference = compare_parameter(source, result, row, layer, expected=expected, tensor=tensor)
+        if not difference.same_bits:
+            raise CheckpointError(
+                f"{stored.name} was not written as it should be (off by up to {difference.max_abs:g}): the disk or this"
+                " program is at fault; nothing was kept"
+            )
+        advance(stored.nbytes)
+
+
+def _written(result: Checkpoint) -> Iterator[tuple[names.Row, int | None, Tensor | None]]:
+    for row, layer in names.parameters(result.config):
+        yield row, layer, None
+    if result.config.tie_embeddings and (head := result.tensors.get("output.weight")):
+        yield names.TABLE[0], None, head
+
+
+def _requantized(piece: np.ndarray, kind: str, name: str) -> np.ndarray:
+    """What a quantized file gives back for `piece`."""
+    from llama_jax.weights.dequantize import BLOCK_FORMATS, dequantize
+
+    blocks = writers.gguf_encode(piece, kind, name)
+    return dequantize(blocks.reshape(*blocks.shape[:-1], -1, BLOCK_FORMATS[kind].nbytes), kind)
+
+
+def _of_loaded(llama: LoadedLlama) -> Checkpoint:
+    """The arrays of a model as a checkpoint in our format."""
+    import jax
+
+    from llama_jax.weights.load import parameter_name
+
+    tensors: dict[str, Tensor] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(llama.model)[0]:
+        name = parameter_name(path)
+        if not leaf.is_fully_addressable:
+            raise ValueError("this model is spread over several processes: save it with format='native', or convert it")
+        row, layer = names.row_of(name)
+        stacked = "{}" in row.ours and layer is None
+        for i in range(llama.config.num_layers) if stacked else [layer]:
+            shape = leaf.shape[1:] if stacked else leaf.shape
+            nbytes = math.prod(shape) * leaf.dtype.itemsize
+
+            def read(index: tuple[slice, ...], leaf: Any = leaf, first: Any = (i,) if stacked else ()) -> np.ndarray:
+                return np.asarray(leaf[(*first, *index)] if first else leaf)[() if first else index]
+
+            stored = row.name("native", i)
+            tensors[stored] = Tensor(stored, shape, leaf.dtype, nbytes, read)
+    origin = llama.checkpoint
+    name = origin.path if origin else Path("llama")
+    files, generation = (origin.tokenizer_files, origin.generation) if origin else (dict, {})
+    return Checkpoint(name, "native", llama.config, tensors, llama.tokenizer, files, generation)

@@ -1,0 +1,329 @@
+"""Writes a checkpoint in each format: Hugging Face, Meta, GGUF, native. Weights pass through piece by piece."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llama_jax import presets
+from llama_jax.config import ConfigError
+from llama_jax.weights import names
+from llama_jax.weights.open import DTYPES, Checkpoint
+from llama_jax.weights.safetensors import write_safetensors
+from llama_jax.weights.sink import Entry, write_pieces
+from llama_jax.weights.source import CheckpointError
+from llama_jax.weights.torch_file import write_torch_file
+
+QUANTIZATIONS = ("q8_0", "q4_0")
+GGUF_TYPES = {DTYPES["float32"]: "F32", DTYPES["float16"]: "F16", DTYPES["bfloat16"]: "BF16"}
+
+Advance = Callable[[int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a checkpoint is written.
+
+    Attributes:
+      dtype: a key of `DTYPES`; None keeps what is stored.
+      shards: files of a Meta folder, one a tensor-parallel rank.
+      max_shard_size: most bytes of one safetensors file, unless a single tensor is larger.
+      quantize: one of `QUANTIZATIONS`, for the matrices of a GGUF file; None does not quantize.
+    """
+
+    dtype: str | None = None
+    shards: int = 1
+    max_shard_size: int = 5 * 10**9
+    quantize: str | None = None
+
+    def __post_init__(self):
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.quantize is not None and self.quantize not in QUANTIZATIONS:
+            raise ValueError(f"quantize must be one of {', '.join(QUANTIZATIONS)}, got {self.quantize!r}")
+        if self.shards < 1 or self.max_shard_size < 1:
+            raise ValueError(f"shards and max_shard_size must be positive, got {self.shards}, {self.max_shard_size}")
+
+
+def cast(piece: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """`piece` in `dtype`, C-contiguous.
+
+    Raises:
+      CheckpointError: a finite number became infinite.
+    """
+    if piece.dtype != dtype:
+        with np.errstate(over="ignore"):
+            narrow = piece.astype(dtype)
+        if np.isinf(narrow).any() and not np.isinf(piece).any():
+            raise CheckpointError(f"{name}: holds numbers beyond the range of {dtype}: use --dtype bfloat16 or float32")
+        piece = narrow
+    return np.ascontiguousarray(piece)
+
+
+def _entry(
+    checkpoint: Checkpoint,
+    row: names.Row,
+    layer: int | None,
+    target: names.Format,
+    options: Options,
+    *,
+    name: str | None = None,
+    part: tuple[int, int, int] = (0, 0, 1),
+) -> Entry:
+    """A parameter to be written; of `part` (axis, rank, ranks), only that rank's share along that axis."""
+    name = row.name(target, layer) if name is None else name
+    dtype = DTYPES[options.dtype] if options.dtype else checkpoint.dtype_of(row, layer)
+    shape = names.stored_shape(row, checkpoint.config, target)
+    axis, rank, ranks = part
+    ranges = [range(size) for size in shape]
+    share = shape[axis] // ranks
+    ranges[axis] = range(rank * share, (rank + 1) * share)
+
+    def pieces() -> Iterator[np.ndarray]:
+        for piece in names.pieces(
+            checkpoint.tensor(row, layer), row, checkpoint.config, checkpoint.format, target,
+            slice(ranges[-1].start, ranges[-1].stop), ranges[0],
+        ):  # fmt: skip
+            yield cast(piece, dtype, name)
+
+    return Entry(name, tuple(map(len, ranges)), dtype, pieces)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_hf(folder: Path, checkpoint: Checkpoint, options: Options, advance: Advance) -> None:
+    """A Hugging Face folder: config.json, generation_config.json, safetensors with an index, the tokenizer."""
+    folder.mkdir()
+    entries = [_entry(checkpoint, row, layer, "hf", options) for row, layer in names.parameters(checkpoint.config)]
+    files: list[list[Entry]] = [[]]
+    for entry in entries:
+        if files[-1] and sum(e.nbytes for e in files[-1]) + entry.nbytes > options.max_shard_size:
+            files.append([])
+        files[-1].append(entry)
+    home = {}
+    for i, part in enumerate(files, start=1):
+        file = "model.safetensors" if len(files) == 1 else f"model-{i:05}-of-{len(files):05}.safetensors"
+        write_safetensors(folder / file, part, advance, metadata={"format": "pt"})
+        home |= {entry.name: file for entry in part}
+    if len(files) > 1:
+        total = sum(entry.nbytes for entry in entries)
+        _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": home})
+    _write_hf_texts(folder, checkpoint, options)
+
+
+def _write_hf_texts(folder: Path, checkpoint: Checkpoint, options: Options) -> None:
+    """What a Hugging Face folder has besides weights."""
+    dtype = options.dtype or str(checkpoint.dtype)
+    ids = _special_ids(checkpoint)
+    _write_json(folder / "config.json", presets.to_hf_config(checkpoint.config, dtype=dtype) | ids)
+    _write_json(folder / "generation_config.json", dict(checkpoint.generation) or ids)
+    _write_files(folder, checkpoint.tokenizer_files())
+
+
+def _special_ids(checkpoint: Checkpoint) -> dict[str, Any]:
+    """bos_token_id and eos_token_id: what the checkpoint says, else what its tokenizer does."""
+    tokenizer, said = checkpoint.tokenizer, checkpoint.generation
+    bos = said.get("bos_token_id", tokenizer.bos_id if tokenizer else None)
+    stops = list(tokenizer.stop_ids) if tokenizer else []
+    eos = said.get("eos_token_id", stops[0] if len(stops) == 1 else stops or None)
+    return {"bos_token_id": bos, "eos_token_id": eos}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Along which stored axis Meta's ranks share a parameter; the embedding's depends on the generation, norms are whole.
+_META_AXES = {
+    "attn.wq": 0, "attn.wk": 0, "attn.wv": 0, "attn.wo": 1,
+    "mlp.w_gate": 0, "mlp.w_up": 0, "mlp.w_down": 1, "lm_head": 0,
+}  # fmt: skip
+
+
+def write_meta(folder: Path, checkpoint: Checkpoint, options: Options, advance: Advance) -> list[str]:
+    """A Meta folder: params.json, consolidated.NN.pth, the tokenizer; llama_jax.json for what params.json cannot say.
+
+    Returns:
+      What Meta's own code would do differently, in words.
+
+    Raises:
+      ConfigError: the model cannot be divided into so many shards.
+    """
+    config, ranks = checkpoint.config, options.shards
+    axes = _META_AXES | {"embed": presets.meta_embed_axis(config)}
+    sizes = {"num_kv_heads": config.num_kv_heads, "mlp_dim": config.mlp_dim, "vocab_size": config.vocab_size}
+    if axes["embed"] == 1:
+        sizes["embed_dim"] = config.embed_dim
+    if whole := [f"{name} ({size})" for name, size in sizes.items() if size % ranks]:
+        raise ConfigError(f"--shards {ranks} does not divide {' and '.join(whole)}: choose another number of shards")
+    folder.mkdir()
+    parameters = [(row, layer, None) for row, layer in names.parameters(config)]
+    if config.tie_embeddings:  # Meta's code has no tied head: its files hold the matrix twice
+        parameters.append((names.TABLE[0], None, "output.weight"))
+    for rank in range(ranks):
+        entries = []
+        for row, layer, name in parameters:
+            axis = axes["lm_head"] if name else axes.get(row.ours.removeprefix("blocks.{}."))
+            part = (0, 0, 1) if axis is None else (axis, rank, ranks)
+            entries.append(_entry(checkpoint, row, layer, "meta", options, name=name, part=part))
+        write_torch_file(folder / f"consolidated.{rank:02}.pth", entries, advance)
+    _write_json(folder / "params.json", presets.to_meta_params(config))
+    if extra := presets.to_meta_extra(config):
+        _write_json(folder / "llama_jax.json", extra)
+    if checkpoint.generation:
+        _write_json(folder / "generation_config.json", checkpoint.generation)
+    from llama_jax.text.export import meta_files
+
+    files, warnings = meta_files(checkpoint.tokenizer_files())
+    _write_files(folder, files)
+    return [*presets.meta_warnings(config), *(warnings if checkpoint.tokenizer else [])]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def gguf_type(row: names.Row, dtype: np.dtype, options: Options) -> str:
+    """GGML's name of what a parameter is stored in: vectors are always F32."""
+    if len(row.stored) == 1:
+        return "F32"
+    return options.quantize.upper() if options.quantize else GGUF_TYPES[dtype]
+
+
+def write_gguf(path: Path, checkpoint: Checkpoint, options: Options, advance: Advance) -> None:
+    """A GGUF file, by the gguf package.
+
+    Raises:
+      ConfigError: rows of a matrix do not divide into blocks of a quantization.
+    """
+    import gguf
+
+    config = checkpoint.config
+    if options.quantize and (config.embed_dim % 32 or config.mlp_dim % 32 or config.num_heads * config.head_dim % 32):
+        raise ConfigError(f"--quantize {options.quantize} needs rows that divide into blocks of 32")
+    writer = gguf.GGUFWriter(path, "llama")
+    metadata = presets.to_gguf_metadata(config) | _gguf_general(checkpoint, options)
+    files = checkpoint.tokenizer_files()
+    if files:
+        from llama_jax.text.export import gguf_metadata
+
+        metadata |= gguf_metadata(files, config.vocab_size)
+    for key, value in metadata.items():
+        if key != "general.architecture":  # the package writes it
+            writer.add_key_value(key, value, *_gguf_kind(value, gguf.GGUFValueType))
+    contents: list[_GGUFContent] = []
+    if divisors := presets.rope_divisors(config):
+        values = np.array(divisors, np.float32)
+        contents.append(
+            _GGUFContent(Entry("rope_freqs.weight", values.shape, values.dtype, lambda: iter([values])), "F32")
+        )
+    for row, layer in names.parameters(config):
+        entry = _entry(checkpoint, row, layer, "gguf", options)
+        contents.append(_GGUFContent(entry, gguf_type(row, _gguf_dtype(entry.dtype), options)))
+    try:
+        for content in contents:
+            shape, kind = content.entry.shape, gguf.GGMLQuantizationType[content.kind]
+            writer.add_tensor_info(content.entry.name, shape, np.dtype(np.float32), content.nbytes, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for content in contents:
+            content.advance = advance
+            writer.write_tensor_data(content)  # pyright: ignore[reportArgumentType]
+    finally:
+        writer.close()
+
+
+def _gguf_dtype(dtype: np.dtype) -> np.dtype:
+    return dtype if dtype in GGUF_TYPES else DTYPES["float32"]
+
+
+class _GGUFContent:
+    """Stands for an array in `GGUFWriter.write_tensor_data`, which asks for its size and calls `tofile`."""
+
+    def __init__(self, entry: Entry, kind: str):
+        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        self.entry, self.kind = entry, kind
+        elements, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+        self.nbytes = int(np.prod(entry.shape)) // elements * nbytes
+        self.advance: Advance = lambda done: None
+
+    def tofile(self, file: Any) -> None:
+        stored = Entry(self.entry.name, (self.nbytes,), np.dtype(np.uint8), self._pieces)
+        write_pieces(file, stored, self.advance)
+
+    def _pieces(self) -> Iterator[np.ndarray]:
+        for piece in self.entry.pieces():
+            yield gguf_encode(piece, self.kind, self.entry.name)
+
+
+def gguf_encode(piece: np.ndarray, kind: str, name: str) -> np.ndarray:
+    """Rows of numbers as a GGML type stores them."""
+    dtype = next((dtype for dtype, other in GGUF_TYPES.items() if other == kind), None)
+    if dtype is not None:
+        return cast(piece, dtype, name)
+    import gguf
+
+    return gguf.quants.quantize(piece.astype(np.float32), gguf.GGMLQuantizationType[kind])
+
+
+def _gguf_general(checkpoint: Checkpoint, options: Options) -> dict[str, Any]:
+    import gguf
+
+    dtype = _gguf_dtype(DTYPES[options.dtype] if options.dtype else checkpoint.dtype)
+    kind = (
+        f"MOSTLY_{options.quantize.upper()}"
+        if options.quantize
+        else {"F32": "ALL_F32"}.get(GGUF_TYPES[dtype], f"MOSTLY_{GGUF_TYPES[dtype]}")
+    )
+    return {
+        "general.name": checkpoint.path.stem if checkpoint.path.is_file() else checkpoint.path.name,
+        "general.file_type": int(gguf.LlamaFileType[kind]),
+        "general.quantization_version": gguf.GGML_QUANT_VERSION,
+    }
+
+
+def _gguf_kind(value: Any, types: Any) -> tuple[Any, ...]:
+    """The type of a metadata value, and of an array's elements."""
+    scalars = ((bool, types.BOOL), (int, types.UINT32), (float, types.FLOAT32), (str, types.STRING))
+    if isinstance(value, list):
+        inner = _gguf_kind(value[0], types)[0]
+        return types.ARRAY, types.INT32 if inner == types.UINT32 else inner
+    return (next(kind for cls, kind in scalars if isinstance(value, cls)),)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_native(folder: Path, checkpoint: Checkpoint, options: Options, advance: Advance) -> None:
+    """A native checkpoint. Orbax saves whole trees: the process holds all weights meanwhile."""
+    import jax
+
+    from llama_jax import sharding
+    from llama_jax.checkpoint import save_arrays
+    from llama_jax.weights.load import parameter_name, read_model
+    from llama_jax.weights.native import PARAMS, is_stacked
+
+    folder.mkdir()
+    mesh = sharding.make_mesh(checkpoint.config, devices=jax.local_devices(backend="cpu"))
+    model = read_model(checkpoint, mesh, dtype=options.dtype, stacked=True, advance=advance)
+    paths, _ = jax.tree_util.tree_flatten_with_path(model)
+    arrays = {parameter_name(path): leaf for path, leaf in paths}
+    save_arrays(folder / PARAMS, arrays, stacked=is_stacked)
+    _write_hf_texts(folder, checkpoint, options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
