@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from llama_jax.infer.sampling import Sampling
     from llama_jax.presets import PRESETS
     from llama_jax.weights.load import LoadedLlama, load
+    from llama_jax.weights.save import convert, save
     from llama_jax.weights.source import CheckpointError
 
 _HOME = {
@@ -21,13 +22,14 @@ _HOME = {
     "infer.sampling": ("Sampling",),
     "presets": ("PRESETS",),
     "weights.load": ("LoadedLlama", "load"),
+    "weights.save": ("convert", "save"),
     "weights.source": ("CheckpointError",),
 }
 _MODULES = {name: f"llama_jax.{module}" for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "PRESETS", "CheckpointError", "Completion", "ConfigError", "Conversation", "LoadedLlama", "ModelConfig",
-    "RopeScaling", "Sampling", "chat", "chat_stream", "generate", "load", "logits",
+    "RopeScaling", "Sampling", "chat", "chat_stream", "convert", "generate", "load", "logits", "save",
 ]  # fmt: skip
 
 

@@ -416,6 +416,14 @@ def meta_warnings(config: ModelConfig) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+_GGUF_SCALING = {
+    "llama_jax.rope.factor": "factor",
+    "llama_jax.rope.low_freq_factor": "low_freq_factor",
+    "llama_jax.rope.high_freq_factor": "high_freq_factor",
+    "llama_jax.rope.original_context_length": "original_max_seq_len",
+}
+
+
 def from_gguf_metadata(
     metadata: Mapping[str, Any], *, tie_embeddings: bool, rope_divisors: list[float] | None = None
 ) -> ModelConfig:
@@ -460,15 +468,18 @@ def from_gguf_metadata(
         head_dim=head_dim,
         norm_eps=_shortest(need("attention.layer_norm_rms_epsilon")),
         rope_theta=theta,
-        rope_scaling=_scaling_of_divisors(rope_divisors, head_dim, theta) if rope_divisors is not None else None,
+        rope_scaling=_gguf_scaling(metadata, rope_divisors, head_dim, theta),
         max_seq_len=need("context_length"),
         tie_embeddings=tie_embeddings,
     )
 
 
 def to_gguf_metadata(config: ModelConfig) -> dict[str, Any]:
-    """Writes the `llama.*` keys. RoPE scaling goes into `rope_freqs.weight`: see `rope_divisors`."""
-    return {
+    """Writes the `llama.*` keys. RoPE scaling goes into `rope_freqs.weight`: see `rope_divisors`.
+
+    Where that tensor alone would be read back wrongly, keys of our own (`_GGUF_SCALING`) say what it was made from.
+    """
+    metadata = {
         "general.architecture": "llama",
         "llama.vocab_size": config.vocab_size,
         "llama.context_length": config.max_seq_len,
@@ -483,6 +494,13 @@ def to_gguf_metadata(config: ModelConfig) -> dict[str, Any]:
         "llama.rope.dimension_count": config.head_dim,
         "llama.rope.freq_base": config.rope_theta,
     }
+    try:
+        read = _gguf_scaling({}, rope_divisors(config), config.head_dim, config.rope_theta)
+    except ConfigError:
+        read = None
+    if config.rope_scaling and read != config.rope_scaling:
+        metadata |= {key: getattr(config.rope_scaling, name) for key, name in _GGUF_SCALING.items()}
+    return metadata
 
 
 def rope_divisors(config: ModelConfig) -> list[float] | None:
@@ -496,15 +514,24 @@ def _divisors(scaling: RopeScaling, head_dim: int, theta: float) -> list[float]:
     return [scaling.divisor(theta ** (-2 * i / head_dim)) for i in range(head_dim // 2)]
 
 
-def _scaling_of_divisors(divisors: list[float], head_dim: int, theta: float) -> RopeScaling | None:
+def _gguf_scaling(
+    metadata: Mapping[str, Any], divisors: list[float] | None, head_dim: int, theta: float
+) -> RopeScaling | None:
+    if divisors is None:
+        return None
     divisors = [float(d) for d in divisors]
     if len(divisors) != head_dim // 2:
         raise ConfigError(
             f"GGUF: rope_freqs.weight has {len(divisors)} values, expected head_dim / 2 = {head_dim // 2}"
         )
-    if all(d == 1.0 for d in divisors):
+    said = {name: metadata[key] for key, name in _GGUF_SCALING.items() if key in metadata}
+    if len(said) == len(_GGUF_SCALING):
+        context = said.pop("original_max_seq_len")
+        scaling = RopeScaling(**{name: _shortest(value) for name, value in said.items()}, original_max_seq_len=context)
+    elif all(d == 1.0 for d in divisors):
         return None
-    scaling = RopeScaling(max(*divisors, 1.0), 1.0, 4.0, 8192)
+    else:
+        scaling = RopeScaling(_shortest(max(*divisors, 1.0)), 1.0, 4.0, 8192)
     expected = _divisors(scaling, head_dim, theta)
     if not all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(divisors, expected, strict=True)):
         raise ConfigError("GGUF: rope_freqs.weight is not Llama 3.1's frequency scaling: not supported")

@@ -152,7 +152,8 @@ def read(tensor: Tensor, row: Row, config: ModelConfig, format: Format, index: S
         ]
         stored = np.concatenate(rows, axis=0)
     if row.rope and format in INTERLEAVED:  # rows of a head: pairs -> halves
-        H, D = len(part["H"]), stored.shape[-1]
+        H, D = config.head_dim, stored.shape[-1]
+        assert len(part["H"]) == H, "no sharding may split head_dim"
         stored = stored.reshape(-1, H // 2, 2, D).swapaxes(1, 2).reshape(-1, D)
     if "".join(groups) != row.axes:  # the two stored dimensions lie the other way round
         stored = _contiguous(stored.T)

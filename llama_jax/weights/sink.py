@@ -48,7 +48,9 @@ def write_pieces(file: IO[bytes], entry: Entry, advance: Callable[[int], None]) 
     """
     written = 0
     for piece in entry.pieces():
-        file.write(as_bytes(piece))
+        rest = as_bytes(piece)
+        while rest:  # the system may write less than it is given: at most 2 GiB, or what the disk has room for
+            rest = rest[file.write(rest) :]
         written += piece.nbytes
         advance(piece.nbytes)
     if written != entry.nbytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import json
 import os
@@ -22,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import llama_jax
-from llama_jax.config import ConfigError, ModelConfig
+from llama_jax.config import ConfigError, ModelConfig, RopeScaling
 from llama_jax.text.export import sample_texts
 from llama_jax.weights.bench import peak_memory
 from llama_jax.weights.open import open_checkpoint
@@ -82,9 +81,9 @@ def test_round_trips_are_bit_exact(name, dtype, tmp_path):
 @st.composite
 def configs(draw) -> ModelConfig:
     kv, groups, head_dim = draw(st.integers(1, 3)), draw(st.integers(1, 3)), 2 * draw(st.integers(1, 5))
-    scaling = draw(st.sampled_from([None, LLAMA31, LLAMA32, dataclasses.replace(LLAMA31, factor=2.5)]))
+    scaling = draw(st.sampled_from([None, LLAMA31, LLAMA32, RopeScaling(2.5, 2.0, 3.0, 1000)]))
     return ModelConfig(
-        vocab_size=draw(st.integers(3, 40)), embed_dim=draw(st.integers(2, 24)), mlp_dim=draw(st.integers(2, 40)),
+        vocab_size=draw(st.integers(3, 40)), embed_dim=kv * groups * draw(st.integers(1, 9)), mlp_dim=draw(st.integers(2, 40)),
         num_layers=draw(st.integers(1, 3)), num_heads=kv * groups, num_kv_heads=kv, head_dim=head_dim,
         norm_eps=draw(st.sampled_from([1e-5, 1e-6, 3e-5])), rope_theta=draw(st.sampled_from([1e4, 1e5, 5e5, 1e6])),
         rope_scaling=scaling, max_seq_len=draw(st.sampled_from([64, 2048, 131072])),
