@@ -29,24 +29,44 @@ def node_folder() -> Path:
     return folder
 
 
+# llama.cpp rounds activations to 8 bits where weights are Q8_0, which after five tokens is too coarse for this model: it
+# gives " Paris" 0.69 to 0.72, depending on its kernels, where the same file computed exactly gives 0.765.
+SHORT = "The capital of France is"
+PROMPTS = [
+    "Paris is the capital and most populous city of France. Berlin is the capital of Germany. Rome is the capital of",
+    "Once upon a time, there was a little girl who lived in a",
+    "def fibonacci(n):\n    if n <= 1:\n        return",
+]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{"dtype": "float16"}, {"quantize": "q8_0"}], ids=["F16", "Q8_0"])
 def test_llama_cpp_runs_the_export(options, node_folder, tmp_path):
     llama = llama_jax.load("smollm2-135m-instruct", mesh="tensor=1", dtype="float32")
     convert("smollm2-135m-instruct", tmp_path / "hf", to="hf")  # through another format, tokenizer and all
     convert(tmp_path / "hf", tmp_path / "x.gguf", to="gguf", **options)
-    ids = llama.tokenizer.encode("The capital of France is")
-    prompt = llama.chat_format.prompt([{"role": "user", "content": "What is the capital of France?"}])
+    prompts = [llama.tokenizer.encode(text) for text in [*PROMPTS, SHORT]]
+    chat = llama.chat_format.prompt([{"role": "user", "content": "What is the capital of France?"}])
     stop = [int(i) for i in llama.tokenizer.stop_ids]
-    request = json.dumps({"ids": ids, "prompt": prompt, "stop": stop, "text": TEXT})
+    request = json.dumps({"prompts": prompts, "chat": chat, "stop": stop, "text": TEXT})
     command = ["node", str(SCRIPT), str(tmp_path / "x.gguf"), request]
     done = subprocess.run(command, cwd=node_folder, check=True, capture_output=True, text=True, timeout=300)
     result = json.loads(done.stdout.strip().splitlines()[-1])
-    logits_V = np.asarray(llama_jax.logits(llama, [ids]))[0, -1].astype(np.float64)
-    probabilities = np.exp(logits_V - np.logaddexp.reduce(logits_V))
-    print(options, result["top"], [(int(i), probabilities[i]) for i in np.argsort(-logits_V)[:5]])
-    assert {token for token, _ in result["top"]} == {int(i) for i in np.argsort(-logits_V)[:5]}
-    for token, probability in result["top"]:
-        assert abs(probability - probabilities[token]) <= 0.02
+    written = llama_jax.load(tmp_path / "x.gguf", mesh="tensor=1", dtype="float32")
+    for ids, top in zip(prompts, result["top"], strict=True):
+        expected, exact = probabilities(llama, ids), probabilities(written, ids)
+        five = {int(i) for i in np.argsort(-expected)[:5]}
+        rows = [f"{i}: {p:.4f} {exact[i]:.4f} {expected[i]:.4f}" for i, p in top]
+        print(f"{llama.tokenizer.decode(ids)[-20:]!r}: llama.cpp, this file exactly, the original: {rows}")
+        assert {int(i) for i in np.argsort(-exact)[:5]} == five
+        assert max(abs(expected[i] - exact[i]) for i in five) <= 0.02
+        if "quantize" not in options or ids != prompts[-1]:
+            assert {i for i, _ in top} == five
+            assert max(abs(exact[i] - p) for i, p in top) <= 0.02
     assert result["answer"].strip() == "The capital of France is Paris."
     assert result["tokens"] == llama.tokenizer.encode(TEXT)
+
+
+def probabilities(llama: llama_jax.LoadedLlama, ids: list[int]) -> np.ndarray:
+    logits_V = np.asarray(llama_jax.logits(llama, [ids]))[0, -1].astype(np.float64)
+    return np.exp(logits_V - np.logaddexp.reduce(logits_V))
