@@ -29,8 +29,10 @@ def node_folder() -> Path:
     return folder
 
 
-# llama.cpp rounds activations to 8 bits where weights are Q8_0, which after five tokens is too coarse for this model: it
-# gives " Paris" 0.69 to 0.72, depending on its kernels, where the same file computed exactly gives 0.765.
+# llama.cpp rounds activations to 8 bits where weights are quantized, which is coarse for so small a model. After SHORT it
+# gives " Paris" 0.69 to 0.72, depending on its kernels, where the same Q8_0 file computed exactly gives 0.765. Asked about
+# France, where the first token is a close call (0.152 against 0.140), it answers "L'Étoile, la ...": with this Q8_0 file as
+# with the published Q4_1 one. Computed exactly, both answer Paris. So those two are asked of llama.cpp in F16 only.
 SHORT = "The capital of France is"
 PROMPTS = [
     "Paris is the capital and most populous city of France. Berlin is the capital of Germany. Rome is the capital of",
@@ -46,7 +48,8 @@ def test_llama_cpp_runs_the_export(options, node_folder, tmp_path):
     convert("smollm2-135m-instruct", tmp_path / "hf", to="hf")  # through another format, tokenizer and all
     convert(tmp_path / "hf", tmp_path / "x.gguf", to="gguf", **options)
     prompts = [llama.tokenizer.encode(text) for text in [*PROMPTS, SHORT]]
-    chat = llama.chat_format.prompt([{"role": "user", "content": "What is the capital of France?"}])
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    chat = llama.chat_format.prompt(question)
     stop = [int(i) for i in llama.tokenizer.stop_ids]
     request = json.dumps({"prompts": prompts, "chat": chat, "stop": stop, "text": TEXT})
     command = ["node", str(SCRIPT), str(tmp_path / "x.gguf"), request]
@@ -63,7 +66,10 @@ def test_llama_cpp_runs_the_export(options, node_folder, tmp_path):
         if "quantize" not in options or ids != prompts[-1]:
             assert {i for i, _ in top} == five
             assert max(abs(exact[i] - p) for i, p in top) <= 0.02
-    assert result["answer"].strip() == "The capital of France is Paris."
+    print(f"llama.cpp answers {result['answer']!r}")
+    assert llama_jax.chat(written, question).text == "The capital of France is Paris."
+    if "quantize" not in options:
+        assert result["answer"].strip() == "The capital of France is Paris."
     assert result["tokens"] == llama.tokenizer.encode(TEXT)
 
 
