@@ -80,7 +80,10 @@ def default_mesh(config: ModelConfig) -> Mesh:
 
 def mesh_of(config: ModelConfig, text: str | None) -> Mesh:
     """The mesh that `"fsdp=2,tensor=4"` means for a model; None is the default mesh."""
-    return default_mesh(config) if text is None else make_mesh(config, **parse_mesh(text))
+    if text is None:
+        return default_mesh(config)
+    sizes = parse_mesh(text)
+    return make_mesh(config, **{axis: sizes.get(axis, 1) for axis in USER_AXES})  # pyright: ignore[reportArgumentType]
 
 
 @dataclasses.dataclass(frozen=True)

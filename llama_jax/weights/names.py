@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -180,7 +180,7 @@ def _runs(dimensions: list[tuple[range, int]]) -> list[slice]:
     return [slice(i * width + run.start, i * width + run.stop) for i in first for run in below]
 
 
-def check(tensors: dict[str, Tensor], config: ModelConfig, format: Format, path: object) -> None:
+def check(tensors: Mapping[str, Tensor], config: ModelConfig, format: Format, path: object) -> None:
     """Compares a checkpoint's tensors with what its configuration asks for.
 
     Raises:

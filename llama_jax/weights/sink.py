@@ -59,7 +59,7 @@ def write_pieces(file: IO[bytes], entry: Entry, advance: Callable[[int], None]) 
 
 def as_bytes(array: np.ndarray) -> memoryview:
     """The bytes of a C-contiguous array, without a copy (memoryview alone refuses bfloat16)."""
-    return memoryview(array.reshape(-1).view(np.uint8))
+    return array.reshape(-1).view(np.uint8).data
 
 
 def sync(paths: Iterable[Path]) -> None:

@@ -161,7 +161,9 @@ def write_meta(folder: Path, checkpoint: Checkpoint, options: Options, advance: 
     if whole := [f"{name} ({size})" for name, size in sizes.items() if size % ranks]:
         raise ConfigError(f"--shards {ranks} does not divide {' and '.join(whole)}: choose another number of shards")
     folder.mkdir()
-    parameters = [(row, layer, None) for row, layer in names.parameters(config)]
+    parameters: list[tuple[names.Row, int | None, str | None]] = [
+        (row, layer, None) for row, layer in names.parameters(config)
+    ]
     if config.tie_embeddings:  # Meta's code has no tied head: its files hold the matrix twice
         parameters.append((names.TABLE[0], None, "output.weight"))
     for rank in range(ranks):

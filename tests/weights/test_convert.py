@@ -35,7 +35,9 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 VARIANTS = {
     "MHA": tiny_config(num_heads=8, num_kv_heads=8, head_dim=8),
     "GQA": tiny_config(num_heads=16, num_kv_heads=8, head_dim=4),
-    "tied, factor 8": tiny_config(num_kv_heads=8, head_dim=8, tie_embeddings=True, rope_theta=5e5, rope_scaling=LLAMA31),
+    "tied, factor 8": tiny_config(
+        num_kv_heads=8, head_dim=8, tie_embeddings=True, rope_theta=5e5, rope_scaling=LLAMA31
+    ),
     "head_dim 64, factor 32": tiny_config(num_kv_heads=8, head_dim=64, rope_theta=5e5, rope_scaling=LLAMA32),
 }
 
@@ -48,7 +50,9 @@ def hf_folder(folder: Path, config: ModelConfig, dtype: str) -> Path:
 def stored(folder: Path) -> dict[str, torch.Tensor]:
     """What the safetensors library, not ours, finds in a folder."""
     return {
-        name: tensor for file in folder.glob("*.safetensors") for name, tensor in safetensors.torch.load_file(file).items()
+        name: tensor
+        for file in folder.glob("*.safetensors")
+        for name, tensor in safetensors.torch.load_file(file).items()
     }
 
 
@@ -83,8 +87,9 @@ def configs(draw) -> ModelConfig:
     kv, groups, head_dim = draw(st.integers(1, 3)), draw(st.integers(1, 3)), 2 * draw(st.integers(1, 5))
     scaling = draw(st.sampled_from([None, LLAMA31, LLAMA32, RopeScaling(2.5, 2.0, 3.0, 1000)]))
     return ModelConfig(
-        vocab_size=draw(st.integers(3, 40)), embed_dim=kv * groups * draw(st.integers(1, 9)), mlp_dim=draw(st.integers(2, 40)),
-        num_layers=draw(st.integers(1, 3)), num_heads=kv * groups, num_kv_heads=kv, head_dim=head_dim,
+        vocab_size=draw(st.integers(3, 40)), embed_dim=kv * groups * draw(st.integers(1, 9)),
+        mlp_dim=draw(st.integers(2, 40)), num_layers=draw(st.integers(1, 3)), num_heads=kv * groups,
+        num_kv_heads=kv, head_dim=head_dim,
         norm_eps=draw(st.sampled_from([1e-5, 1e-6, 3e-5])), rope_theta=draw(st.sampled_from([1e4, 1e5, 5e5, 1e6])),
         rope_scaling=scaling, max_seq_len=draw(st.sampled_from([64, 2048, 131072])),
         tie_embeddings=draw(st.booleans()),
@@ -265,10 +270,15 @@ def test_a_failure_leaves_the_destination_as_it_was(failure, tmp_path):
     destination = tmp_path / "out"
     destination.mkdir()
     (destination / "config.json").write_text("{}")
-    with pytest.raises(type(failure)) as caught, replacing(destination, overwrite=True) as partial:
-        partial.mkdir()
-        (partial / "config.json").write_text("half")
-        raise failure
+
+    def write_half() -> None:
+        with replacing(destination, overwrite=True) as partial:
+            partial.mkdir()
+            (partial / "config.json").write_text("half")
+            raise failure
+
+    with pytest.raises(type(failure)) as caught:
+        write_half()
     assert isinstance(failure, KeyboardInterrupt) or "the disk is full" in str(caught.value)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert (destination / "config.json").read_text() == "{}"

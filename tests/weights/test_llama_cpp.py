@@ -29,10 +29,10 @@ def node_folder() -> Path:
     return folder
 
 
-# llama.cpp rounds activations to 8 bits where weights are quantized, which is coarse for so small a model. After SHORT it
-# gives " Paris" 0.69 to 0.72, depending on its kernels, where the same Q8_0 file computed exactly gives 0.765. Asked about
-# France, where the first token is a close call (0.152 against 0.140), it answers "L'Étoile, la ...": with this Q8_0 file as
-# with the published Q4_1 one. Computed exactly, both answer Paris. So those two are asked of llama.cpp in F16 only.
+# llama.cpp rounds activations to 8 bits where weights are quantized, which is coarse for so small a model. After SHORT
+# it gives " Paris" 0.69 to 0.72, depending on its kernels, where the same Q8_0 file computed exactly gives 0.765. Asked
+# about France, where the first token is a close call (0.152 against 0.140), it answers "L'Étoile, la ...": with this
+# Q8_0 file as with the published Q4_1 one. Computed exactly, both answer Paris. So those two are asked in F16 only.
 SHORT = "The capital of France is"
 PROMPTS = [
     "Paris is the capital and most populous city of France. Berlin is the capital of Germany. Rome is the capital of",

@@ -18,7 +18,8 @@ import llama_jax
 from llama_jax import sharding
 from llama_jax.config import ConfigError
 from llama_jax.infer.generate import logits
-from llama_jax.weights.load import LoadedLlama, open_checkpoint, read_model
+from llama_jax.weights.load import LoadedLlama, read_model
+from llama_jax.weights.open import open_checkpoint
 from llama_jax.weights.source import CheckpointError
 from tests.builders import LLAMA31, LLAMA32, hf_model, tiny_config, write_gguf, write_hf
 
@@ -403,7 +404,7 @@ def test_no_such_path(tmp_path):
     refused(tmp_path / "nowhere", CheckpointError, str(tmp_path / "nowhere"))
     refused(tmp_path, CheckpointError, str(tmp_path), "config.json")
     (tmp_path / "params.json").write_text("{}")
-    refused(tmp_path, CheckpointError, str(tmp_path), "params.json")
+    refused(tmp_path, ConfigError, str(tmp_path), "params.json does not say dim")
 
 
 @pytest.mark.parametrize(
