@@ -72,11 +72,10 @@ def _entry(
     target: names.Format,
     options: Options,
     *,
-    name: str | None = None,
     part: tuple[int, int, int] = (0, 0, 1),
 ) -> Entry:
     """A parameter to be written; of `part` (axis, rank, ranks), only that rank's share along that axis."""
-    name = row.name(target, layer) if name is None else name
+    name = row.name(target, layer)
     dtype = DTYPES[options.dtype] if options.dtype else checkpoint.dtype_of(row, layer)
     shape = names.stored_shape(row, checkpoint.config, target)
     axis, rank, ranks = part
@@ -161,17 +160,15 @@ def write_meta(folder: Path, checkpoint: Checkpoint, options: Options, advance: 
     if whole := [f"{name} ({size})" for name, size in sizes.items() if size % ranks]:
         raise ConfigError(f"--shards {ranks} does not divide {' and '.join(whole)}: choose another number of shards")
     folder.mkdir()
-    parameters: list[tuple[names.Row, int | None, str | None]] = [
-        (row, layer, None) for row, layer in names.parameters(config)
-    ]
-    if config.tie_embeddings:  # Meta's code has no tied head: its files hold the matrix twice
-        parameters.append((names.TABLE[0], None, "output.weight"))
     for rank in range(ranks):
         entries = []
-        for row, layer, name in parameters:
-            axis = axes["lm_head"] if name else axes.get(row.ours.removeprefix("blocks.{}."))
+        for row, layer in names.parameters(config):
+            axis = axes.get(row.ours.removeprefix("blocks.{}."))
             part = (0, 0, 1) if axis is None else (axis, rank, ranks)
-            entries.append(_entry(checkpoint, row, layer, "meta", options, name=name, part=part))
+            entries.append(_entry(checkpoint, row, layer, "meta", options, part=part))
+        if config.tie_embeddings:  # Meta's code has no tied head: its files hold the matrix twice
+            head = _entry(checkpoint, names.TABLE[0], None, "meta", options, part=(0, rank, ranks))
+            entries.append(dataclasses.replace(head, name="output.weight"))
         write_torch_file(folder / f"consolidated.{rank:02}.pth", entries, advance)
     _write_json(folder / "params.json", presets.to_meta_params(config))
     if extra := presets.to_meta_extra(config):
