@@ -94,7 +94,9 @@ def fox_and_wolf(run, model) -> list[dict]:
             "generate.py",
             ("--prompt", "--prompts-file", "--json", "--logprobs", "--stop", "--mesh", "--top-p", "--seed"),
         ),
-        ("bench.py", ("--batch", "--against", "--mesh", "--dtype", "--json")),
+        ("bench.py", ("--batch", "--against", "--mesh", "--dtype", "--json", "--convert")),
+        ("convert.py", ("--to", "--dtype", "--shards", "--max-shard-size", "--quantize", "--overwrite", "--no-verify")),
+        ("verify.py", ("--tolerance", "--json", "--no-logits", "--positions", "--mesh")),
         ("chat.py", ("--system", "--max-new-tokens", "--mesh", "--dtype", "--temperature", "--chat-format")),
     ],
 )

@@ -216,7 +216,7 @@ def _of_loaded(llama: LoadedLlama) -> Checkpoint:
     for path, leaf in jax.tree_util.tree_flatten_with_path(llama.model)[0]:
         name = parameter_name(path)
         if not leaf.is_fully_addressable:
-            raise ValueError("this model is spread over several processes: save it with format='native', or convert it")
+            raise ValueError("this model is spread over several processes: convert the checkpoint it was loaded from")
         row, layer = names.row_of(name)
         stacked = "{}" in row.ours and layer is None
         for i in range(llama.config.num_layers) if stacked else [layer]:
