@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import errno
 import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -71,7 +73,12 @@ def save_arrays(path: Path, arrays: Mapping[str, jax.Array], *, stacked: Callabl
     with ocp.Checkpointer(handler) as checkpointer:
         save_args = {name: chunks(name, x) for name, x in arrays.items()}
         args = ocp.args.PyTreeSave(dict(arrays), save_args=save_args, ocdbt_target_data_file_size=FILE)
-        checkpointer.save(path.absolute(), args=args)
+        try:
+            checkpointer.save(path.absolute(), args=args)
+        except Exception as error:  # tensorstore's own kind, for whatever happens to a file
+            if "No space left" in str(error):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+            raise
 
 
 def _return_large_blocks() -> None:
@@ -103,7 +110,10 @@ def open_arrays(path: Path) -> dict[str, SavedArray]:
         context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 0}})
         opened = {
             name: tensorstore.open(
-                {"driver": "zarr3", "kvstore": store | {"path": f"{name}/"}}, open=True, read=True, context=context
+                {"driver": "zarr3", "kvstore": store | {"path": f"{name}/"}, "fill_missing_data_reads": False},
+                open=True,
+                read=True,
+                context=context,
             )
             for name in tree
         }

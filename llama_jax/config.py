@@ -23,7 +23,13 @@ class RopeScaling:
     original_max_seq_len: int
 
     def __post_init__(self):
-        if not (self.factor >= 1 and self.high_freq_factor > self.low_freq_factor > 0):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise ConfigError(f"RoPE scaling: {field.name} must be a positive number, got {value!r}")
+        if self.original_max_seq_len != int(self.original_max_seq_len):
+            raise ConfigError(f"RoPE scaling: original_max_seq_len must be an integer, got {self.original_max_seq_len}")
+        if not (self.factor >= 1 and self.high_freq_factor > self.low_freq_factor):
             raise ConfigError(f"RoPE scaling needs factor >= 1 and high_freq_factor > low_freq_factor > 0, got {self}")
 
     def divisor(self, frequency: float) -> float:
@@ -84,13 +90,15 @@ class ModelConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**30:
                 raise ConfigError(f"{name} must be a positive integer below 2**30, got {value!r}")
+        if not isinstance(self.tie_embeddings, bool):
+            raise ConfigError(f"tie_embeddings must be true or false, got {self.tie_embeddings!r}")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
         if self.head_dim % 2:
             raise ConfigError(f"head_dim must be even for RoPE, got {self.head_dim}")
         for name in ("norm_eps", "rope_theta"):
             value = getattr(self, name)
-            if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+            if isinstance(value, bool) or not (isinstance(value, (int, float)) and 0 < value < math.inf):
                 raise ConfigError(f"{name} must be a positive number, got {value!r}")
 
     @property

@@ -164,7 +164,7 @@ def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
         rope_theta=float(_or(rope.get("rope_theta"), _or(hf.get("rope_theta"), 10000.0))),
         rope_scaling=_hf_scaling(rope),
         max_seq_len=hf.get("max_position_embeddings", 2048),
-        tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
+        tie_embeddings=_or(hf.get("tie_word_embeddings"), False),
     )
 
 
@@ -308,7 +308,9 @@ def _meta_fields(params: Mapping[str, Any], vocab_size: int | None) -> dict[str,
     kv_heads = _or(params.get("n_kv_heads"), heads)
     norm_eps = _or(params.get("norm_eps"), 1e-5)
     theta = float(_or(params.get("rope_theta"), 10000.0))
-    scaled = bool(params.get("use_scaled_rope", False))
+    scaled = _or(params.get("use_scaled_rope"), False)
+    if not isinstance(scaled, bool):
+        raise ConfigError(f"params.json: use_scaled_rope must be true or false, got {scaled!r}")
     small = scaled and (dim, layers) in ((2048, 16), (3072, 28))  # 3.2 1B, 3B: the file says neither factor 32 nor tied
     if scaled:
         context = 131072

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
+from typing import Any
 
 import tyro
 
@@ -25,7 +27,7 @@ class Args:
     b: tyro.conf.Positional[str]
     """The other one."""
     tolerance: float = 1e-5
-    """Most that a weight or a logit may differ."""
+    """Most that a weight, a kind of weight relative to its size, or a logit may differ."""
     logits: bool = True
     """Compare logits, in float32, of one text past position 8192 where the models allow; loads each model once."""
     positions: int = 8704
@@ -45,7 +47,7 @@ def main(args: Args) -> bool:
     found = compare(args.a, args.b, positions=args.positions, mesh=args.mesh, with_logits=args.logits)
     same = found.within(args.tolerance)
     if args.json:
-        print(json.dumps({"same": same, "tolerance": args.tolerance} | dataclasses.asdict(found)))
+        print(json.dumps(finite({"same": same, "tolerance": args.tolerance} | dataclasses.asdict(found))))
         return same
     for key, (a, b) in found.config.items():
         print(f"configuration: {key} is {a} and {b}")
@@ -64,6 +66,15 @@ def main(args: Args) -> bool:
         print(f"logits at position {x.positions}: max |difference| {x.max_abs:.3e}, KL {x.kl:.3e}, top-1 {x.top1:.1%}")
     print("the same" if same else f"different (tolerance {args.tolerance:g})")
     return same
+
+
+def finite(value: Any) -> Any:
+    """`value` with null for NaN and infinity, which JSON has no words for."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

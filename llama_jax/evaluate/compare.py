@@ -13,6 +13,7 @@ import numpy as np
 
 from llama_jax import sharding
 from llama_jax.text.chat import ChatError, chat_format
+from llama_jax.text.differences import differences
 from llama_jax.text.export import sample_texts
 from llama_jax.weights import names
 from llama_jax.weights.compare import Difference, compare_parameter
@@ -58,9 +59,12 @@ class Comparison:
     logits: Logits | None
 
     def within(self, tolerance: float) -> bool:
-        """Whether configurations and tokenizers agree, and no weight or logit is further off than `tolerance`."""
-        values = [d.max_abs for d in self.weights] + ([self.logits.max_abs] if self.logits else [])
-        return not self.config and not self.tokenizer and bool(self.weights) and max(values) <= tolerance
+        """Whether configurations and tokenizers agree, and nothing is further off than `tolerance`: no weight, no kind of
+        weight as a whole relative to its size, no logit."""
+        values = [x for d in self.weights for x in (d.max_abs, d.relative)]
+        values += [self.logits.max_abs] if self.logits else []
+        close = all(value <= tolerance for value in values)  # not max(), which overlooks NaN
+        return not self.config and not self.tokenizer and bool(self.weights) and close
 
 
 def compare(
@@ -104,27 +108,12 @@ def compare_weights(a: Checkpoint, b: Checkpoint) -> list[Difference]:
 
 
 def _compare_tokenizers(a: Checkpoint, b: Checkpoint) -> list[str]:
-    one, other = a.tokenizer, b.tokenizer
-    if one is None or other is None:
-        return [] if one is other else [f"only {(a if one else b).path} has a tokenizer"]
-    texts = sample_texts()
-    problems = []
-    different = [text for text in texts if one.encode(text) != other.encode(text)]
-    if different:
-        text = different[0]
-        problems.append(
-            f"{len(different)} of {len(texts)} texts have other ids, first {text!r}:"
-            f" {one.encode(text)[:8]}... and {other.encode(text)[:8]}..."
-        )
-    for key in ("bos_id", "add_bos", "stop_ids"):
-        if (x := getattr(one, key)) != (y := getattr(other, key)):
-            problems.append(f"{key} is {x} and {y}")
-    messages = [
-        {"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), texts, strict=False)
-    ]
-    prompts = [_prompt(tokenizer, messages) for tokenizer in (one, other)]
-    if prompts[0] != prompts[1]:
-        problems.append("the same conversation becomes another chat prompt")
+    problems = differences(a.tokenizer, b.tokenizer, thorough=True)
+    if a.tokenizer and b.tokenizer:
+        texts = zip(("user", "assistant", "user"), sample_texts(), strict=False)
+        messages = [{"role": role, "content": text} for role, text in texts]
+        if _prompt(a.tokenizer, messages) != _prompt(b.tokenizer, messages):
+            problems.append("the same conversation becomes another chat prompt")
     return problems
 
 

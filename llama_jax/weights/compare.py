@@ -9,7 +9,7 @@ import numpy as np
 
 from llama_jax.weights import names
 from llama_jax.weights.open import Checkpoint
-from llama_jax.weights.source import Tensor
+from llama_jax.weights.source import Tensor, common_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ def compare_parameter(
     def both() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for x, y in _aligned(_pieces(a, row, tensors[0]), _pieces(b, row, tensors[1])):
             x = expected(x)
-            common = np.result_type(x, y)
+            common = common_dtype((x.dtype, y.dtype))
             yield x.astype(common, copy=False), y.astype(common, copy=False)
 
     name, dtypes = row.name("native", layer), (str(tensors[0].dtype), str(tensors[1].dtype))

@@ -188,17 +188,18 @@ def _read_parameter(
 
     from llama_jax.weights import names
     from llama_jax.weights.open import DTYPES
+    from llama_jax.weights.source import cast, common_dtype
 
     row, layer = names.row_of(name)
     config = checkpoint.config
     stacked = "{}" in row.ours and layer is None
     layers = range(config.num_layers) if stacked else [layer]
-    target = DTYPES[dtype] if dtype else np.result_type(*(checkpoint.dtype_of(row, i) for i in layers))
+    target = DTYPES[dtype] if dtype else common_dtype(checkpoint.dtype_of(row, i) for i in layers)
 
     def one(layer: int | None, index: tuple[slice, ...]) -> np.ndarray:
         tensor = checkpoint.tensor(row, layer)
         advance(tensor.nbytes if not seen else 0)
-        return names.read(tensor, row, config, checkpoint.format, index)
+        return cast(names.read(tensor, row, config, checkpoint.format, index), target, tensor.name)
 
     seen: dict[tuple, np.ndarray] = {}  # devices that hold the same part share one read
 
@@ -212,7 +213,7 @@ def _read_parameter(
                 for to, i in zip(out, chosen, strict=True):
                     to[...] = one(i, index[1:])
             else:
-                out = np.ascontiguousarray(one(layer, index), target)
+                out = np.ascontiguousarray(one(layer, index))
             seen[key] = out
         return seen[key]
 

@@ -21,6 +21,7 @@ from llama_jax.weights.source import CheckpointError, Tensor
 
 Format = Literal["hf", "meta", "gguf", "native"]
 INTERLEAVED: tuple[Format, ...] = ("meta", "gguf")
+FLOATS = ("float64", "float32", "bfloat16", "float16")
 STRIP = 32  # columns: a cache line of 2-byte numbers
 PIECE = 1 << 24  # bytes that a conversion holds at a time: larger is no faster
 
@@ -204,7 +205,7 @@ def check(tensors: Mapping[str, Tensor], config: ModelConfig, format: Format, pa
                 f"{path}: tensor {name!r} has shape {list(tensors[name].shape)}, but the configuration asks for"
                 f" {list(shape)}; weights and configuration do not belong together"
             )
-        if tensors[name].dtype.kind in "biu":
+        if tensors[name].dtype.name not in FLOATS:
             raise CheckpointError(
                 f"{path}: tensor {name!r} holds {tensors[name].dtype} numbers, whose scale is not known: this"
                 " quantization is not supported, use another file of this model"

@@ -45,10 +45,10 @@ def read_native(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
         name = row.name("native", layer)
         if layer is None:
             tensors[name] = _tensor(name, array.shape, array, ())
-        elif array.shape[0] != config.num_layers:
+        elif array.shape[:1] != (config.num_layers,):
             raise CheckpointError(
-                f"{folder}: {stacked_name(row)!r} has {array.shape[0]} layers, but the configuration"
-                f" {config.num_layers}; weights and configuration do not belong together"
+                f"{folder}: {stacked_name(row)!r} has shape {list(array.shape)}, but the configuration has"
+                f" {config.num_layers} layers; weights and configuration do not belong together"
             )
         else:
             tensors[name] = _tensor(name, array.shape[1:], array, (layer,))

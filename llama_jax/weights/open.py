@@ -63,8 +63,16 @@ class Checkpoint:
 
         GGUF keeps vectors in float32 whatever the matrices are in: they go back to the matrices' dtype where that loses
         nothing, so that a model that went through GGUF is again what it was.
+
+        Raises:
+          CheckpointError: none of `DTYPES`.
         """
         tensor = self.tensor(row, layer)
+        if tensor.dtype not in DTYPES.values():
+            raise CheckpointError(
+                f"{self.path}: {tensor.name!r} holds {tensor.dtype} numbers: say what to make of them, with dtype"
+                f" {', '.join(DTYPES)}"
+            )
         if self.format == "gguf" and len(tensor.shape) == 1 and tensor.dtype != self.dtype:
             values = tensor.read()
             if np.array_equal(values.astype(self.dtype).astype(values.dtype), values):
@@ -96,7 +104,7 @@ def open_checkpoint(name: str | Path) -> Checkpoint:
         checkpoint = _reader(path)(path)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    except (TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+    except (TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: a value in its configuration or tokenizer files has the wrong type"
             f" ({type(error).__name__}: {error}); {DOWNLOAD_AGAIN}"

@@ -5,17 +5,25 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import hashlib
+import itertools
 import os
 import re
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 from llama_jax.weights.sink import sync
 
-# A folder may be replaced only if it looks like a checkpoint: one of these lies in it.
-MARKS = ("config.json", "params.json", "params")
+# What a folder must hold, one of each, and all that it may hold besides files, to be replaced as a checkpoint.
+DESCRIPTIONS, WEIGHTS, FOLDERS = (
+    ("config.json", "params.json"),
+    ("*.safetensors", "*.bin", "*.pth", "params"),
+    {"params"},
+)
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of linux/fs.h
+_NUMBERS = itertools.count()  # one for each call of this process
 
 
 @contextlib.contextmanager
@@ -23,7 +31,7 @@ def replacing(destination: Path, *, overwrite: bool) -> Iterator[Path]:
     """Gives a path beside `destination` to write to, and puts what is there in its place at the end.
 
     If the block raises, what was written is removed and the destination stays as it was. If the process is killed,
-    `.NAME.partial-PID` stays behind, which the next call removes.
+    a `.llama_jax-...` stays behind, which the next call for this destination on this machine removes.
 
     Args:
       destination: a file or folder; its parent folder is made.
@@ -36,11 +44,11 @@ def replacing(destination: Path, *, overwrite: bool) -> Iterator[Path]:
       FileExistsError: it is there and must not be replaced.
       OSError: as writing raises; a full disk is said in words.
     """
-    destination = Path(os.path.abspath(destination.expanduser()))
+    destination = Path(os.path.abspath(destination))
     check_replaceable(destination, overwrite=overwrite)
     destination.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(destination)
-    partial = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
+    partial = destination.with_name(f"{_prefix(destination)}{os.getpid()}-{next(_NUMBERS)}")
     try:
         yield partial
         sync([*(p for p in partial.rglob("*")), partial] if partial.is_dir() else [partial])
@@ -66,9 +74,25 @@ def check_replaceable(destination: Path, *, overwrite: bool) -> None:
         raise FileExistsError(f"{destination}: already exists; give another destination, or --overwrite")
     if destination.is_symlink():
         raise FileExistsError(f"{destination}: is a link; remove it, or give the path it leads to")
-    known = not destination.is_dir() or any((destination / mark).exists() for mark in MARKS)
-    if not known and any(destination.iterdir()):
-        raise FileExistsError(f"{destination}: is a folder that is no checkpoint, and is not overwritten; remove it")
+    if Path.cwd().is_relative_to(destination.resolve()):
+        raise FileExistsError(f"{destination}: is the folder you are in; give another one")
+    if not (_is_checkpoint(destination) if destination.is_dir() else _is_gguf(destination)):
+        raise FileExistsError(f"{destination}: is not, or not only, a checkpoint, and is not overwritten; remove it")
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is empty, or a checkpoint without anything that looks like somebody's own."""
+    names = {path.name for path in folder.iterdir()}
+    folders = {path.name for path in folder.iterdir() if path.is_dir()}
+    described = any(name in names for name in DESCRIPTIONS) and any(any(folder.glob(kind)) for kind in WEIGHTS)
+    return not names or (described and folders <= FOLDERS)
+
+
+def _is_gguf(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4) in (b"GGUF", b"")
 
 
 def remove(path: Path) -> None:
@@ -81,15 +105,12 @@ def remove(path: Path) -> None:
 
 def _put(partial: Path, destination: Path, *, overwrite: bool) -> None:
     check_replaceable(destination, overwrite=overwrite)  # it may have come meanwhile
-    if not destination.is_dir():
-        if overwrite or partial.is_dir():
-            partial.rename(destination)
-        else:
-            os.link(partial, destination)  # unlike rename, refuses a file that came meanwhile
+    if not destination.exists() or (partial.is_file() and destination.is_file()):
+        partial.rename(destination)
     elif _exchange(partial, destination):
         pass  # `partial` is the old one now, and is removed
     else:  # not Linux, or a file system that cannot exchange: for an instant, nothing is there
-        old = destination.with_name(f".{destination.name}.partial-{os.getpid()}-old")
+        old = partial.with_name(f"{partial.name}-old")
         destination.rename(old)
         try:
             partial.rename(destination)
@@ -108,16 +129,22 @@ def _exchange(a: Path, b: Path) -> bool:
     return renameat2(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE) == 0
 
 
+def _prefix(destination: Path) -> str:
+    """Begins the names of what is made for a destination on this machine: short, and without its odd characters."""
+    name = f"{socket.gethostname()}/{destination.name}"
+    return f".llama_jax-{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:12]}-"
+
+
 def _remove_abandoned(destination: Path) -> None:
-    """Removes what a killed process left behind; one that still runs keeps its own."""
-    for path in destination.parent.glob(f".{_escaped(destination.name)}.partial-*"):
-        pid = re.match(r"\d+", path.name.rpartition(".partial-")[2])
-        if pid and not _runs(int(pid[0])):
+    """Clears up after a killed process, putting back what it had moved away; one that still runs keeps its own."""
+    for path in sorted(destination.parent.glob(f"{_prefix(destination)}*"), reverse=True):
+        match = re.fullmatch(r"(\d+)-\d+(-old)?", path.name.removeprefix(_prefix(destination)))
+        if match is None or _runs(int(match[1])):
+            continue
+        if match[2] and not destination.exists():
+            path.rename(destination)
+        else:
             remove(path)
-
-
-def _escaped(name: str) -> str:
-    return re.sub(r"([*?\[])", r"[\1]", name)
 
 
 def _runs(pid: int) -> bool:
@@ -126,5 +153,5 @@ def _runs(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except (PermissionError, OverflowError):
-        return True
-    return pid != os.getpid()
+        pass
+    return True

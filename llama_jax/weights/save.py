@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -13,13 +14,14 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from llama_jax.config import ConfigError
+from llama_jax.text.differences import differences
 from llama_jax.weights import names, writers
 from llama_jax.weights.compare import compare_parameter
 from llama_jax.weights.open import DTYPES, Checkpoint, open_checkpoint
 from llama_jax.weights.progress import progress
 from llama_jax.weights.replace import check_replaceable, replacing
 from llama_jax.weights.sink import sync
-from llama_jax.weights.source import CheckpointError, Tensor
+from llama_jax.weights.source import CheckpointError, Tensor, cast
 from llama_jax.weights.writers import Options
 
 if TYPE_CHECKING:
@@ -87,7 +89,7 @@ def convert(
     """
     options = Options(dtype=dtype, shards=shards, max_shard_size=max_shard_size, quantize=quantize)
     _check_options(to, options)
-    check_replaceable(Path(destination).expanduser(), overwrite=overwrite)  # before anything is fetched
+    check_replaceable(Path(os.path.expanduser(destination)), overwrite=overwrite)  # before anything is fetched
     return export(open_checkpoint(source), destination, to=to, options=options, overwrite=overwrite, verify=verify)
 
 
@@ -118,7 +120,11 @@ def export(
 ) -> Report:
     """Writes an opened checkpoint. Arguments and errors as `convert`."""
     _check_options(to, options)
-    destination = Path(destination).expanduser()
+    destination = Path(os.path.expanduser(destination))
+    if checkpoint.path.exists() and checkpoint.path.resolve() != destination.resolve():
+        if checkpoint.path.resolve().is_relative_to(destination.resolve()):
+            raise FileExistsError(f"{destination}: holds the source, {checkpoint.path}; give another destination")
+    _check_tied(checkpoint)
     total = _nbytes(checkpoint, to, options)
     with replacing(destination, overwrite=overwrite) as partial:
         free = shutil.disk_usage(partial.parent).free
@@ -127,13 +133,13 @@ def export(
         start = time.perf_counter()
         write = getattr(writers, f"write_{to}")
         with progress("Converting", total) as advance:
-            warnings = write(partial, checkpoint, options, advance) or []
+            warnings = [*(write(partial, checkpoint, options, advance) or [])]
             files = [p for p in partial.rglob("*") if p.is_file()] if partial.is_dir() else [partial]
             sync(files)
         written = time.perf_counter()
         if verify:
             with progress("Verifying", total) as advance:
-                _verify(checkpoint, partial, options, advance)
+                warnings += _verify(checkpoint, partial, options, advance)
         verified = time.perf_counter()
         nbytes = sum(file.stat().st_size for file in files)
     return Report(
@@ -151,6 +157,19 @@ def _check_options(to: str, options: Options) -> None:
         raise ValueError("--shards is for Meta folders: use --to meta, or --max-shard-size for Hugging Face folders")
 
 
+def _check_tied(checkpoint: Checkpoint) -> None:
+    """Refuses a tied model whose file holds another output head besides: which of the two is meant?"""
+    if not checkpoint.config.tie_embeddings or checkpoint.format == "native":
+        return
+    name = names.TABLE[-1].name(checkpoint.format)
+    head = checkpoint.tensors.get(name)
+    if head and not compare_parameter(checkpoint, checkpoint, names.TABLE[0], None, tensor=head).same_bits:
+        raise CheckpointError(
+            f"{checkpoint.path}: its configuration ties the output head to the embedding, but {name!r} differs from it:"
+            " remove that tensor, or untie them (tie_word_embeddings, or tie_embeddings in llama_jax.json)"
+        )
+
+
 def _nbytes(checkpoint: Checkpoint, to: Target, options: Options) -> int:
     """Bytes of the weights that will be written."""
     total = 0.0
@@ -163,8 +182,11 @@ def _nbytes(checkpoint: Checkpoint, to: Target, options: Options) -> int:
     return int(total)
 
 
-def _verify(source: Checkpoint, path: Path, options: Options, advance: Callable[[int], None]) -> None:
+def _verify(source: Checkpoint, path: Path, options: Options, advance: Callable[[int], None]) -> list[str]:
     """Reads what was written with the reader that everybody uses, and compares it with the source.
+
+    Returns:
+      What the tokenizer does differently, in words.
 
     Raises:
       CheckpointError: something differs.
@@ -177,7 +199,7 @@ def _verify(source: Checkpoint, path: Path, options: Options, advance: Callable[
 
         def expected(piece: np.ndarray, row: names.Row = row, stored: Tensor = stored) -> np.ndarray:
             if options.dtype:
-                piece = piece.astype(DTYPES[options.dtype])
+                piece = cast(piece, DTYPES[options.dtype], stored.name)
             if options.quantize and len(row.stored) == 2:
                 return _requantized(piece, options.quantize.upper(), stored.name)
             return piece.astype(stored.dtype, copy=False)
@@ -189,6 +211,7 @@ def _verify(source: Checkpoint, path: Path, options: Options, advance: Callable[
                 " program is at fault; nothing was kept"
             )
         advance(stored.nbytes)
+    return [f"the tokenizer is not the same: {text}" for text in differences(source.tokenizer, result.tokenizer)]
 
 
 def _written(result: Checkpoint) -> Iterator[tuple[names.Row, int | None, Tensor | None]]:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 
 Index = tuple[slice, ...]
@@ -51,6 +52,30 @@ class Tensor:
         if len(index) > len(self.shape):
             raise IndexError(f"{self.name} has {len(self.shape)} dimensions, and the index {len(index)}")
         return self.reader(index)
+
+
+def cast(x: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """`x` in `dtype`, rounded to nearest.
+
+    Raises:
+      CheckpointError: a finite number of `name` became infinite.
+    """
+    if x.dtype == dtype:
+        return x
+    with np.errstate(over="ignore", invalid="ignore"):
+        narrow = x.astype(dtype)
+    smaller = ml_dtypes.finfo(dtype).max < ml_dtypes.finfo(x.dtype).max
+    if smaller and (np.isinf(narrow) & np.isfinite(x)).any():
+        raise CheckpointError(f"{name}: holds numbers beyond the range of {dtype}: use dtype bfloat16 or float32")
+    return narrow
+
+
+def common_dtype(dtypes: Iterable[np.dtype]) -> np.dtype:
+    """A dtype that holds the numbers of all: NumPy knows none for float16 and bfloat16."""
+    different = set(dtypes)
+    if len(different) == 1:
+        return different.pop()
+    return np.dtype(np.float64 if np.dtype(np.float64) in different else np.float32)
 
 
 def plain_tensor(name: str, array: np.ndarray) -> Tensor:

@@ -16,10 +16,10 @@ from llama_jax.weights import names
 from llama_jax.weights.open import DTYPES, Checkpoint
 from llama_jax.weights.safetensors import write_safetensors
 from llama_jax.weights.sink import Entry, write_pieces
-from llama_jax.weights.source import CheckpointError
+from llama_jax.weights.source import CheckpointError, cast
 from llama_jax.weights.torch_file import write_torch_file
 
-QUANTIZATIONS = ("q8_0", "q4_0")
+QUANTIZATIONS = {"q8_0": 127, "q4_0": 8}  # name -> largest integer that a block of 32 holds, times its scale
 GGUF_TYPES = {DTYPES["float32"]: "F32", DTYPES["float16"]: "F16", DTYPES["bfloat16"]: "BF16"}
 
 Advance = Callable[[int], None]
@@ -50,21 +50,6 @@ class Options:
             raise ValueError(f"shards and max_shard_size must be positive, got {self.shards}, {self.max_shard_size}")
 
 
-def cast(piece: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """`piece` in `dtype`, C-contiguous.
-
-    Raises:
-      CheckpointError: a finite number became infinite.
-    """
-    if piece.dtype != dtype:
-        with np.errstate(over="ignore"):
-            narrow = piece.astype(dtype)
-        if np.isinf(narrow).any() and not np.isinf(piece).any():
-            raise CheckpointError(f"{name}: holds numbers beyond the range of {dtype}: use --dtype bfloat16 or float32")
-        piece = narrow
-    return np.ascontiguousarray(piece)
-
-
 def _entry(
     checkpoint: Checkpoint,
     row: names.Row,
@@ -88,7 +73,7 @@ def _entry(
             checkpoint.tensor(row, layer), row, checkpoint.config, checkpoint.format, target,
             slice(ranges[-1].start, ranges[-1].stop), ranges[0],
         ):  # fmt: skip
-            yield cast(piece, dtype, name)
+            yield np.ascontiguousarray(cast(piece, dtype, name))
 
     return Entry(name, tuple(map(len, ranges)), dtype, pieces)
 
@@ -221,7 +206,7 @@ def write_gguf(path: Path, checkpoint: Checkpoint, options: Options, advance: Ad
         )
     for row, layer in names.parameters(config):
         entry = _entry(checkpoint, row, layer, "gguf", options)
-        contents.append(_GGUFContent(entry, gguf_type(row, _gguf_dtype(entry.dtype), options)))
+        contents.append(_GGUFContent(entry, gguf_type(row, entry.dtype, options)))
     try:
         for content in contents:
             shape, kind = content.entry.shape, gguf.GGMLQuantizationType[content.kind]
@@ -234,10 +219,6 @@ def write_gguf(path: Path, checkpoint: Checkpoint, options: Options, advance: Ad
             writer.write_tensor_data(content)  # pyright: ignore[reportArgumentType]
     finally:
         writer.close()
-
-
-def _gguf_dtype(dtype: np.dtype) -> np.dtype:
-    return dtype if dtype in GGUF_TYPES else DTYPES["float32"]
 
 
 class _GGUFContent:
@@ -261,19 +242,27 @@ class _GGUFContent:
 
 
 def gguf_encode(piece: np.ndarray, kind: str, name: str) -> np.ndarray:
-    """Rows of numbers as a GGML type stores them."""
+    """Rows of numbers as a GGML type stores them.
+
+    Raises:
+      CheckpointError: a number that the type cannot hold.
+    """
     dtype = next((dtype for dtype, other in GGUF_TYPES.items() if other == kind), None)
     if dtype is not None:
         return cast(piece, dtype, name)
     import gguf
 
-    return gguf.quants.quantize(piece.astype(np.float32), gguf.GGMLQuantizationType[kind])
+    piece = piece.astype(np.float32)
+    # The scale of a block is float16: beyond its range, one number spoils all 32.
+    if not (np.abs(piece) <= 65504 * QUANTIZATIONS[kind.lower()]).all():
+        raise CheckpointError(f"{name}: holds numbers that {kind} cannot: leave --quantize out")
+    return gguf.quants.quantize(piece, gguf.GGMLQuantizationType[kind])
 
 
 def _gguf_general(checkpoint: Checkpoint, options: Options) -> dict[str, Any]:
     import gguf
 
-    dtype = _gguf_dtype(DTYPES[options.dtype] if options.dtype else checkpoint.dtype)
+    dtype = DTYPES[options.dtype] if options.dtype else checkpoint.dtype
     kind = (
         f"MOSTLY_{options.quantize.upper()}"
         if options.quantize
@@ -320,7 +309,11 @@ def write_native(folder: Path, checkpoint: Checkpoint, options: Options, advance
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    try:
+        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+        path.write_text(text + "\n", encoding="utf-8")
+    except ValueError as error:  # NaN, a lone surrogate
+        raise CheckpointError(f"{path.name}: the source has a value there that JSON cannot hold ({error})") from error
 
 
 def _write_files(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -255,14 +256,22 @@ def test_a_destination_is_replaced_only_when_asked_and_only_at_the_end(tmp_path)
     other = tmp_path / "documents"
     other.mkdir()
     (other / "thesis.txt").write_text("years of work")
-    with pytest.raises(FileExistsError, match="no checkpoint"):
+    with pytest.raises(FileExistsError, match="not only, a checkpoint"):
         convert(hf, other, to="hf", overwrite=True)
     before = stored(hf)
     convert(hf, hf, to="hf", overwrite=True, dtype="bfloat16")
     assert all(torch.equal(tensor, before[name].bfloat16()) for name, tensor in stored(hf).items())
-    (tmp_path / "x.gguf").write_bytes(b"old")
+    (tmp_path / "x.gguf").write_bytes(b"GGUF, an old one")
     convert(hf, tmp_path / "x.gguf", to="gguf", overwrite=True)
     assert open_checkpoint(tmp_path / "x.gguf").config == VARIANTS["GQA"]
+    convert(hf, tmp_path / "x.gguf", to="hf", overwrite=True)  # a folder in the place of a file
+    assert_same(hf, tmp_path / "x.gguf")
+    (tmp_path / "notes.txt").write_text("years of work")
+    with pytest.raises(FileExistsError, match="not only, a checkpoint"):
+        convert(hf, tmp_path / "notes.txt", to="gguf", overwrite=True)
+    (hf / "original").mkdir()  # where Meta's folders lie, and perhaps the source
+    with pytest.raises(FileExistsError, match="not only, a checkpoint"):
+        convert(tmp_path / "x.gguf", hf, to="hf", overwrite=True)
 
 
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
@@ -270,6 +279,7 @@ def test_a_failure_leaves_the_destination_as_it_was(failure, tmp_path):
     destination = tmp_path / "out"
     destination.mkdir()
     (destination / "config.json").write_text("{}")
+    (destination / "model.safetensors").write_text("")
 
     def write_half() -> None:
         with replacing(destination, overwrite=True) as partial:
@@ -285,13 +295,27 @@ def test_a_failure_leaves_the_destination_as_it_was(failure, tmp_path):
 
 
 def test_a_running_conversion_keeps_its_files_and_a_dead_one_does_not(tmp_path):
-    (tmp_path / f".out.partial-{os.getppid()}").mkdir()
+    destination = tmp_path / "out"
     dead = subprocess.Popen(["true"])
     dead.wait()
-    (tmp_path / f".out.partial-{dead.pid}").mkdir()
-    with replacing(tmp_path / "out", overwrite=False) as partial:
+    with replacing(destination, overwrite=False) as partial:
+        name, mine = partial.name, f"-{os.getpid()}-"
         partial.mkdir()
-    assert sorted(p.name for p in tmp_path.iterdir()) == [f".out.partial-{os.getppid()}", "out"]
+        (partial / "new").touch()
+        running, abandoned, moved_away = (
+            tmp_path / name.replace(mine, other) for other in (f"-{os.getppid()}-", f"-{dead.pid}-", f"-{dead.pid}-9")
+        )
+        moved_away = moved_away.with_name(f"{moved_away.name}-old")
+        others = (tmp_path / f"{name}-notes.txt", running, abandoned, moved_away)
+        for path in others:
+            path.mkdir()
+        (moved_away / "old").touch()
+    assert (destination / "new").exists()
+    shutil.rmtree(destination)
+    with pytest.raises(FileExistsError), replacing(destination, overwrite=False):
+        pass  # killed between two renames: what was there is put back
+    assert (destination / "old").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["out", running.name, f"{name}-notes.txt"])
 
 
 def test_arguments_that_make_no_sense_are_refused_before_anything_is_read(tmp_path):

@@ -1,0 +1,43 @@
+"""What two tokenizers do differently."""
+
+from __future__ import annotations
+
+from llama_jax.text.export import sample_texts
+from llama_jax.text.tokenizer import Tokenizer
+
+
+def differences(a: Tokenizer | None, b: Tokenizer | None, *, thorough: bool = False) -> list[str]:
+    """Compares two tokenizers.
+
+    Args:
+      a: one; None is a checkpoint without a tokenizer.
+      b: the other.
+      thorough: also every id, and the text of every id encoded again: seconds for 128,000 ids.
+
+    Returns:
+      What differs, in words; empty where nothing does.
+    """
+    if a is None or b is None:
+        return [] if a is b else [f"only {'the first' if a else 'the second'} has one"]
+    problems = []
+    for name in ("vocab_size", "bos_id", "add_bos", "stop_ids", "control_tokens"):
+        x, y = getattr(a, name), getattr(b, name)
+        if name == "control_tokens":
+            x, y = (sorted(tokens.items() - other.items())[:4] for tokens, other in ((x, y), (y, x)))
+        if x != y:
+            problems.append(f"{name}: {x} and {y}")
+    texts = [*sample_texts(), *(f"a {token} b" for token in list(a.control_tokens)[:300])]
+    if thorough:
+        ids = range(min(a.vocab_size, b.vocab_size))
+        other = [i for i in ids if a.token_bytes(i) != b.token_bytes(i)]
+        if other:
+            problems.append(f"{len(other)} ids mean another text, first {other[0]}")
+        texts += [a.decode([i]) for i in ids]
+    for control in (False, True):
+        different = [t for t in texts if a.encode(t, control=control) != b.encode(t, control=control)]
+        if different:
+            text = different[0]
+            one, two = (tokenizer.encode(text, control=control)[:8] for tokenizer in (a, b))
+            problems.append(f"{len(different)} of {len(texts)} texts have other ids, first {text!r}: {one} and {two}")
+            break
+    return problems
