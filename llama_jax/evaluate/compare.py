@@ -59,8 +59,8 @@ class Comparison:
     logits: Logits | None
 
     def within(self, tolerance: float) -> bool:
-        """Whether configurations and tokenizers agree, and nothing is further off than `tolerance`: no weight, no kind of
-        weight as a whole relative to its size, no logit."""
+        """Whether configurations and tokenizers agree, and no weight, no logit and no parameter's relative error is
+        further off than `tolerance`."""
         values = [x for d in self.weights for x in (d.max_abs, d.relative)]
         values += [self.logits.max_abs] if self.logits else []
         close = all(value <= tolerance for value in values)  # not max(), which overlooks NaN
@@ -131,13 +131,14 @@ def _compare_logits(a: Checkpoint, b: Checkpoint, positions: int, mesh: str | No
         ids = [i for text in sample_texts() for i in a.tokenizer.encode(text) if i < a.config.vocab_size]
         tokens = np.resize(np.asarray(ids, np.int32), (1, positions))
     x, y = (np.asarray(_last_logits(checkpoint, tokens, mesh), np.float64)[0] for checkpoint in (a, b))
-    log_p, log_q = (z - np.logaddexp.reduce(z, axis=-1, keepdims=True) for z in (x, y))
-    return Logits(
-        positions,
-        max_abs=float(np.abs(y - x).max()),
-        kl=float(np.mean(np.sum(np.exp(log_p) * (log_p - log_q), -1))),
-        top1=float(np.mean(x.argmax(-1) == y.argmax(-1))),
-    )
+    with np.errstate(invalid="ignore"):  # of damaged models: NaN, which is not within any tolerance
+        log_p, log_q = (z - np.logaddexp.reduce(z, axis=-1, keepdims=True) for z in (x, y))
+        return Logits(
+            positions,
+            max_abs=float(np.abs(y - x).max()),
+            kl=float(np.mean(np.sum(np.exp(log_p) * (log_p - log_q), -1))),
+            top1=float(np.mean(x.argmax(-1) == y.argmax(-1))),
+        )
 
 
 def _last_logits(checkpoint: Checkpoint, tokens_BT: np.ndarray, mesh: str | None) -> jax.Array:

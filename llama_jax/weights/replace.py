@@ -17,11 +17,8 @@ from pathlib import Path
 from llama_jax.weights.sink import sync
 
 # What a folder must hold, one of each, and all that it may hold besides files, to be replaced as a checkpoint.
-DESCRIPTIONS, WEIGHTS, FOLDERS = (
-    ("config.json", "params.json"),
-    ("*.safetensors", "*.bin", "*.pth", "params"),
-    {"params"},
-)
+DESCRIPTIONS, WEIGHTS = ("config.json", "params.json"), ("*.safetensors", "*.bin", "*.pth", "params")
+FOLDERS = {"params"}
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of linux/fs.h
 _NUMBERS = itertools.count()  # one for each call of this process
 
@@ -45,9 +42,9 @@ def replacing(destination: Path, *, overwrite: bool) -> Iterator[Path]:
       OSError: as writing raises; a full disk is said in words.
     """
     destination = Path(os.path.abspath(destination))
-    check_replaceable(destination, overwrite=overwrite)
     destination.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(destination)
+    check_replaceable(destination, overwrite=overwrite)
     partial = destination.with_name(f"{_prefix(destination)}{os.getpid()}-{next(_NUMBERS)}")
     try:
         yield partial

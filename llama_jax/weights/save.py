@@ -121,9 +121,8 @@ def export(
     """Writes an opened checkpoint. Arguments and errors as `convert`."""
     _check_options(to, options)
     destination = Path(os.path.expanduser(destination))
-    if checkpoint.path.exists() and checkpoint.path.resolve() != destination.resolve():
-        if checkpoint.path.resolve().is_relative_to(destination.resolve()):
-            raise FileExistsError(f"{destination}: holds the source, {checkpoint.path}; give another destination")
+    if destination.resolve() in checkpoint.path.resolve().parents:
+        raise FileExistsError(f"{destination}: holds the source, {checkpoint.path}; give another destination")
     _check_tied(checkpoint)
     total = _nbytes(checkpoint, to, options)
     with replacing(destination, overwrite=overwrite) as partial:

@@ -188,6 +188,15 @@ def write_gguf(path: Path, checkpoint: Checkpoint, options: Options, advance: Ad
     config = checkpoint.config
     if options.quantize and (config.embed_dim % 32 or config.mlp_dim % 32 or config.num_heads * config.head_dim % 32):
         raise ConfigError(f"--quantize {options.quantize} needs rows that divide into blocks of 32")
+    contents: list[_GGUFContent] = []
+    if divisors := presets.rope_divisors(config):
+        values = np.array(divisors, np.float32)
+        contents.append(
+            _GGUFContent(Entry("rope_freqs.weight", values.shape, values.dtype, lambda: iter([values])), "F32")
+        )
+    for row, layer in names.parameters(config):
+        entry = _entry(checkpoint, row, layer, "gguf", options)
+        contents.append(_GGUFContent(entry, gguf_type(row, entry.dtype, options)))
     writer = gguf.GGUFWriter(path, "llama")
     metadata = presets.to_gguf_metadata(config) | _gguf_general(checkpoint, options)
     files = checkpoint.tokenizer_files()
@@ -198,15 +207,6 @@ def write_gguf(path: Path, checkpoint: Checkpoint, options: Options, advance: Ad
     for key, value in metadata.items():
         if key != "general.architecture":  # the package writes it
             writer.add_key_value(key, value, *_gguf_kind(value, gguf.GGUFValueType))
-    contents: list[_GGUFContent] = []
-    if divisors := presets.rope_divisors(config):
-        values = np.array(divisors, np.float32)
-        contents.append(
-            _GGUFContent(Entry("rope_freqs.weight", values.shape, values.dtype, lambda: iter([values])), "F32")
-        )
-    for row, layer in names.parameters(config):
-        entry = _entry(checkpoint, row, layer, "gguf", options)
-        contents.append(_GGUFContent(entry, gguf_type(row, entry.dtype, options)))
     try:
         for content in contents:
             shape, kind = content.entry.shape, gguf.GGMLQuantizationType[content.kind]

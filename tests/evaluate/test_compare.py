@@ -85,3 +85,18 @@ def test_the_script_tells_by_its_exit_code(model, tmp_path):
         assert len(result["weights"]) == 12
     done = subprocess.run([*command[:3], "nowhere"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+
+
+def test_dtypes_and_numbers_that_do_not_compare(tmp_path):
+    hf = hf_model(CONFIG)
+    write_hf(tmp_path / "half", hf.half())
+    write_hf(tmp_path / "bf16", hf.bfloat16())
+    found = compare(tmp_path / "half", tmp_path / "bf16", with_logits=False)  # NumPy knows no common dtype
+    assert found.within(0.01)
+    assert {d.dtypes for d in found.weights} == {("float16", "bfloat16")}
+    with torch.no_grad():
+        hf.model.norm.weight[0] = torch.nan
+    write_hf(tmp_path / "nan", hf)
+    found = compare(tmp_path / "nan", tmp_path / "nan", positions=100)
+    assert all(d.same_bits for d in found.weights)
+    assert not found.within(1e9)  # logits that are no numbers are not the same

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.torch
+import tensorstore
 import torch
 import transformers
 from hypothesis import HealthCheck, given, settings
@@ -332,3 +333,68 @@ def test_arguments_that_make_no_sense_are_refused_before_anything_is_read(tmp_pa
     with pytest.raises(ConfigError, match=r"--shards 3 does not divide num_kv_heads \(8\)"):
         convert(hf, tmp_path / "out", to="meta", shards=3)
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What must not pass silently.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def edited(folder: Path, name: str, value: float, *, dtype: str = "bfloat16") -> Path:
+    """A model with one number of its output head changed, another one infinite beside it."""
+    model = hf_model(VARIANTS["GQA"]).to(DTYPES[dtype])
+    with torch.no_grad():
+        model.lm_head.weight[3, :2] = torch.tensor([value, torch.inf if name == "inf" else 0.0])
+    write_hf(folder, model)
+    return folder
+
+
+@pytest.mark.parametrize("to", ["hf", "meta", "gguf", "native"])
+def test_no_number_becomes_infinite(to, tmp_path):
+    hf = edited(tmp_path / "hf", "inf", 1e5)
+    with pytest.raises(ValueError, match=r"(lm_head|output)\.weight: holds numbers beyond the range of float16"):
+        convert(hf, tmp_path / "out", to=to, dtype="float16")
+    hf = edited(tmp_path / "hf2", "", 1e5)
+    convert(hf, tmp_path / "out", to=to)  # bfloat16 holds it
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e7])
+def test_a_number_that_spoils_its_block_is_not_quantized(value, tmp_path):
+    with pytest.raises(ValueError, match=r"output\.weight: holds numbers that Q8_0 cannot"):
+        convert(edited(tmp_path / "hf", "", value), tmp_path / "x.gguf", to="gguf", quantize="q8_0")
+
+
+def test_numbers_that_no_format_keeps_need_a_dtype(tmp_path):
+    write_hf(tmp_path / "hf", hf_model(VARIANTS["GQA"]).double())
+    for to in ("gguf", "native"):
+        with pytest.raises(ValueError, match="holds float64 numbers: say what to make of them"):
+            convert(tmp_path / "hf", tmp_path / "out", to=to)
+        assert convert(tmp_path / "hf", tmp_path / to, to=to, dtype="float32").dtype == "float32"
+
+
+def test_a_tied_model_with_another_head_is_refused(tmp_path):
+    config = VARIANTS["tied, factor 8"]
+    hf = hf_folder(tmp_path / "hf", config, "float32")
+    tensors = stored(hf)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    safetensors.torch.save_file(tensors, hf / "model.safetensors")
+    convert(hf, tmp_path / "same", to="hf")
+    tensors["lm_head.weight"][-1, -1] += 1
+    safetensors.torch.save_file(tensors, hf / "model.safetensors")
+    with pytest.raises(ValueError, match="ties the output head to the embedding, but 'lm_head.weight' differs"):
+        convert(hf, tmp_path / "out", to="meta")
+
+
+def test_a_damaged_native_checkpoint_is_refused(tmp_path):
+    hf = hf_folder(tmp_path / "hf", VARIANTS["GQA"], "float32")
+    convert(hf, tmp_path / "native", to="native")
+    params = tmp_path / "native" / "params"
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": params.as_uri()}).result()
+    chunk = next(key for key in store.list().result() if key.startswith(b"blocks.mlp.w_up/c/"))
+    store.delete_range(tensorstore.KvStore.KeyRange(chunk, chunk + b"\0")).result()
+    with pytest.raises(ValueError, match=r"params: 'blocks.mlp.w_up' cannot be read"):
+        convert(tmp_path / "native", tmp_path / "out", to="hf")
+    (params / "manifest.ocdbt").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="params: not a checkpoint that Orbax can read"):
+        convert(tmp_path / "native", tmp_path / "out", to="hf")
+    assert not (tmp_path / "out").exists()
