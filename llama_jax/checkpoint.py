@@ -21,7 +21,7 @@ import numpy as np
 
 CHUNK = 1 << 26  # bytes: what a read of a few rows costs at most
 FILE = 1 << 28  # bytes of one data file, which is in memory until it is whole (Orbax's default: 2 GiB)
-SMALL = 1 << 22  # bytes of an array that is not worth cutting
+SMALL = 1 << 20  # bytes of a layer that is not worth a chunk of its own
 
 
 class DamagedError(ValueError):
@@ -59,10 +59,10 @@ def save_arrays(path: Path, arrays: Mapping[str, jax.Array], *, stacked: Callabl
         return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
 
     def chunks(name: str, x: jax.Array) -> ocp.SaveArgs:
-        local = local_bytes(x)
-        if not stacked(name) or local < SMALL:
+        layer = local_bytes(x) // len(x)
+        if not stacked(name) or layer < SMALL:
             return ocp.SaveArgs(chunk_byte_size=CHUNK)
-        return ocp.SaveArgs(chunk_byte_size=min(CHUNK, local // len(x)), shard_axes=(0,))
+        return ocp.SaveArgs(chunk_byte_size=min(CHUNK, layer), shard_axes=(0,))
 
     # Weights do not compress: zstd saves bf16 a fifth, and costs more time than the disk saves.
     # As little in flight as Orbax can do with, which is the largest array: what it copies is memory beyond the arrays.

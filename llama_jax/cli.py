@@ -66,8 +66,8 @@ class SamplingArgs:
 
 
 @contextlib.contextmanager
-def fail_clearly() -> Iterator[None]:
-    """Turns expected errors into one line on stderr and exit code 1, and Ctrl-C into 130."""
+def fail_clearly(*, code: int = 1) -> Iterator[None]:
+    """Turns expected errors into one line on stderr and exit code `code`, and Ctrl-C into 130."""
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character gets its escape
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -81,10 +81,11 @@ def fail_clearly() -> Iterator[None]:
         if os.environ.get("LLAMA_JAX_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.stdout.flush()
+        os._exit(130)  # what XLA still computes would end an orderly exit in a segmentation fault
 
 
 def import_jax() -> None:

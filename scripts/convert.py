@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import sys
 from typing import Literal
 
 import tyro
 
-from llama_jax.cli import fail_clearly
+from llama_jax.cli import fail_clearly, import_jax
 
 
 @dataclasses.dataclass
@@ -47,20 +46,14 @@ class Args:
     """Print the report as one JSON object."""
 
 
-def nbytes(text: str) -> int:
-    """Bytes of "500MB" or "5GB"."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)B?", text.strip(), re.IGNORECASE)
-    if match is None:
-        raise ValueError(f"--max-shard-size needs a size such as 500MB or 5GB, got {text!r}")
-    return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
-
-
 def main(args: Args) -> None:
+    if args.to == "native":
+        import_jax()
     from llama_jax.weights.save import convert
 
     report = convert(
         args.source, args.destination, to=args.to, dtype=args.dtype, shards=args.shards,
-        max_shard_size=nbytes(args.max_shard_size), quantize=args.quantize, overwrite=args.overwrite,
+        max_shard_size=args.max_shard_size, quantize=args.quantize, overwrite=args.overwrite,
         verify=args.verify,
     )  # fmt: skip
     for warning in report.warnings:

@@ -1,10 +1,11 @@
 """Compare two checkpoints of any formats: configuration, tokenizer, every weight, and the logits of a long text.
 
     python scripts/verify.py meta-llama/Llama-3.2-1B-Instruct llama-1b-meta
-    python scripts/verify.py smollm2-135m-instruct smollm2-q8.gguf --tolerance 0.5 --json
+    python scripts/verify.py smollm2-135m-instruct smollm2-q8.gguf --tolerance 2 --json
     python scripts/verify.py llama-70b-hf llama-70b-native --no-logits      # loads no model
 
 Exit code 1 when they differ: in configuration or tokenizer at all, in a weight or a logit by more than --tolerance.
+Exit code 2 when they cannot be compared.
 """
 
 from __future__ import annotations
@@ -44,15 +45,15 @@ def main(args: Args) -> bool:
 
     if args.positions < 1 or not args.tolerance >= 0:
         raise ValueError(f"--positions must be positive, --tolerance not negative: {args.positions}, {args.tolerance}")
-    found = compare(args.a, args.b, positions=args.positions, mesh=args.mesh, with_logits=args.logits)
-    same = found.within(args.tolerance)
+    found = compare(
+        args.a, args.b, positions=args.positions, mesh=args.mesh, with_logits=args.logits,
+        say=lambda text: print(f"{text} ...", file=sys.stderr),
+    )  # fmt: skip
+    problems = found.problems(args.tolerance)
+    same = not problems
     if args.json:
         print(json.dumps(finite({"same": same, "tolerance": args.tolerance} | dataclasses.asdict(found))))
         return same
-    for key, (a, b) in found.config.items():
-        print(f"configuration: {key} is {a} and {b}")
-    for problem in found.tokenizer:
-        print(f"tokenizer: {problem}")
     if not found.weights:
         print("weights: not compared, their shapes differ")
     else:
@@ -64,7 +65,7 @@ def main(args: Args) -> bool:
     if found.logits:
         x = found.logits
         print(f"logits at position {x.positions}: max |difference| {x.max_abs:.3e}, KL {x.kl:.3e}, top-1 {x.top1:.1%}")
-    print("the same" if same else f"different (tolerance {args.tolerance:g})")
+    print("the same" if same else f"different, tolerance {args.tolerance:g}: {'; '.join(problems)}")
     return same
 
 
@@ -78,6 +79,6 @@ def finite(value: Any) -> Any:
 
 
 if __name__ == "__main__":
-    with fail_clearly():
+    with fail_clearly(code=2):
         ok = main(tyro.cli(Args, description=__doc__))
     sys.exit(0 if ok else 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,17 +58,31 @@ class Comparison:
     weights: list[Difference]
     logits: Logits | None
 
-    def within(self, tolerance: float) -> bool:
-        """Whether configurations and tokenizers agree, and no weight, no logit and no parameter's relative error is
-        further off than `tolerance`."""
-        values = [x for d in self.weights for x in (d.max_abs, d.relative)]
-        values += [self.logits.max_abs] if self.logits else []
-        close = all(value <= tolerance for value in values)  # not max(), which overlooks NaN
-        return not self.config and not self.tokenizer and bool(self.weights) and close
+    def problems(self, tolerance: float) -> list[str]:
+        """What differs, in words: configuration and tokenizer at all, weights and logits by more than `tolerance`.
+
+        Args:
+          tolerance: bound on |difference| of every weight and logit, and on each parameter's relative error.
+        """
+        found = [f"{name} is {a} and {b}" for name, (a, b) in self.config.items()]
+        found += [f"tokenizer: {text}" for text in self.tokenizer]
+        if not self.weights:
+            found.append("the weights have other shapes")
+        # `not <=`, because NaN is neither below nor above.
+        found += [d.name for d in self.weights if not (d.max_abs <= tolerance and d.relative <= tolerance)]
+        if self.logits and not self.logits.max_abs <= tolerance:
+            found.append("logits")
+        return found
 
 
 def compare(
-    a: str | Path, b: str | Path, *, positions: int = POSITIONS, mesh: str | None = None, with_logits: bool = True
+    a: str | Path,
+    b: str | Path,
+    *,
+    positions: int = POSITIONS,
+    mesh: str | None = None,
+    with_logits: bool = True,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Comparison:
     """Compares two checkpoints.
 
@@ -78,6 +92,7 @@ def compare(
       positions: length of the text whose last logits are compared, at most the models' context.
       mesh: devices for the logits, as for `load`.
       with_logits: whether to compute them; else no model is loaded.
+      say: called with a word about what is being done.
 
     Raises:
       CheckpointError: one of them cannot be read.
@@ -86,11 +101,13 @@ def compare(
     first, second = open_checkpoint(a), open_checkpoint(b)
     ours, theirs = dataclasses.asdict(first.config), dataclasses.asdict(second.config)
     config = {key: (ours[key], theirs[key]) for key in ours if ours[key] != theirs[key]}
+    say("comparing tokenizers")
     tokenizer = _compare_tokenizers(first, second)
     if names.expected(first.config, "hf") != names.expected(second.config, "hf"):
         return Comparison(config, tokenizer, [], None)
+    say("comparing weights")
     weights = compare_weights(first, second)
-    logits = _compare_logits(first, second, positions, mesh) if with_logits else None
+    logits = _compare_logits(first, second, positions, mesh, say) if with_logits else None
     return Comparison(config, tokenizer, weights, logits)
 
 
@@ -124,13 +141,19 @@ def _prompt(tokenizer: Any, messages: Sequence[Any]) -> list[int] | None:
         return None
 
 
-def _compare_logits(a: Checkpoint, b: Checkpoint, positions: int, mesh: str | None) -> Logits:
+def _compare_logits(
+    a: Checkpoint, b: Checkpoint, positions: int, mesh: str | None, say: Callable[[str], None]
+) -> Logits:
     positions = min(positions, a.config.max_seq_len, b.config.max_seq_len)
     tokens = np.random.default_rng(0).integers(0, a.config.vocab_size, (1, positions), np.int32)
     if a.tokenizer is not None:
         ids = [i for text in sample_texts() for i in a.tokenizer.encode(text) if i < a.config.vocab_size]
         tokens = np.resize(np.asarray(ids, np.int32), (1, positions))
-    x, y = (np.asarray(_last_logits(checkpoint, tokens, mesh), np.float64)[0] for checkpoint in (a, b))
+    found = []
+    for checkpoint in (a, b):
+        say(f"computing logits of {checkpoint.path} at {positions} tokens")
+        found.append(np.asarray(_last_logits(checkpoint, tokens, mesh), np.float64)[0])
+    x, y = found
     with np.errstate(invalid="ignore"):  # of damaged models: NaN, which is not within any tolerance
         log_p, log_q = (z - np.logaddexp.reduce(z, axis=-1, keepdims=True) for z in (x, y))
         return Logits(

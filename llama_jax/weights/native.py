@@ -5,11 +5,15 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
+import numpy as np
+
+from llama_jax.checkpoint import DamagedError, SavedArray, open_arrays
 from llama_jax.config import ModelConfig
 from llama_jax.weights import names
-from llama_jax.weights.source import DOWNLOAD_AGAIN, CheckpointError, Tensor
+from llama_jax.weights.source import DOWNLOAD_AGAIN, CheckpointError, Index, Tensor
 
 PARAMS = "params"
 
@@ -30,8 +34,6 @@ def read_native(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
     Raises:
       CheckpointError: damaged, or a parameter has not the shape that `config` asks for.
     """
-    from llama_jax.checkpoint import DamagedError, open_arrays
-
     try:
         arrays = open_arrays(folder / PARAMS)
     except DamagedError as error:
@@ -55,8 +57,13 @@ def read_native(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
     return tensors
 
 
-def _tensor(name: str, shape: tuple[int, ...], array, first: tuple[int, ...]) -> Tensor:
-    nbytes = array.dtype.itemsize
-    for size in shape:
-        nbytes *= size
-    return Tensor(name, shape, array.dtype, nbytes, lambda index: array.read((*first, *index)))
+def _tensor(name: str, shape: tuple[int, ...], array: SavedArray, first: tuple[int, ...]) -> Tensor:
+    nbytes = math.prod(shape) * array.dtype.itemsize
+
+    def read(index: Index) -> np.ndarray:
+        try:
+            return array.read((*first, *index))
+        except DamagedError as error:
+            raise CheckpointError(f"{error}; {DOWNLOAD_AGAIN}") from error
+
+    return Tensor(name, shape, array.dtype, nbytes, read)

@@ -68,7 +68,9 @@ def check_replaceable(destination: Path, *, overwrite: bool) -> None:
     if not destination.exists() and not destination.is_symlink():
         return
     if not overwrite:
-        raise FileExistsError(f"{destination}: already exists; give another destination, or --overwrite")
+        raise FileExistsError(
+            f"{destination}: already exists; give another destination, or replace it (--overwrite, overwrite=True)"
+        )
     if destination.is_symlink():
         raise FileExistsError(f"{destination}: is a link; remove it, or give the path it leads to")
     if Path.cwd().is_relative_to(destination.resolve()):

@@ -22,7 +22,7 @@ from llama_jax.weights.progress import progress
 from llama_jax.weights.replace import check_replaceable, replacing
 from llama_jax.weights.sink import sync
 from llama_jax.weights.source import CheckpointError, Tensor, cast
-from llama_jax.weights.writers import Options
+from llama_jax.weights.writers import Options, parse_bytes
 
 if TYPE_CHECKING:
     from llama_jax.weights.load import LoadedLlama
@@ -63,7 +63,7 @@ def convert(
     to: Target,
     dtype: str | None = None,
     shards: int = 1,
-    max_shard_size: int = 5 * 10**9,
+    max_shard_size: int | str = "5GB",
     quantize: str | None = None,
     overwrite: bool = False,
     verify: bool = True,
@@ -76,7 +76,7 @@ def convert(
       to: "hf", "meta", "gguf" or "native".
       dtype: "float32", "bfloat16" or "float16"; None keeps what is stored (float32 for quantized sources).
       shards: files of a Meta folder, one a tensor-parallel rank.
-      max_shard_size: most bytes of one safetensors file.
+      max_shard_size: most bytes of one safetensors file, unless one tensor is larger: a number, or such as "500MB".
       quantize: "q8_0" or "q4_0" for the matrices of a GGUF file.
       overwrite: whether a checkpoint at `destination` is replaced.
       verify: whether the result is read again and compared with the source, bit for bit.
@@ -87,7 +87,7 @@ def convert(
       OSError: the destination exists or cannot be written.
       ValueError: an argument is wrong.
     """
-    options = Options(dtype=dtype, shards=shards, max_shard_size=max_shard_size, quantize=quantize)
+    options = Options(dtype, shards, parse_bytes(max_shard_size), quantize)
     _check_options(to, options)
     check_replaceable(Path(os.path.expanduser(destination)), overwrite=overwrite)  # before anything is fetched
     return export(open_checkpoint(source), destination, to=to, options=options, overwrite=overwrite, verify=verify)
@@ -106,6 +106,8 @@ def save(llama: LoadedLlama, path: str | Path, *, format: Target, overwrite: boo
     Raises:
       as `convert`.
     """
+    if "max_shard_size" in options:
+        options["max_shard_size"] = parse_bytes(options["max_shard_size"])
     return export(_of_loaded(llama), path, to=format, options=Options(**options), overwrite=overwrite)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,14 @@ QUANTIZATIONS = {"q8_0": 127, "q4_0": 8}  # name -> largest integer that a block
 GGUF_TYPES = {DTYPES["float32"]: "F32", DTYPES["float16"]: "F16", DTYPES["bfloat16"]: "BF16"}
 
 Advance = Callable[[int], None]
+
+
+def parse_bytes(size: int | str) -> int:
+    """Bytes of "500MB" or "5GB", in powers of 1000."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)B?", str(size).strip(), re.IGNORECASE)
+    if match is None:
+        raise ValueError(f"--max-shard-size needs a size such as 500MB or 5GB, got {size!r}")
+    return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +55,9 @@ class Options:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.quantize is not None and self.quantize not in QUANTIZATIONS:
             raise ValueError(f"quantize must be one of {', '.join(QUANTIZATIONS)}, got {self.quantize!r}")
-        if self.shards < 1 or self.max_shard_size < 1:
-            raise ValueError(f"shards and max_shard_size must be positive, got {self.shards}, {self.max_shard_size}")
+        for name in ("shards", "max_shard_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
 
 def _entry(
@@ -143,7 +153,8 @@ def write_meta(folder: Path, checkpoint: Checkpoint, options: Options, advance: 
     if axes["embed"] == 1:
         sizes["embed_dim"] = config.embed_dim
     if whole := [f"{name} ({size})" for name, size in sizes.items() if size % ranks]:
-        raise ConfigError(f"--shards {ranks} does not divide {' and '.join(whole)}: choose another number of shards")
+        fit = [n for n in (1, 2, 3, 4, 6, 8, 12, 16) if not any(size % n for size in sizes.values())]
+        raise ConfigError(f"--shards {ranks} does not divide {' and '.join(whole)}: choose one of {fit}")
     folder.mkdir()
     for rank in range(ranks):
         entries = []

@@ -33,7 +33,7 @@ def test_the_same_model_in_another_format_is_the_same(model, tmp_path):
         path = tmp_path / f"b.{to}"
         convert(folder / "a", path, to=to)
         found = compare(folder / "a", path, with_logits=to == "meta")
-        assert found.within(0)
+        assert found.problems(0) == []
         assert all(d.same_bits for d in found.weights)
         if found.logits:
             assert (found.logits.positions, found.logits.max_abs, found.logits.top1) == (8704, 0, 1)
@@ -59,15 +59,15 @@ def test_each_difference_is_measured(model, tmp_path):
     assert found.logits.max_abs == pytest.approx(change, rel=1e-3)
     assert found.logits.kl == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3)
     assert found.logits.top1 == (p.argmax(-1) == q.argmax(-1)).double().mean().item()
-    assert not found.within(0.4)
-    assert found.within(max(change, 0.5) + 1e-3)
+    assert found.problems(0.4) == (["blocks.1.mlp.w_down", "logits"] if change > 0.4 else ["blocks.1.mlp.w_down"])
+    assert found.problems(max(change, 0.5) + 1e-3) == []
 
     config = json.loads((tmp_path / "b" / "config.json").read_text())
     config["rope_parameters"]["factor"] = 8.0
     (tmp_path / "b" / "config.json").write_text(json.dumps(config))
     found = compare(folder / "a", tmp_path / "b", with_logits=False)
     assert list(found.config) == ["rope_scaling"]
-    assert not found.within(np.inf)
+    assert len(found.problems(np.inf)) == 1
     write_hf(tmp_path / "c", CONFIG.replace(mlp_dim=96))
     found = compare(folder / "a", tmp_path / "c")
     assert (list(found.config), found.weights, found.logits) == (["mlp_dim"], [], None)
@@ -84,7 +84,7 @@ def test_the_script_tells_by_its_exit_code(model, tmp_path):
         assert result["same"] == (code == 0)
         assert len(result["weights"]) == 12
     done = subprocess.run([*command[:3], "nowhere"], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
 
 
 def test_dtypes_and_numbers_that_do_not_compare(tmp_path):
@@ -92,11 +92,11 @@ def test_dtypes_and_numbers_that_do_not_compare(tmp_path):
     write_hf(tmp_path / "half", hf.half())
     write_hf(tmp_path / "bf16", hf.bfloat16())
     found = compare(tmp_path / "half", tmp_path / "bf16", with_logits=False)  # NumPy knows no common dtype
-    assert found.within(0.01)
+    assert found.problems(0.01) == []
     assert {d.dtypes for d in found.weights} == {("float16", "bfloat16")}
     with torch.no_grad():
         hf.model.norm.weight[0] = torch.nan
     write_hf(tmp_path / "nan", hf)
     found = compare(tmp_path / "nan", tmp_path / "nan", positions=100)
     assert all(d.same_bits for d in found.weights)
-    assert not found.within(1e9)  # logits that are no numbers are not the same
+    assert found.problems(1e9) == ["logits"]  # logits that are no numbers are not the same
