@@ -65,7 +65,8 @@ def main(args: Args) -> bool:
     if found.logits:
         x = found.logits
         print(f"logits at position {x.positions}: max |difference| {x.max_abs:.3e}, KL {x.kl:.3e}, top-1 {x.top1:.1%}")
-    print(f"the same within {args.tolerance:g}" if same else f"different, tolerance {args.tolerance:g}: {'; '.join(problems)}")
+    within = f"tolerance {args.tolerance:g}"
+    print(f"the same, {within}" if same else f"different, {within}: {'; '.join(problems)}")
     return same
 
 
