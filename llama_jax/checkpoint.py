@@ -1,8 +1,8 @@
 """Trees of arrays on disk: Orbax, and the only file that imports it.
 
 Arrays are saved as they lie on the devices, each process its own part. One that is stacked over layers is cut into
-chunks of one layer, so that a layer can be read alone, without its neighbours, onto any mesh; where a layer has less than
-`SMALL` bytes, as norms have, it is read with its neighbours.
+chunks of one layer, so that a layer can be read alone, without its neighbours, onto any mesh. Only layers of less than
+`SMALL` bytes, such as norms, share chunks.
 """
 
 from __future__ import annotations
