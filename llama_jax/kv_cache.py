@@ -7,6 +7,7 @@ sees the slots up to its own), so a cache needs no lengths, and rewinding a row 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -66,13 +67,33 @@ def write(
     are written again before any query may see them.
     """
     put = _put_first if ordered else _put_one if slots_BT.shape[1] == 1 else _put_many
+    if jax.typeof(layer.k).sharding.spec[2] is not None:
+        put = functools.partial(_put_split, put)
     return LayerCache(put(layer.k, k_BTKH, slots_BT), put(layer.v, v_BTKH, slots_BT))
+
+
+def _put_split(put, cache_BKSH: jax.Array, new_BTKH: jax.Array, slots_BT: jax.Array) -> jax.Array:
+    """As `put`, where each device holds some of the slots: it gets all tokens and keeps those that are its own."""
+    spec = jax.typeof(cache_BKSH).sharding.spec
+    whole = [jax.P(*x.sharding.spec[:1], None, *x.sharding.spec[2:]) for x in map(jax.typeof, (new_BTKH, slots_BT))]
+
+    def local(cache_BKSH, new_BTKH, slots_BT):
+        size = cache_BKSH.shape[2]
+        first = jax.lax.axis_index(spec[2]) * size
+        if put is _put_first:
+            new_BTKH = jnp.pad(new_BTKH, ((0, 0), (0, size), (0, 0), (0, 0)))
+            new_BTKH = jax.lax.dynamic_slice_in_dim(new_BTKH, jnp.minimum(first, slots_BT.shape[1]), size, axis=1)
+        own_BT = (first <= slots_BT) & (slots_BT < first + size)
+        return put(cache_BKSH, new_BTKH, jnp.where(own_BT, slots_BT - first, size))
+
+    args = [jax.reshard(x, s) for x, s in zip((new_BTKH, slots_BT), whole, strict=True)]
+    return jax.shard_map(local, out_specs=spec)(cache_BKSH, *args)
 
 
 def _put_many(cache_BKSH: jax.Array, new_BTKH: jax.Array, slots_BT: jax.Array) -> jax.Array:
     rows_B1 = jnp.arange(len(new_BTKH))[:, None]
-    spec = jax.typeof(cache_BKSH).sharding.spec
     new_BTKH = new_BTKH.astype(cache_BKSH.dtype)
+    spec = None if jax.typeof(cache_BKSH).sharding.mesh.are_all_axes_manual else jax.typeof(cache_BKSH).sharding.spec
     return cache_BKSH.at[rows_B1, :, slots_BT].set(new_BTKH, mode="drop", out_sharding=spec)
 
 
@@ -100,8 +121,11 @@ def of_tokens(k_BTKH: jax.Array, v_BTKH: jax.Array) -> LayerCache:
 
 
 def prefix(layer: LayerCache, span: int | None) -> LayerCache:
-    """The first `span` slots: what attention needs to read when no later slot can be seen."""
-    if span is None or span >= num_slots(layer):
+    """The first `span` slots: what attention needs to read when no later slot can be seen.
+
+    All of them where each device holds some of the slots: the first ones are not spread over all devices.
+    """
+    if span is None or span >= num_slots(layer) or jax.typeof(layer.k).sharding.spec[2] is not None:
         return layer
     return LayerCache(layer.k[:, :, :span], layer.v[:, :, :span])
 
@@ -117,6 +141,8 @@ def grow(cache: KVCache, size: int) -> KVCache:
     def pad(x):
         extra = [(0, 0)] * x.ndim
         extra[-2] = (0, size - x.shape[-2])
-        return jnp.pad(x, extra)
+        spec = jax.typeof(x).sharding.spec
+        whole = jax.P(*spec[:-2], None, spec[-1])
+        return jax.reshard(jnp.pad(jax.reshard(x, whole), extra), spec)
 
     return jax.tree.map(pad, cache)

@@ -18,12 +18,15 @@ from llama_jax import kv_cache
 from llama_jax.config import ModelConfig
 from llama_jax.kv_cache import KVCache, LayerCache
 from llama_jax.ops.attention import dot_product_attention
+from llama_jax.ops.embed import embed
 from llama_jax.ops.linear import einsum
 from llama_jax.ops.norm import rms_norm
 from llama_jax.ops.rope import apply_rope, inverse_frequencies, rope_angles
 from llama_jax.sharding import ShardingRules
 
 INIT_STD = 0.02  # the family's initializer_range
+# What is kept of a block for the gradient: everything, or only its input.
+REMAT = {"none": None, "full": jax.checkpoint_policies.nothing_saveable}
 
 
 class _Params:
@@ -71,11 +74,9 @@ class Attention(nnx.Module):
             k_BTKH = apply_rope(einsum("BTD,DKH->BTKH", x_BTD, self.wk, out_sharding=heads), angles)
             v_BTKH = einsum("BTD,DKH->BTKH", x_BTD, self.wv, out_sharding=heads)
         with jax.named_scope("cache"):
-            if layer is None:
-                new, seen = None, kv_cache.of_tokens(k_BTKH, v_BTKH)
-            else:
-                new = kv_cache.write(layer, k_BTKH, v_BTKH, slots_BT, ordered=ordered)
-                seen = kv_cache.prefix(new, span)
+            new = None if layer is None else kv_cache.write(layer, k_BTKH, v_BTKH, slots_BT, ordered=ordered)
+            # The first tokens of a cache see one another only, as without one.
+            seen = kv_cache.of_tokens(k_BTKH, v_BTKH) if new is None or ordered else kv_cache.prefix(new, span)
         with jax.named_scope("attention"):
             out_BTKGH = dot_product_attention(
                 q_BTKGH, seen.k, seen.v, slots_BT=slots_BT, segment_ids_BT=segment_ids_BT, ordered=ordered,
@@ -136,6 +137,7 @@ class Llama(nnx.Module):
       stacked: blocks with a leading layer axis, scanned (training), instead of a list of blocks (decoding: slices of
         stacked weights are copied at every step; measured on CPU, 18 tokens/s against 3).
       attention: name of the attention implementation; None chooses one for the platform.
+      remat: what the gradient computes again instead of keeping it, of REMAT; stacked blocks without a cache only.
       rngs: keys of the random initial weights; None makes abstract parameters: shapes, dtypes and shardings only.
     """
 
@@ -148,8 +150,11 @@ class Llama(nnx.Module):
         param_dtype: str,
         stacked: bool = False,
         attention: str | None = None,
+        remat: str = "none",
         rngs: nnx.Rngs | None,
     ):
+        if remat not in REMAT:
+            raise ValueError(f"remat {remat!r} is unknown; there are {', '.join(REMAT)}")
         params = _Params(rules, param_dtype, rngs)
         V, D = config.vocab_size, config.embed_dim
         self.embed = params.weight((V, D), "vocab", "embed")
@@ -165,7 +170,7 @@ class Llama(nnx.Module):
         self.final_norm = params.norm(D)
         if not config.tie_embeddings:
             self.lm_head = params.weight((D, V), "embed", "vocab")
-        self.config, self.rules, self.dtype = config, rules, dtype
+        self.config, self.rules, self.dtype, self.remat = config, rules, dtype, remat
 
     def __call__(self, tokens_BT: jax.Array, **where) -> tuple[jax.Array, KVCache | None]:
         """Float32 logits [B, T, V] of the next token at every position, and the cache. Arguments as `hidden`."""
@@ -208,10 +213,11 @@ class Llama(nnx.Module):
         angles = rope_angles(positions_BT, inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling))
         spec = self.rules.spec(("batch", "seq", "act_embed"), (B, T, config.embed_dim))
         with jax.named_scope("embed"):
-            x_BTD = self.embed.get_value().at[tokens_BT].get(out_sharding=spec).astype(self.dtype)
+            x_BTD = embed(self.embed.get_value(), tokens_BT, out_sharding=spec).astype(self.dtype)
 
         where = {"angles": angles, "slots_BT": slots_BT, "segment_ids_BT": segment_ids_BT}
-        return apply_blocks(self.blocks, x_BTD, cache, where, {"span": span, "ordered": ordered or cache is None})
+        static = {"span": span, "ordered": ordered or cache is None}
+        return apply_blocks(self.blocks, x_BTD, cache, where, static, remat=self.remat)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Final norm and output head: float32 [B, T, V]. The product is in `dtype`, as in every reference."""
@@ -241,7 +247,13 @@ def _stack(x: jax.ShapeDtypeStruct, num_layers: int) -> jax.ShapeDtypeStruct:
 
 
 def apply_blocks(
-    blocks: nnx.List | Block, x_BTD: jax.Array, cache: KVCache | None, where: dict[str, Any], static: dict[str, Any]
+    blocks: nnx.List | Block,
+    x_BTD: jax.Array,
+    cache: KVCache | None,
+    where: dict[str, Any],
+    static: dict[str, Any],
+    *,
+    remat: str = "none",
 ) -> tuple[jax.Array, KVCache | None]:
     """Runs the blocks one after the other: the one function that knows how they lie in memory.
 
@@ -251,10 +263,18 @@ def apply_blocks(
       cache: one layer cache a block, stacked if the blocks are; None without a cache.
       where: arrays that every block takes: angles, slots and segments.
       static: what every block takes that is no array.
+      remat: of REMAT.
     """
     if isinstance(blocks, Block):
         assert not isinstance(cache, tuple), "stacked blocks take a stacked cache"
-        return jax.lax.scan(lambda x, layer: layer[0](x, layer[1], **where, **static), x_BTD, (blocks, cache))
+
+        def step(x_BTD, layer):
+            return layer[0](x_BTD, layer[1], **where, **static)
+
+        policy = REMAT[remat]
+        if policy is not None and cache is None:
+            step = jax.checkpoint(step, policy=policy, prevent_cse=False)  # a scan cannot merge the two computations
+        return jax.lax.scan(step, x_BTD, (blocks, cache))
     # Jitted within the jitted step, so that a list of blocks is traced once and not once a layer.
     apply = jax.jit(lambda block, x_BTD, layer, where: block(x_BTD, layer, **where, **static))
     assert not isinstance(cache, LayerCache), "a list of blocks takes a list of caches"

@@ -1,8 +1,13 @@
 """Where arrays lie: the device mesh, and the rules from logical axes (what a dimension means) to mesh axes.
 
-Users write `fsdp=2,tensor=4`. The mesh splits `tensor` in two, because tensor parallelism may exceed the number of kv
-heads (Llama 3 70B has 8, a v5e-16 slice has 16 chips): `tensor_kv` = gcd(tensor, K) shards kv heads, `tensor_q` the
-groups of query heads that share one; MLP and vocabulary are split over both.
+Users write `fsdp=2,tensor=4`. From the outside in, each axis with more traffic than the one before:
+
+- `data`: replicas of the model, each with its rows; gradients are summed once a step. Between slices or nodes.
+- `fsdp`: rows too, and each weight is in parts that are gathered when it is used.
+- `context`: each sequence is in parts; attention gathers keys and values. For 128K tokens, in training and prefill.
+- `tensor`: heads, MLP and vocabulary; two reductions a layer. The mesh splits it in two, because it may exceed the
+  number of kv heads (Llama 3 70B has 8, a v5e-16 slice has 16 chips): `tensor_kv` = gcd(tensor, K) shards kv heads,
+  `tensor_q` the groups of query heads that share one; MLP and vocabulary are split over both.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -21,8 +27,13 @@ from llama_jax.config import ModelConfig
 
 log = logging.getLogger("llama_jax")
 
-MESH_AXES = ("data", "fsdp", "tensor_kv", "tensor_q")
-USER_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "context", "tensor_kv", "tensor_q")
+USER_AXES = ("data", "fsdp", "context", "tensor")
+TENSOR = ("tensor_kv", "tensor_q")
+Axes = str | tuple[str, ...] | None
+
+# How a program is shown fewer devices.
+_FEWER = {"cpu": "JAX_NUM_CPU_DEVICES", "gpu": "CUDA_VISIBLE_DEVICES=0,1,...", "tpu": "TPU_VISIBLE_CHIPS=0,1,..."}
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -34,8 +45,6 @@ def parse_mesh(text: str) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, _, size = (word.strip() for word in part.partition("="))
-        if name == "context":
-            raise ValueError("mesh: context parallelism is not implemented yet; use data, fsdp and tensor")
         if name not in USER_AXES:
             raise ValueError(f"mesh: unknown axis {name!r} in {text!r}; axes are {', '.join(USER_AXES)}")
         if name in sizes:
@@ -47,63 +56,129 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def make_mesh(
-    config: ModelConfig, *, data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
+    config: ModelConfig,
+    *,
+    data: int = 1,
+    fsdp: int = 1,
+    context: int = 1,
+    tensor: int = 1,
+    devices: Sequence[Any] | None = None,
 ) -> Mesh:
     """The mesh of axes `MESH_AXES` for one model, in Explicit sharding mode.
+
+    Devices that are linked closely become neighbours on the inner axes. Where they are in several slices, which only
+    the data centre's network links, `data` goes over the slices and the rest stays within each.
 
     Args:
       config: the model; its kv heads decide how `tensor` is split.
       data: replicas of the model, each with its share of the batch.
       fsdp: the batch is split, and the weights too; each weight is gathered when it is used.
+      context: sequences and the cache are split along their length, and the weights as by `fsdp`.
       tensor: heads, MLP and vocabulary are split.
-      devices: as many as data * fsdp * tensor; default: the first ones of `jax.devices()`.
+      devices: as many as data * fsdp * context * tensor; default: the first ones of `jax.devices()`.
 
     Raises:
-      ValueError: there are fewer devices than the mesh needs.
+      ValueError: there are fewer devices than the mesh needs; several processes would not all have one in it; or `data`
+        does not divide among the slices.
     """
-    needed = data * fsdp * tensor
+    sizes = {"data": data, "fsdp": fsdp, "context": context, "tensor": tensor}
+    needed, text = math.prod(sizes.values()), _text(sizes)
     devices = list(jax.devices() if devices is None else devices)
     if needed > len(devices):
         raise ValueError(
-            f"mesh data={data}, fsdp={fsdp}, tensor={tensor} needs {needed} devices, but there are {len(devices)}"
-            f" ({devices[0].platform}). On a CPU, JAX_NUM_CPU_DEVICES={needed} simulates that many"
+            f"mesh {text} needs {needed} devices, but there are {_count(devices)}. {_more(needed, devices)}"
+        )
+    if needed < len(devices) and len({device.process_index for device in devices}) > 1:
+        raise ValueError(
+            f"mesh {text} has {needed} devices, but there are {_count(devices)} on several processes, and each process"
+            f" must take part: make the sizes multiply to {len(devices)}"
         )
     kv = math.gcd(tensor, config.num_kv_heads)
-    shape = (data, fsdp, kv, tensor // kv)
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES), devices=devices[:needed])
+    shape = (data, fsdp, context, kv, tensor // kv)
+    return Mesh(_arrange(devices[:needed], shape, text), MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
+
+
+def _arrange(devices: list[Any], shape: tuple[int, ...], text: str) -> Any:
+    slices = _num_slices(devices)
+    split = devices[0].platform == "tpu"  # a logical axis may take part of a torus axis: tensor_kv=8 on 4x4
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=split)
+    data, *inner = shape
+    if data % slices:
+        raise ValueError(
+            f"mesh {text}: the devices are in {slices} slices, which only `data` may span (the others would wait"
+            f" for the slow network between them): make data a multiple of {slices}"
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        (data // slices, *inner), (slices, *(1 for _ in inner)), devices, allow_split_physical_axes=split
+    )
+
+
+def _num_slices(devices: Sequence[Any]) -> int:
+    """Of TPUs; on GPUs a node counts as a slice for JAX, but `fsdp` over nodes is usual."""
+    return len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"} or {0})
+
+
+def _text(sizes: dict[str, int]) -> str:
+    return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "tensor=1"
+
+
+def _count(devices: Sequence[Any]) -> str:
+    return f"{len(devices)} ({devices[0].platform})"
+
+
+def _more(needed: int, devices: Sequence[Any]) -> str:
+    if devices[0].platform == "cpu":
+        return f"On a CPU, JAX_NUM_CPU_DEVICES={needed} simulates that many"
+    return "Make the mesh smaller, or start the same command on more hosts (docs/cloud-tpu.md, docs/gpu.md)"
 
 
 def default_mesh(config: ModelConfig) -> Mesh:
-    """For inference: all devices on `tensor`, which shortens every step and needs no batch."""
-    return make_mesh(config, tensor=len(jax.devices()))
+    """For inference: all devices on `tensor`, which shortens every step and needs no batch; slices go on `data`."""
+    slices = _num_slices(jax.devices())
+    return make_mesh(config, data=slices, tensor=len(jax.devices()) // slices)
 
 
 def mesh_of(config: ModelConfig, text: str | None) -> Mesh:
-    """The mesh that `"fsdp=2,tensor=4"` means for a model; None is the default mesh."""
+    """The mesh that `"fsdp=2,tensor=4"` means for a model on all devices; None is the default mesh.
+
+    Raises:
+      ValueError: as `parse_mesh` and `make_mesh`; or the sizes do not multiply to the number of devices.
+    """
     if text is None:
         return default_mesh(config)
     sizes = parse_mesh(text)
-    return make_mesh(config, **{axis: sizes.get(axis, 1) for axis in USER_AXES})  # pyright: ignore[reportArgumentType]
+    devices, product = jax.devices(), math.prod(sizes.values())
+    if product < len(devices):
+        times, rest = divmod(len(devices), product)
+        example = "" if rest or "data" in sizes else f", for example {text},data={times}"
+        fewer = _FEWER[devices[0].platform]
+        raise ValueError(
+            f"mesh {text} multiplies to {product}, but there are {_count(devices)} devices: make it {len(devices)}"
+            f"{example}, or show this program fewer devices ({fewer})"
+        )
+    return make_mesh(config, **sizes)
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardingRules:
-    """Mesh axes of each logical axis; None is not split. Another strategy is another instance."""
+    """Mesh axes of each logical axis, and why; None is not split. Another strategy is another instance."""
 
     # Weights.
-    vocab: str | tuple[str, ...] | None = ("tensor_kv", "tensor_q")  # the two largest matrices of a small model
-    embed: str | tuple[str, ...] | None = "fsdp"  # every matrix has it once, so FSDP reaches them all
-    kv_heads: str | tuple[str, ...] | None = "tensor_kv"  # attention needs no communication between heads
-    groups: str | tuple[str, ...] | None = "tensor_q"  # tensor parallelism beyond the kv heads
-    head_dim: str | tuple[str, ...] | None = None  # RoPE pairs its two halves
-    mlp: str | tuple[str, ...] | None = ("tensor_kv", "tensor_q")  # column then row parallel: one reduction an MLP
-    norm: str | tuple[str, ...] | None = None  # a few kilobytes, read by every device
-    layers: str | tuple[str, ...] | None = None  # scanned one after the other
+    vocab: Axes = TENSOR  # the two largest matrices of a small model
+    embed: Axes = ("fsdp", "context")  # every matrix has it once, so FSDP reaches them all
+    kv_heads: Axes = "tensor_kv"  # attention needs no communication between heads
+    groups: Axes = "tensor_q"  # tensor parallelism beyond the kv heads
+    head_dim: Axes = None  # RoPE pairs its two halves
+    mlp: Axes = TENSOR  # column then row parallel: one reduction an MLP
+    norm: Axes = None  # a few kilobytes, read by every device
+    layers: Axes = None  # scanned one after the other
     # Activations and cache.
-    batch: str | tuple[str, ...] | None = ("data", "fsdp")  # each data and fsdp shard computes its own sequences
-    seq: str | tuple[str, ...] | None = None  # context parallelism would go here
-    act_embed: str | tuple[str, ...] | None = None  # the residual stream is whole on each device
-    cache_seq: str | tuple[str, ...] | None = None  # written at per-row positions
+    batch: Axes = ("data", "fsdp")  # each data and fsdp shard computes its own sequences
+    seq: Axes = "context"  # every position is computed alone, except in attention
+    act_embed: Axes = None  # the residual stream is whole on each device: what tensor parallelism reduces to
+    cache_seq: Axes = "context"  # decoding then reads a part of a long cache on each device
+    sampled: Axes = None  # the vocabulary while sampling: sort and top_k need a row whole; [B, V], of one position
 
     def spec(self, axes: Sequence[str], shape: Sequence[int]) -> P:
         """The PartitionSpec of an array on the mesh in use (`jax.set_mesh`).

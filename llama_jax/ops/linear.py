@@ -15,7 +15,8 @@ def einsum(equation: str, x: jax.Array, w: nnx.Param | jax.Array, *, out_shardin
 
     Lowered to one two-dimensional matmul wherever sharding allows: XLA on CPU runs the three-dimensional contraction of
     `wo_KGHD` ten times slower (2.1 against 20 GB/s). Weights split over a mesh axis that also splits the rows of `x`
-    (FSDP) are gathered first.
+    (FSDP) are gathered first; where they are split otherwise (`context`, for one token), `x` is split likewise and the
+    partial products are summed.
 
     Args:
       equation: such as "BTD,DKGH->BTKGH": the contracted dimensions are the last of `x` and the first or last of `w`,
@@ -28,6 +29,7 @@ def einsum(equation: str, x: jax.Array, w: nnx.Param | jax.Array, *, out_shardin
     # The products of a float32 model are float32: the default on TPU is bfloat16, on GPU TF32.
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     w = _gather(w.astype(x.dtype), _mesh_axes(_spec(x)[: -_contracted(equation)]))
+    x = _split_as(equation, x, w)
     matmul = _as_matmul(equation, x, w, out_sharding)
     if matmul is None:
         return jnp.einsum(equation, x, w, precision=precision, out_sharding=out_sharding)
@@ -69,6 +71,14 @@ def _contracted(equation: str) -> int:
     if contracted != x_axes[-n:] or x_axes[:-n] + kept != result or w_axes not in orders:
         raise ValueError(f"einsum {equation!r}: contract the last dimensions of x with the first or last of w")
     return n
+
+
+def _split_as(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """`x` with its contracted dimensions split as those of `w`: each device takes a part of what it has."""
+    n = _contracted(equation)
+    first = equation.split("->")[0].split(",")[1][0] in equation.split(",")[0]
+    spec = _spec(w)[:n] if first else _spec(w)[-n:]
+    return x if spec == _spec(x)[-n:] else jax.reshard(x, P(*_spec(x)[:-n], *spec))
 
 
 def _gather(w: jax.Array, axes: set[str]) -> jax.Array:

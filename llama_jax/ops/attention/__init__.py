@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
-from llama_jax.ops.attention import cpu, reference, xla
+from llama_jax.ops.attention import cpu, gpu, reference, tpu, xla
 
-IMPLEMENTATIONS = {"reference": reference.attention, "xla": xla.attention, "cpu": cpu.attention}
+# With a mask, for any queries and keys: here in blocks of queries, so that scores are never held for all of them.
+MASKED = {"reference": reference.attention, "xla": xla.attention, "cpu": cpu.attention}
+# Kernels for tokens that see one another, in order: training, and the first tokens of a cache.
+KERNELS = {"splash": tpu.attention, "cudnn": gpu.attention}
+IMPLEMENTATIONS = (*MASKED, *KERNELS)
 
 # Scores [B, K, G, T, S] are computed for blocks of queries: at most so many, to bound memory ...
 QUERY_BLOCK = 1024
 # ... and where queries are in order, not fewer than this, each block with only the keys before its end.
 SMALL_BLOCK = 256
+# Fewer tokens than this are as fast without a kernel (TPU tiles have 128 rows), and their scores are small.
+KERNEL_TOKENS = 128
 
 
 def dot_product_attention(
@@ -28,6 +36,10 @@ def dot_product_attention(
 ) -> jax.Array:
     """Each query attends to the keys at and before its own slot, within its segment.
 
+    Queries may be split over the mesh by rows, heads and length. Keys that are split by length are gathered, so that
+    each device computes its own queries; with one query a row (decoding) they stay where they are, and each device
+    contributes a part of the softmax.
+
     Args:
       q_BTKGH: queries: K kv heads, each shared by G query heads.
       k_BKSH: keys: a cache of S slots, or those of the same T tokens (S = T).
@@ -36,37 +48,80 @@ def dot_product_attention(
       segment_ids_BT: int: documents packed in one row do not see each other; needs S = T.
       ordered: whether query t's own key is in slot t, padding excepted: spares half the work.
       scale: what the scores are multiplied by.
-      implementation: "reference", "xla" (`jax.nn.dot_product_attention`) or "cpu"; None chooses by platform.
+      implementation: "reference", "xla" (`jax.nn.dot_product_attention`), "cpu", or a kernel: "splash" (TPU; on a CPU
+        interpreted, which is slow) or "cudnn" (GPU; on a CPU by XLA). A kernel is used for tokens that see one another
+        in order (S = T), and "xla" for the rest. None chooses by platform: "cpu"; "splash" in bfloat16 and "cudnn" in
+        bfloat16 and float16 from KERNEL_TOKENS tokens on; else "xla".
 
     Returns:
       [B, T, K, G, H] in q's dtype.
 
     Raises:
-      ValueError: an unknown implementation.
+      ValueError: an unknown implementation, or one that cannot compute in this dtype.
     """
-    name = implementation or ("cpu" if _platform() == "cpu" else "xla")
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"attention implementation {name!r} is unknown; there are {', '.join(IMPLEMENTATIONS)}")
-
-    def attend(q, k, v, mask):
-        return IMPLEMENTATIONS[name](q, k, v, mask_BTS=mask, scale=scale)
-
-    if name != "reference":  # written for one device's rows and heads; none needs another's
-        attend = jax.shard_map(attend, out_specs=jax.typeof(q_BTKGH).sharding.spec)
     T, S = q_BTKGH.shape[1], k_BKSH.shape[2]
+    name = _choose(implementation, q_BTKGH, causal=ordered and S == T > 1)
+    q_spec, k_spec = (jax.typeof(x).sharding.spec for x in (q_BTKGH, k_BKSH))
+    axes = k_spec[2]
+    if axes is not None and q_spec[1] is None:
+        seen_BTS = jnp.arange(S, out_sharding=jax.P(axes)) <= slots_BT[:, :, None]
+        return reference.attention(q_BTKGH, k_BKSH, v_BKSH, mask_BTS=seen_BTS, scale=scale, out_sharding=q_spec)
+    local = functools.partial(_one_device, name=name, ordered=ordered, scale=scale, axes=axes)
+    # Kernels do not say over which mesh axes their results vary: no check_vma.
+    return jax.shard_map(local, out_specs=q_spec, check_vma=name not in KERNELS)(
+        q_BTKGH, k_BKSH, v_BKSH, slots_BT, segment_ids_BT
+    )
+
+
+def _one_device(q_BTKGH, k_BKSH, v_BKSH, slots_BT, segment_ids_BT, *, name, ordered, scale, axes):
+    """Attention of one device's rows, heads and queries; keys are gathered over the mesh axes `axes`."""
+    key_segments_BS = segment_ids_BT
+    if axes is not None:
+        k_BKSH, v_BKSH = (jax.lax.all_gather(x, axes, axis=2, tiled=True) for x in (k_BKSH, v_BKSH))
+        if segment_ids_BT is not None:
+            key_segments_BS = jax.lax.all_gather(segment_ids_BT, axes, axis=1, tiled=True)
+    segments = None if segment_ids_BT is None else (segment_ids_BT, key_segments_BS)
+    if name in KERNELS:
+        return KERNELS[name](q_BTKGH, k_BKSH, v_BKSH, slots_BT, segments, scale=scale, axes=axes)
+    T, S = q_BTKGH.shape[1], k_BKSH.shape[2]
+    ordered &= axes is None  # else this device's queries start anywhere
     width = min(QUERY_BLOCK, max(SMALL_BLOCK, T // 16)) if ordered else QUERY_BLOCK
     blocks = []
     for start in range(0, T, width):  # a Python loop: shapes differ, and 131072 tokens make 128 blocks
         queries = slice(start, min(start + width, T))
         keys = slice(0, min(queries.stop, S) if ordered else S)
         mask_BTS = jnp.arange(keys.stop) <= slots_BT[:, queries, None]
-        if segment_ids_BT is not None:
-            mask_BTS &= segment_ids_BT[:, queries, None] == segment_ids_BT[:, None, keys]
-        blocks.append(attend(q_BTKGH[:, queries], k_BKSH[:, :, keys], v_BKSH[:, :, keys], mask_BTS))
+        if segments is not None:
+            mask_BTS &= segments[0][:, queries, None] == segments[1][:, None, keys]
+        args = q_BTKGH[:, queries], k_BKSH[:, :, keys], v_BKSH[:, :, keys]
+        blocks.append(MASKED[name](*args, mask_BTS=mask_BTS, scale=scale))
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
 
 
-def _platform() -> str:
-    """Of the mesh in use, which may be a machine that is not there (ahead-of-time compilation)."""
+def _choose(name: str | None, q_BTKGH: jax.Array, *, causal: bool) -> str:
+    """The implementation for these queries."""
+    _, T, _, _, H = q_BTKGH.shape
+    dtype, (platform, kind) = q_BTKGH.dtype, _device()
+    if name is None:
+        if platform == "cpu":
+            return "cpu"
+        kernel, fits = ("splash", tpu.fits) if platform == "tpu" else ("cudnn", gpu.fits)
+        return kernel if causal and T >= KERNEL_TOKENS and fits(dtype, H, kind) else "xla"
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"attention implementation {name!r} is unknown; there are {', '.join(IMPLEMENTATIONS)}")
+    if name == "cudnn" and platform != "cpu" and not gpu.fits(dtype, H, kind):
+        raise ValueError(
+            f"attention implementation 'cudnn' computes in bfloat16 or float16 with a head_dim of up to {gpu.MAX_HEAD},"
+            f" in multiples of 8, on Ampere or newer; not in {dtype} with {H} on {kind}. Use dtype bfloat16, or 'xla'"
+        )
+    if name in KERNELS:
+        return name if causal else "cpu" if platform == "cpu" else "xla"
+    return name
+
+
+def _device() -> tuple[str, str]:
+    """Platform and kind of the mesh in use, which may be of a machine that is not there (ahead-of-time compilation)."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.platform if device is not None else jax.default_backend()
+    if device is None:
+        return jax.default_backend(), jax.devices()[0].device_kind
+    return device.platform, device.device_kind

@@ -5,11 +5,20 @@ import jax.numpy as jnp
 
 
 def attention(
-    q_BTKGH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, *, mask_BTS: jax.Array, scale: float
+    q_BTKGH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    *,
+    mask_BTS: jax.Array,
+    scale: float,
+    out_sharding: jax.P | None = None,
 ) -> jax.Array:
-    """softmax(q k^T * scale) v, the softmax in float32; `mask_BTS` is true where a query may look."""
+    """softmax(q k^T * scale) v, the softmax in float32; `mask_BTS` is true where a query may look.
+
+    `out_sharding` says how the result lies where S is split over the mesh.
+    """
     precision = jax.lax.Precision.HIGHEST if q_BTKGH.dtype == jnp.float32 else None
     scores_BKGTS = jnp.einsum("BTKGH,BKSH->BKGTS", q_BTKGH, k_BKSH, precision=precision) * scale
     scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS.astype(jnp.float32), -jnp.inf)
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(q_BTKGH.dtype)
-    return jnp.einsum("BKGTS,BKSH->BTKGH", weights_BKGTS, v_BKSH, precision=precision)
+    return jnp.einsum("BKGTS,BKSH->BTKGH", weights_BKGTS, v_BKSH, precision=precision, out_sharding=out_sharding)

@@ -1,0 +1,153 @@
+"""Splash attention, JAX's Pallas kernel for TPU: no scores in HBM, and blocks after the diagonal are not computed."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
+
+from llama_jax.ops.attention import context
+
+LANES = 128  # blocks are multiples of a TPU register's lanes
+BLOCKS = (1024, 512, 256, 128)  # queries, and keys: larger ones are faster, 1024 is what VMEM holds
+
+
+def fits(dtype: jnp.dtype, head_dim: int, kind: str) -> bool:
+    """Whether the kernel is as exact as the others: its float32 products are bfloat16."""
+    return dtype == jnp.bfloat16
+
+
+def attention(
+    q_BTKGH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    slots_BT: jax.Array,
+    segments: tuple[jax.Array, jax.Array] | None,
+    *,
+    scale: float,
+    axes: str | tuple[str, ...] | None,
+) -> jax.Array:
+    """Causal attention of one device's rows, heads and queries.
+
+    Args:
+      q_BTKGH: queries; with `axes`, the part of a sequence of S that is this device's along them.
+      k_BKSH: keys of the whole sequence.
+      v_BKSH: values.
+      slots_BT: not used: query t's own key is in slot t, counted over all devices.
+      segments: int [B, T] and [B, S]: documents of the queries and of the keys.
+      scale: what the scores are multiplied by.
+      axes: mesh axes that split the queries by length.
+    """
+    B, T, K, G, H = q_BTKGH.shape
+    S, shards = k_BKSH.shape[2], k_BKSH.shape[2] // T
+    q_BTKGH = (q_BTKGH.astype(jnp.float32) * scale).astype(q_BTKGH.dtype)  # the kernel scales nothing
+    queries = (q_BTKGH,) if segments is None else (q_BTKGH, segments[0])
+    if axes is not None:
+        queries = context.balance(queries, axes)
+    block = _block(T)
+    q_BNTH = _pad(queries[0].reshape(B, T, K * G, H).swapaxes(1, 2), 2, block)
+    k_BKSH, v_BKSH = (_pad(x, 2, block) for x in (k_BKSH, v_BKSH))
+    # The kernel sees padding of segment 0 where there are segments; no query's own slot is after it.
+    ids = None if segments is None else splash.SegmentIds(_pad(queries[1], 1, block), _pad(segments[1], 1, block))
+    shard = 0 if axes is None else jax.lax.axis_index(axes)
+    kernel = _kernel(T, S, shards, block, shard)
+    out_BNTH = jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH, ids)
+    out_BTKGH = out_BNTH[:, :, :T].swapaxes(1, 2).reshape(B, T, K, G, H)
+    return out_BTKGH if axes is None else context.unbalance(out_BTKGH, axes)
+
+
+def _block(T: int) -> int:
+    """The block that pads T least; of equals, the largest."""
+    return min(BLOCKS, key=lambda block: (-(-T // block) * block, -block))
+
+
+def _pad(x: jax.Array, axis: int, multiple: int) -> jax.Array:
+    extra = [(0, 0)] * x.ndim
+    extra[axis] = (0, -x.shape[axis] % multiple)
+    return jnp.pad(x, extra)
+
+
+def _kernel(T: int, S: int, shards: int, block: int, shard: int | jax.Array) -> splash.SplashAttentionKernel:
+    """The kernel for the queries of one of `shards` devices.
+
+    JAX's own `make_splash_mha` looks at every element of the mask (50 s for 131,072 tokens); whether a block is empty
+    follows from its first and last rows.
+    """
+    rows = [_pad_rows(context.rows(i, T, shards), block) for i in range(shards)]
+    of = functools.partial(_mask_info, rows, -(-S // block) * block, block, shard)
+    forward, backward = of(by_column=False), of(by_column=True)
+    sizes = splash.BlockSizes(block, block, block, block, block, block, block, block)
+    return splash.SplashAttentionKernel(
+        forward,
+        forward,
+        backward,
+        block_sizes=sizes,
+        is_mqa=False,
+        save_residuals=False,
+        mask_value=splash.DEFAULT_MASK_VALUE,
+        attn_logits_soft_cap=None,
+        residual_checkpoint_name=None,
+        mask_function=_not_after,
+        interpret=jax.default_backend() == "cpu" and _is_here(),
+    )
+
+
+def _is_here() -> bool:
+    """Whether the mesh in use is of this process's devices, not of a machine compiled for ahead of time."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device is None or device.platform == "cpu"
+
+
+def _not_after(row, slot):
+    return row >= slot
+
+
+def _pad_rows(rows: np.ndarray, block: int) -> np.ndarray:
+    return np.pad(rows, (0, -len(rows) % block))  # row 0 sees one key
+
+
+def _mask_info(rows: list[np.ndarray], S: int, block: int, shard: int | jax.Array, *, by_column: bool) -> MaskInfo:
+    """What the kernel reads from scalar memory: which blocks to compute, and which to fetch meanwhile.
+
+    Args:
+      rows: for each device, the slot of each of its queries.
+      S: keys, padding included.
+      block: queries and keys in a block.
+      shard: which device.
+      by_column: in the order of the gradient of keys and values: for each block of keys, all blocks of queries.
+    """
+    block_mask, data_next = [], []
+    for slots in rows:
+        blocks = slots.reshape(-1, block)
+        first = np.arange(0, S, block)
+        some, every = (first <= x[:, None] for x in (blocks.max(1), blocks.min(1) - block + 1))
+        block_mask.append(some.astype(np.int8) + every)
+        index = np.broadcast_to(np.arange(len(blocks))[:, None] if by_column else np.arange(len(first)), some.shape)
+        data_next.append(_next(some.T, index.T).T if by_column else _next(some, index))
+
+    def mine(arrays: list[np.ndarray]) -> jax.Array:
+        stacked = jnp.asarray(np.stack(arrays))
+        return (
+            jax.lax.dynamic_index_in_dim(stacked, shard, keepdims=stacked.ndim > 2)
+            if len(arrays) > 1
+            else (stacked if stacked.ndim > 2 else stacked[0])
+        )
+
+    small = np.int8 if max(S // block, len(rows[0]) // block) < 128 else np.int16
+    return MaskInfo(
+        data_next=mine([x.astype(small) for x in data_next]),
+        mask_next=None,
+        block_mask=mine(block_mask),
+        partial_mask_blocks=None,
+        q_sequence=mine([x.astype(np.int32) for x in rows]),
+    )
+
+
+def _next(some: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """The index of each block, or of the next one that is computed; after the last comes the first."""
+    at = np.flatnonzero(some)
+    return index.flat[at[np.searchsorted(at, np.arange(some.size)) % len(at)]].reshape(some.shape)

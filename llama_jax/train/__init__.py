@@ -1,0 +1,1 @@
+"""Training: the loss, and what will use it."""
