@@ -74,20 +74,23 @@ def write(
 
 def _put_split(put, cache_BKSH: jax.Array, new_BTKH: jax.Array, slots_BT: jax.Array) -> jax.Array:
     """As `put`, where each device holds some of the slots: it gets all tokens and keeps those that are its own."""
-    spec = jax.typeof(cache_BKSH).sharding.spec
-    whole = [jax.P(*x.sharding.spec[:1], None, *x.sharding.spec[2:]) for x in map(jax.typeof, (new_BTKH, slots_BT))]
+    spec, tokens = (jax.typeof(x).sharding.spec for x in (cache_BKSH, slots_BT))
+    T, S = new_BTKH.shape[1], cache_BKSH.shape[2]
 
     def local(cache_BKSH, new_BTKH, slots_BT):
+        if tokens[1] is not None:
+            new_BTKH, slots_BT = (jax.lax.all_gather(x, tokens[1], axis=1, tiled=True) for x in (new_BTKH, slots_BT))
         size = cache_BKSH.shape[2]
         first = jax.lax.axis_index(spec[2]) * size
         if put is _put_first:
             new_BTKH = jnp.pad(new_BTKH, ((0, 0), (0, size), (0, 0), (0, 0)))
-            new_BTKH = jax.lax.dynamic_slice_in_dim(new_BTKH, jnp.minimum(first, slots_BT.shape[1]), size, axis=1)
+            new_BTKH = jax.lax.dynamic_slice_in_dim(new_BTKH, jnp.minimum(first, T), size, axis=1)
         own_BT = (first <= slots_BT) & (slots_BT < first + size)
         return put(cache_BKSH, new_BTKH, jnp.where(own_BT, slots_BT - first, size))
 
-    args = [jax.reshard(x, s) for x, s in zip((new_BTKH, slots_BT), whole, strict=True)]
-    return jax.shard_map(local, out_specs=spec)(cache_BKSH, *args)
+    if put is _put_first and T == S and tokens[1] == spec[2]:  # each device has computed just the keys of its slots
+        local = put
+    return jax.shard_map(local, out_specs=spec)(cache_BKSH, new_BTKH, slots_BT)
 
 
 def _put_many(cache_BKSH: jax.Array, new_BTKH: jax.Array, slots_BT: jax.Array) -> jax.Array:

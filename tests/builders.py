@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import transformers
 
+from llama_jax import sharding
 from llama_jax.config import ModelConfig, RopeScaling
 from llama_jax.model import Llama
 
@@ -27,6 +28,11 @@ def tiny_config(**changes: Any) -> ModelConfig:
         "max_seq_len": 512, "tie_embeddings": False,
     }  # fmt: skip
     return ModelConfig(**sizes | changes)
+
+
+def one_device() -> jax.sharding.Mesh:
+    """The first of the eight, for any model."""
+    return sharding.make_mesh(tiny_config())
 
 
 def hf_config(config: ModelConfig) -> transformers.LlamaConfig:

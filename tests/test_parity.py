@@ -19,7 +19,7 @@ import torch
 
 import llama_jax
 from llama_jax.config import ModelConfig
-from tests.builders import LLAMA31, LLAMA32, hf_model, rebuild, tiny_config, write_hf
+from tests.builders import LLAMA31, LLAMA32, hf_model, one_device, rebuild, tiny_config, write_hf
 
 LENGTH, LAST = 8704, 64
 TOLERANCE = 1e-4
@@ -58,7 +58,7 @@ def case_of(tmp_path_factory):
         tokens = np.random.default_rng(0).integers(0, config.vocab_size, (1, LENGTH), np.int32)
         with torch.no_grad():
             output = hf(torch.from_numpy(tokens).long(), logits_to_keep=LAST, use_cache=False)
-        llama = llama_jax.load(folder, mesh="tensor=1", dtype="float32")
+        llama = llama_jax.load(folder, mesh=one_device(), dtype="float32")
         assert llama.config == config
         return Case(llama, tokens, output.logits.numpy(), last_logits(llama, tokens))
 
@@ -128,7 +128,7 @@ def test_bfloat16(tmp_path):
     with torch.no_grad():
         exact = hf(torch.from_numpy(tokens).long()).logits.numpy()
         rounded = hf.to(torch.bfloat16)(torch.from_numpy(tokens).long()).logits.float().numpy()
-    llama = llama_jax.load(tmp_path, mesh="tensor=1", dtype="bfloat16")
+    llama = llama_jax.load(tmp_path, mesh=one_device(), dtype="bfloat16")
     ours = np.asarray(llama_jax.logits(llama, tokens))
     assert ours.dtype == np.float32
 

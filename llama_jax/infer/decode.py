@@ -86,13 +86,14 @@ def prefill(
     fresh = cache is None
     cache = model.init_cache(B, size) if cache is None else cache
     row = jax.typeof(length_B).sharding.spec[0]
-    order_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T), out_sharding=jax.P(row, None))
+    order_BT = jnp.arange(T, dtype=jnp.int32)
+    order_BT = jnp.broadcast_to(order_BT, (B, T), out_sharding=jax.typeof(tokens_BT).sharding.spec)
     # Padding goes past the end of the cache: its writes are dropped, and no later query sees it.
     positions_BT = jnp.where(order_BT < length_B[:, None], start_B[:, None] + order_BT, num_slots(cache) + T)
     x_BTD, filled = model.hidden(tokens_BT, positions_BT=positions_BT, cache=cache, span=span, ordered=fresh)
-    last_B = jnp.maximum(length_B - 1, 0)
-    spec = jax.typeof(x_BTD).sharding.spec
-    x_B1D = x_BTD.at[jnp.arange(B)[:, None], last_B[:, None]].get(out_sharding=spec)
+    last_BT = order_BT == jnp.maximum(length_B - 1, 0)[:, None]
+    # A gather along T would make the whole residual stream whole on each device.
+    x_B1D = jnp.sum(jnp.where(last_BT[..., None], x_BTD, 0), axis=1, keepdims=True)
     rows_B = jnp.arange(B, dtype=jnp.uint32, out_sharding=jax.P(row))
     assert filled is not None
     state = DecodeState(
@@ -154,9 +155,9 @@ def decode(
 
 def _emit(model: Llama, state: DecodeState, x_B1D, stop_ids, values) -> tuple[DecodeState, jax.Array, jax.Array]:
     """Samples from the residual stream at each row's position, and decides which rows have ended."""
-    batch = jax.typeof(state.token_B).sharding.spec[0]
     with jax.named_scope("sample"):
-        logits_BV = jax.reshard(model.logits(x_B1D)[:, 0], jax.P(batch, None))
+        logits_BV = model.logits(x_B1D)[:, 0]
+        logits_BV = jax.reshard(logits_BV, model.rules.spec(("batch", "sampled"), logits_BV.shape))
         key_B = jax.vmap(jax.random.fold_in)(state.key_B, state.position_B)
         token_B = sample(logits_BV, values, key_B, state.seen_BV)
         chosen_BV = jnp.arange(logits_BV.shape[-1]) == token_B[:, None]
@@ -192,16 +193,26 @@ class Programs:
 
             return call
 
-        self._prefill = jax.jit(on_leaves(prefill), static_argnames=("size", "span"), donate_argnums=9)
-        self._decode = jax.jit(on_leaves(decode), donate_argnums=1)
+        def for_the_host(step):
+            """With the finish codes, and all that the host reads replicated: every process has it whole."""
+
+            @functools.wraps(step)
+            def call(*args, **kwargs):
+                state, token, logprob = step(*args, **kwargs)
+                return state, *(jax.reshard(x, jax.P()) for x in (token, logprob, state.finish_B))
+
+            return call
+
+        self._prefill = jax.jit(on_leaves(for_the_host(prefill)), static_argnames=("size", "span"), donate_argnums=9)
+        self._decode = jax.jit(on_leaves(for_the_host(decode)), donate_argnums=1)
         self._forward = jax.jit(on_leaves(lambda model, tokens_BT: model(tokens_BT)[0]))
 
     def prefill(self, *args: Any, **kwargs: Any):
-        """As `prefill` without the model; the cache is donated."""
+        """As `prefill` without the model, with the finish codes beside the state; the cache is donated."""
         return self._prefill(self.leaves, *args, **kwargs)
 
     def decode(self, *args: Any):
-        """As `decode` without the model; the state is donated."""
+        """As `decode` without the model, with the finish codes beside the state, which is donated."""
         return self._decode(self.leaves, *args)
 
     def forward(self, tokens_BT: jax.Array) -> jax.Array:

@@ -27,9 +27,9 @@ def embed(table_VD: jax.Array, tokens_BT: jax.Array, *, out_sharding: jax.P) -> 
             if axis in split:
                 tokens_BT = jax.lax.all_gather(tokens_BT, axis, axis=split[axis], tiled=True)
         if vocab:
-            own = tokens_BT - jax.lax.axis_index(vocab) * len(table_VD)
-            known = (own >= 0) & (own < len(table_VD))
-            x_BTD = jnp.where(known[..., None], table_VD.at[jnp.where(known, own, 0)].get(mode="clip"), 0)
+            row_BT = tokens_BT - jax.lax.axis_index(vocab) * len(table_VD)
+            row_BT = jnp.where((row_BT >= 0) & (row_BT < len(table_VD)), row_BT, len(table_VD))
+            x_BTD = table_VD.at[row_BT].get(mode="fill", fill_value=0)
             x_BTD = jax.lax.psum(x_BTD, vocab)
         else:
             x_BTD = table_VD[tokens_BT]

@@ -69,6 +69,7 @@ def cross_entropy(
     def split(x: jax.Array, *rest: str | None) -> jax.Array:
         """[B, T, ...] -> [chunks, B, T / chunks, ...]: of each device's positions every chunk takes some."""
         B, T, *inner = x.shape
+        x = jax.reshard(jnp.asarray(x), jax.P(batch, seq, *rest))
         x = x.reshape(B, T // chunks, chunks, *inner, out_sharding=jax.P(batch, seq, None, *rest))
         return jnp.moveaxis(x, 2, 0)
 
@@ -84,7 +85,7 @@ def cross_entropy(
     def step(sums, parts):
         return jax.tree.map(jnp.add, sums, chunk(model, *parts)), None
 
-    parts = (split(x_BTD, embed), split(targets_BT), split(mask_BT.astype(jnp.float32)))
+    parts = (split(x_BTD, embed), split(targets_BT), split(jnp.asarray(mask_BT, jnp.float32)))
     zero = jnp.float32(0)
     (nll, z, count), _ = jax.lax.scan(step, (zero, zero, zero), parts)
     return Loss(nll, z, count, z_weight)

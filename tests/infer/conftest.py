@@ -3,9 +3,10 @@
 import pytest
 
 import llama_jax
+from tests.builders import one_device
 
 
 @pytest.fixture(scope="session")
 def smollm2() -> llama_jax.LoadedLlama:
     """On one device, with one size of cache for every call: tests share its compiled programs."""
-    return llama_jax.load("smollm2-135m-instruct", mesh="tensor=1", max_seq_len=256)
+    return llama_jax.load("smollm2-135m-instruct", mesh=one_device(), max_seq_len=256)

@@ -26,7 +26,7 @@ VARIANTS = {
     "llama3 scaling": tiny_config(num_kv_heads=4, rope_theta=500000.0, rope_scaling=SCALING),
 }
 LENGTHS = (1, 5, 16, 17, 30)
-MESHES = ("fsdp=2,tensor=4", "tensor=8", "data=8", "data=2,fsdp=2,tensor=2")
+MESHES = ("fsdp=2,tensor=4", "tensor=8", "data=8", "data=2,fsdp=2,tensor=2", "context=8", "fsdp=2,context=2,tensor=2")
 SPLIT = tiny_config(num_kv_heads=2)  # on tensor=8: two kv heads, each with four groups of query heads
 WHOLE = tiny_config(vocab_size=251, embed_dim=63, mlp_dim=97, num_heads=9, num_kv_heads=3)  # nothing divides
 CONFIGS = {"2 kv heads": SPLIT, "nothing divides": WHOLE}
@@ -349,12 +349,11 @@ def test_bad_arguments_of_logits(tokens, message, gqa):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("model=2", "unknown axis 'model'.*data, fsdp, tensor"),
+        ("model=2", "unknown axis 'model'.*data, fsdp, context, tensor"),
         ("tensor", "tensor needs a positive integer"),
         ("tensor=0", "positive integer, got '0'"),
         ("tensor=-2", "positive integer"),
         ("fsdp=2,fsdp=2", "given twice"),
-        ("context=2", "not implemented yet"),
     ],
 )
 def test_bad_meshes(text, message):

@@ -9,11 +9,11 @@ import pytest
 
 from llama_jax import sharding
 from llama_jax.ops import attention
-from llama_jax.ops.attention import IMPLEMENTATIONS, dot_product_attention
+from llama_jax.ops.attention import KERNELS, MASKED, dot_product_attention, tpu
 from tests.builders import tiny_config
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
-FAST = [name for name in IMPLEMENTATIONS if name != "reference"]
+FAST = [name for name in MASKED if name != "reference"]
 H = 16
 SCALE = 0.3
 
@@ -127,7 +127,7 @@ def test_prefill_into_a_larger_cache(implementation, K, G, dtype):
     assert_close(run(implementation, q, k, v, slots_BT), run("reference", q, k, v, slots_BT), dtype)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", MASKED)
 def test_packed_segments_equal_separate_runs(implementation):
     lengths = [5, 1, 10]
     q, k, v = inputs(2, 16, 16)
@@ -151,7 +151,7 @@ def twenty_tokens():
         return args, run("reference", *args[:4]), run("reference", *args)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", MASKED)
 def test_blocks_of_queries_change_nothing(implementation, twenty_tokens, small_blocks):
     """Two blocks of eight and one of four."""
     args, whole, packed = twenty_tokens
@@ -161,7 +161,7 @@ def test_blocks_of_queries_change_nothing(implementation, twenty_tokens, small_b
 
 
 @pytest.mark.parametrize("S", [15, 24, 40])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", MASKED)
 def test_ordered_queries_skip_the_keys_after_their_block(implementation, S, small_blocks):
     """Prompts of 15, 3 and 0 tokens in a bucket of 24, with caches smaller, equal and larger."""
     q, k, v = inputs(3, 24, S)
@@ -176,7 +176,7 @@ def test_ordered_queries_skip_the_keys_after_their_block(implementation, S, smal
 
 
 @pytest.mark.parametrize("T", [1, 4])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", MASKED)
 def test_padding_gives_finite_numbers(implementation, T):
     """A slot past the end sees every key; what comes out is thrown away, but must not poison a sum."""
     q, k, v = inputs(2, T, 20)
@@ -185,7 +185,7 @@ def test_padding_gives_finite_numbers(implementation, T):
 
 
 @pytest.mark.parametrize(("T", "S"), [(1, 300), (16, 100), (20, 20)], ids=["decode", "prefill", "no cache"])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", MASKED)
 def test_on_a_mesh(implementation, T, S):
     """Rows over fsdp, kv heads and groups over tensor: no device needs another's."""
     q, k, v = inputs(4, T, S, K=2, G=2)
@@ -226,7 +226,132 @@ def test_gradients_of_training(implementation):
         assert_close(ours, expected)
 
 
+def packed(T: int, K: int, G: int, head_dim: int):
+    """Two rows of ragged documents, padding at the end of one (segment 0); weights of a loss."""
+    random = np.random.default_rng([T, K, G, head_dim])
+    q = 2 * random.standard_normal((2, T, K, G, head_dim))
+    k, v = random.standard_normal((2, 2, K, T, head_dim))
+    lengths = (1, T // 3, T - T // 3 - 1), (T // 2 + 3, 2, T // 4, T - T // 2 - T // 4 - 5)
+    segments = [np.repeat([1, 2, 3], lengths[0]), np.repeat([1, 2, 3, 0], lengths[1])]
+    arrays = q, k, v, random.standard_normal(q.shape)
+    return [x.astype(np.float32) for x in arrays], np.array(segments, np.int32)
+
+
+ROW_AXES = {
+    5: ("batch", "seq", "kv_heads", "groups", "head_dim"),
+    4: ("batch", "kv_heads", "cache_seq", "head_dim"),
+    2: ("batch", "seq"),
+}
+
+
+def outputs_and_gradients(implementation, mesh, arrays, segments=None):
+    """Of a weighted sum of the outputs."""
+    q, k, v, weights = arrays
+    slots = np.arange(q.shape[1], dtype=np.int32)[None].repeat(len(q), axis=0)
+    rules, config = sharding.ShardingRules(), tiny_config(num_heads=q.shape[2] * q.shape[3], num_kv_heads=q.shape[2])
+    with jax.set_mesh(sharding.make_mesh(config, **sharding.parse_mesh(mesh))):
+        put = [
+            None if x is None else jax.device_put(x, rules.sharding(ROW_AXES[x.ndim], x.shape))
+            for x in (q, k, v, slots, segments, weights)
+        ]
+
+        def loss(q, k, v, slots, segments, weights):
+            out = attend(q, k, v, slots, segments, implementation, True)
+            return (weights * out).sum(), out
+
+        (_, out), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(*put)
+        assert [x.sharding.spec for x in (out, *gradients)] == [put[i].sharding.spec for i in (0, 0, 1, 2)]
+        return [np.asarray(x) for x in (out, *gradients)]
+
+
+@pytest.mark.parametrize("segmented", [True, False], ids=["packed", "causal"])
+@pytest.mark.parametrize(("K", "G"), [(4, 1), (2, 4), (1, 8)], ids=["mha", "gqa 4", "mqa 8"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_kernels(implementation, head_dim, K, G, segmented):
+    """Splash interpreted, and what stands for cuDNN on a CPU; three blocks, the last one padded."""
+    arrays, segments = packed(300, K, G, head_dim)
+    segments = segments if segmented else None
+    expected = outputs_and_gradients("reference", "tensor=1", arrays, segments)
+    for ours, reference in zip(
+        outputs_and_gradients(implementation, "tensor=1", arrays, segments), expected, strict=True
+    ):
+        assert_close(ours, reference)
+
+
+@pytest.mark.parametrize("segmented", [True, False], ids=["packed", "causal"])
+@pytest.mark.parametrize("mesh", ["context=8", "fsdp=2,context=2,tensor=2", "context=2,tensor=4"])
+@pytest.mark.parametrize("implementation", [*MASKED, *KERNELS])
+def test_context_parallelism(implementation, mesh, segmented):
+    """A sequence over devices, documents across their borders; with splash each device computes two chunks."""
+    arrays, segments = packed(256, 2, 2, 64)
+    segments = segments if segmented else None
+    expected = outputs_and_gradients("reference", "tensor=1", arrays, segments)
+    for ours, reference in zip(outputs_and_gradients(implementation, mesh, arrays, segments), expected, strict=True):
+        assert_close(ours, reference)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 3, 8])
+def test_each_query_is_computed_once_and_work_is_even(devices):
+    T = 12
+    rows = [attention.context.rows(i, T, devices) for i in range(devices)]
+    assert sorted(np.concatenate(rows)) == list(range(T * devices))
+    assert len({int(x.sum()) for x in rows}) == 1
+
+
+@pytest.mark.parametrize("by_column", [False, True], ids=["forward", "gradient"])
+@pytest.mark.parametrize("devices", [1, 2, 4])
+def test_the_kernel_computes_what_jax_would(devices, by_column):
+    """Block by block as JAX's own function that looks at every element of the mask."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as infos
+
+    block, S = 4, 64
+    T = S // devices
+    rows = [attention.context.rows(i, T, devices) for i in range(devices)]
+    mask = masks.CausalMask((S, S))
+    mask.q_sequence = np.concatenate(rows)
+    process = infos.process_mask_dkv if by_column else infos.process_mask
+    expected, _ = process(masks.MultiHeadMask([mask]), (block, block), q_seq_shards=devices, shrink_grid=False)
+    for i in range(devices):
+        ours = tpu._mask_info(rows, S, block, i, by_column=by_column)
+        part = slice(i * T // block, (i + 1) * T // block)
+        np.testing.assert_array_equal(ours.block_mask, expected.block_mask[:, part])
+        np.testing.assert_array_equal(ours.data_next, expected.data_next[:, part])
+        np.testing.assert_array_equal(ours.q_sequence, rows[i])
+
+
+@pytest.mark.parametrize(
+    ("platform", "kind", "dtype", "T", "causal", "name"),
+    [
+        ("cpu", "cpu", "float32", 4096, True, "cpu"),
+        ("tpu", "TPU v5p", "bfloat16", 4096, True, "splash"),
+        ("tpu", "TPU v5p", "float32", 4096, True, "xla"),
+        ("tpu", "TPU v5p", "bfloat16", 64, True, "xla"),
+        ("tpu", "TPU v5p", "bfloat16", 1, False, "xla"),
+        ("gpu", "NVIDIA H100 80GB HBM3", "bfloat16", 4096, True, "cudnn"),
+        ("gpu", "NVIDIA A100-SXM4-80GB", "float16", 4096, True, "cudnn"),
+        ("gpu", "NVIDIA H100 80GB HBM3", "float32", 4096, True, "xla"),
+        ("gpu", "Tesla V100-SXM2-16GB", "float16", 4096, True, "xla"),
+        ("gpu", "Tesla T4", "float16", 4096, True, "xla"),
+        ("gpu", "NVIDIA L4", "bfloat16", 4096, True, "cudnn"),
+        ("gpu", "NVIDIA H100 80GB HBM3", "bfloat16", 4096, False, "xla"),
+    ],
+)
+def test_the_platform_chooses(platform, kind, dtype, T, causal, name, monkeypatch):
+    monkeypatch.setattr(attention, "_device", lambda: (platform, kind))
+    q = jax.ShapeDtypeStruct((1, T, 2, 2, 128), dtype)
+    assert attention._choose(None, q, causal=causal) == name
+
+
+def test_a_kernel_that_cannot_compute_this(monkeypatch):
+    monkeypatch.setattr(attention, "_device", lambda: ("gpu", "NVIDIA H100 80GB HBM3"))
+    q = jax.ShapeDtypeStruct((1, 256, 2, 2, 128), "float32")
+    with pytest.raises(ValueError, match="'cudnn' computes in bfloat16 or float16.*not in float32 with 128.*'xla'"):
+        attention._choose("cudnn", q, causal=True)
+
+
 def test_an_unknown_implementation():
     q, k, v = inputs(1, 1, 4)
-    with pytest.raises(ValueError, match="'flash' is unknown; there are reference, xla, cpu"):
+    with pytest.raises(ValueError, match="'flash' is unknown; there are reference, xla, cpu, splash, cudnn"):
         run("flash", q, k, v, np.array([[3]]))

@@ -29,7 +29,7 @@ from llama_jax.weights.bench import peak_memory
 from llama_jax.weights.open import open_checkpoint
 from llama_jax.weights.replace import replacing
 from llama_jax.weights.save import convert
-from tests.builders import LLAMA31, LLAMA32, hf_model, tiny_config, write_hf
+from tests.builders import LLAMA31, LLAMA32, hf_model, one_device, tiny_config, write_hf
 from tests.text.helpers import random_texts
 
 ROOT = Path(__file__).parents[2]
@@ -130,7 +130,7 @@ def test_a_loaded_model_is_saved_as_it_is_on_the_devices(format, tmp_path):
     llama = llama_jax.load(tmp_path / "hf", mesh="fsdp=2,tensor=4", dtype="float32")
     path = tmp_path / ("x.gguf" if format == "gguf" else "out")
     llama_jax.save(llama, path, format=format)
-    again = llama_jax.load(path, mesh="tensor=1", dtype="float32")
+    again = llama_jax.load(path, mesh=one_device(), dtype="float32")
     assert again.config == config
     for a, b in zip(jax.tree.leaves(llama.model), jax.tree.leaves(again.model), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
@@ -185,7 +185,7 @@ def smollm2_hf(tmp_path_factory) -> Path:
 
 
 def test_transformers_loads_the_export_of_smollm2(smollm2_hf):
-    llama = llama_jax.load("smollm2-135m-instruct", mesh="tensor=1", dtype="float32")
+    llama = llama_jax.load("smollm2-135m-instruct", mesh=one_device(), dtype="float32")
     model = transformers.AutoModelForCausalLM.from_pretrained(smollm2_hf, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2_hf)
     texts = [*sample_texts(), *random_texts(100, seed=5)]

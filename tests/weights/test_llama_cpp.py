@@ -12,6 +12,7 @@ import pytest
 import llama_jax
 from llama_jax.weights import hub
 from llama_jax.weights.save import convert
+from tests.builders import one_device
 
 SCRIPT = Path(__file__).with_name("llama_cpp.mjs")
 PACKAGES = ["node-llama-cpp@3", "@node-llama-cpp/linux-x64@3"]
@@ -44,7 +45,7 @@ PROMPTS = [
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{"dtype": "float16"}, {"quantize": "q8_0"}], ids=["F16", "Q8_0"])
 def test_llama_cpp_runs_the_export(options, node_folder, tmp_path):
-    llama = llama_jax.load("smollm2-135m-instruct", mesh="tensor=1", dtype="float32")
+    llama = llama_jax.load("smollm2-135m-instruct", mesh=one_device(), dtype="float32")
     convert("smollm2-135m-instruct", tmp_path / "hf", to="hf")  # through another format, tokenizer and all
     convert(tmp_path / "hf", tmp_path / "x.gguf", to="gguf", **options)
     prompts = [llama.tokenizer.encode(text) for text in [*PROMPTS, SHORT]]
@@ -55,7 +56,7 @@ def test_llama_cpp_runs_the_export(options, node_folder, tmp_path):
     command = ["node", str(SCRIPT), str(tmp_path / "x.gguf"), request]
     done = subprocess.run(command, cwd=node_folder, check=True, capture_output=True, text=True, timeout=300)
     result = json.loads(done.stdout.strip().splitlines()[-1])
-    written = llama_jax.load(tmp_path / "x.gguf", mesh="tensor=1", dtype="float32")
+    written = llama_jax.load(tmp_path / "x.gguf", mesh=one_device(), dtype="float32")
     for ids, top in zip(prompts, result["top"], strict=True):
         expected, exact = probabilities(llama, ids), probabilities(written, ids)
         five = {int(i) for i in np.argsort(-expected)[:5]}

@@ -21,7 +21,7 @@ from llama_jax.infer.generate import logits
 from llama_jax.weights.load import LoadedLlama, read_model
 from llama_jax.weights.open import open_checkpoint
 from llama_jax.weights.source import CheckpointError
-from tests.builders import LLAMA31, LLAMA32, hf_model, tiny_config, write_gguf, write_hf
+from tests.builders import LLAMA31, LLAMA32, hf_model, one_device, tiny_config, write_gguf, write_hf
 
 CONFIG = tiny_config()
 TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (2, 24), np.int32)
@@ -42,7 +42,7 @@ def folder(hf, tmp_path_factory):
 @pytest.fixture(scope="module")
 def single(folder):
     """The model on one device."""
-    return llama_jax.load(folder, mesh="tensor=1", dtype="float32")
+    return llama_jax.load(folder, mesh=one_device(), dtype="float32")
 
 
 def leaves(llama_or_model) -> dict[str, jax.Array]:
@@ -101,16 +101,16 @@ def test_every_parameter_is_read(hf, single):
 def test_sharded_folder(hf, single, tmp_path):
     write_hf(tmp_path, hf, max_shard_size="100KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
-    assert_same(llama_jax.load(tmp_path, mesh="tensor=1", dtype="float32"), single)
+    assert_same(llama_jax.load(tmp_path, mesh=one_device(), dtype="float32"), single)
 
 
 def test_default_dtype_on_cpu(folder, single):
-    assert_same(llama_jax.load(folder, mesh="tensor=1"), single)
+    assert_same(llama_jax.load(folder, mesh=one_device()), single)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_dtype(folder, single, dtype):
-    llama = llama_jax.load(folder, mesh="tensor=1", dtype=dtype)
+    llama = llama_jax.load(folder, mesh=one_device(), dtype=dtype)
     assert llama.model.dtype == dtype
     for name, leaf in leaves(single).items():
         rounded = leaves(llama)[name]
@@ -122,7 +122,7 @@ def test_dtype(folder, single, dtype):
 def test_half_precision_files_load_exactly(tmp_path, dtype):
     hf = hf_model(CONFIG).to(dtype)
     write_hf(tmp_path, hf)
-    llama = llama_jax.load(tmp_path, mesh="tensor=1", dtype="float32")
+    llama = llama_jax.load(tmp_path, mesh=one_device(), dtype="float32")
     stored = hf.model.layers[1].mlp.up_proj.weight.detach().float().numpy()
     np.testing.assert_array_equal(np.asarray(leaves(llama)["blocks.1.mlp.w_up"]), stored.T)
 
@@ -141,9 +141,9 @@ def test_tied_embeddings(tmp_path):
 def test_tensors_of_old_files_that_are_no_parameters(folder, single, tmp_path):
     """RoPE tables, and a copy of tied embeddings."""
     copy(folder, tmp_path, add={"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32)})
-    assert_same(llama_jax.load(tmp_path, mesh="tensor=1", dtype="float32"), single)
+    assert_same(llama_jax.load(tmp_path, mesh=one_device(), dtype="float32"), single)
     copy(folder, tmp_path, changes={"tie_word_embeddings": True})
-    assert "lm_head" not in leaves(llama_jax.load(tmp_path, mesh="tensor=1", dtype="float32"))
+    assert "lm_head" not in leaves(llama_jax.load(tmp_path, mesh=one_device(), dtype="float32"))
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ def test_mesh(folder, single, mesh):
 
 def test_default_mesh_puts_all_devices_on_tensor(folder, single):
     llama = llama_jax.load(folder)
-    assert dict(llama.mesh.shape) == {"data": 1, "fsdp": 1, "tensor_kv": 4, "tensor_q": 2}
+    assert dict(llama.mesh.shape) == {"data": 1, "fsdp": 1, "context": 1, "tensor_kv": 4, "tensor_q": 2}
     assert_same(llama, single)
 
 
@@ -206,7 +206,7 @@ def test_undivided_dimensions_stay_whole_and_loading_says_so(tmp_path, caplog):
     """3 kv heads on two devices: groups are split instead, so that a device's heads are not one run of rows."""
     config = tiny_config(num_heads=6, num_kv_heads=3, embed_dim=66, mlp_dim=161)
     write_hf(tmp_path, config)
-    alone = llama_jax.load(tmp_path, mesh="tensor=1", dtype="float32")
+    alone = llama_jax.load(tmp_path, mesh=one_device(), dtype="float32")
     assert not caplog.records
     llama = llama_jax.load(tmp_path, mesh="fsdp=4,tensor=2", dtype="float32")
     (record,) = caplog.records
@@ -272,7 +272,7 @@ def test_gguf_equals_hf_folder(tmp_path, config, mesh):
     llama = llama_jax.load(path, mesh=mesh, dtype="float32")
     assert llama.config == config
     assert llama.tokenizer is None
-    assert_same(llama, llama_jax.load(tmp_path, mesh="tensor=1", dtype="float32"))
+    assert_same(llama, llama_jax.load(tmp_path, mesh=one_device(), dtype="float32"))
     with torch.no_grad():
         expected = hf(torch.from_numpy(TOKENS).long()).logits.numpy()
     np.testing.assert_allclose(np.asarray(logits(llama, TOKENS)), expected, rtol=0, atol=1e-5)
@@ -290,7 +290,7 @@ def test_quantized_gguf_equals_dequantized_weights(hf, tmp_path, kind, mesh):
                 blocks = gguf.quants.quantize(parameter.numpy(), type_)
                 parameter.copy_(torch.from_numpy(gguf.quants.dequantize(blocks, type_)))
     write_hf(tmp_path, rounded)
-    expected = llama_jax.load(tmp_path, mesh="tensor=1", dtype="float32")
+    expected = llama_jax.load(tmp_path, mesh=one_device(), dtype="float32")
     assert_same(llama_jax.load(path, mesh=mesh, dtype="float32"), expected)
 
 

@@ -1,0 +1,122 @@
+"""Machines that are not there: their compilers run on any Linux host, and refuse what does not fit."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from llama_jax import sharding
+from llama_jax.config import ModelConfig
+from llama_jax.infer import decode
+from llama_jax.infer.decode import DecodeState
+from llama_jax.model import Llama
+from llama_jax.train.losses import cross_entropy
+
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu would ask Google's metadata server
+
+# What XLA knows of an H100 SXM (`GpuTargetConfigProto`).
+H100 = """
+gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth:
+3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84978434048
+shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 } registers_per_core_limit: 65536
+registers_per_block_limit: 65536 } platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
+
+
+def tpu(topology: str) -> list[Any]:
+    """Devices such as "v5e:4x4"; needs the `tpu` extra. One process at a time."""
+    return topologies.get_topology_desc(topology, platform="tpu").devices
+
+
+def h100s() -> list[Any]:
+    """Eight H100 in one machine; needs the `cuda` extra."""
+    return topologies.get_topology_desc("h100", platform="cuda", topology="1x1x8", target_config=H100).devices
+
+
+def compile_for(devices: list[Any], function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """The compiled program; the mesh must be in use."""
+    gpu = devices[0].platform != "tpu"
+    # Autotuning would run candidates on the GPU.
+    return jax.jit(function, **options).lower(*args).compile({"xla_gpu_autotune_level": 0} if gpu else None)
+
+
+def mesh_of(config: ModelConfig, text: str, devices: list[Any]) -> jax.sharding.Mesh:
+    return sharding.make_mesh(config, **sharding.parse_mesh(text), devices=devices)
+
+
+def abstract(rules: sharding.ShardingRules, axes: tuple[str, ...], shape: tuple[int, ...], dtype: Any) -> Any:
+    """An array without data, with the sharding of the rules on the mesh in use."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, rules.spec(axes, shape)))
+
+
+def training(config: ModelConfig, B: int, T: int, **options: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Loss and gradient of packed rows, float32 parameters and bfloat16 computation, and its abstract arguments."""
+    model = Llama(config, dtype="bfloat16", param_dtype="float32", stacked=True, remat="full", rngs=None, **options)
+    ids = abstract(model.rules, ("batch", "seq"), (B, T), jnp.int32)
+
+    def loss(model, tokens_BT, positions_BT, segment_ids_BT, targets_BT, mask_BT):
+        x_BTD, _ = model.hidden(tokens_BT, positions_BT=positions_BT, segment_ids_BT=segment_ids_BT)
+        return cross_entropy(model, x_BTD, targets_BT, mask_BT, z_weight=1e-4).mean
+
+    return jax.value_and_grad(loss), (model, ids, ids, ids, ids, ids)
+
+
+def decoding(config: ModelConfig, B: int, size: int, **options: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """`decode` with its cache donated as argument 1, and its abstract arguments."""
+    model = Llama(config, dtype="bfloat16", param_dtype="bfloat16", rngs=None, **options)
+
+    def rows(dtype):
+        return abstract(model.rules, ("batch",), (B,), dtype)
+
+    state = DecodeState(
+        cache=jax.eval_shape(lambda: model.init_cache(B, size)),
+        token_B=rows(jnp.int32),
+        position_B=rows(jnp.int32),
+        remaining_B=rows(jnp.int32),
+        finish_B=rows(jnp.int32),
+        key_B=rows(_key_dtype()),
+        seen_BV=None,
+    )
+    scalar = jax.ShapeDtypeStruct((), jnp.int32)
+    return decode.decode, (model, state, rows(jnp.bool_), scalar, jax.ShapeDtypeStruct((2,), jnp.int32), {})
+
+
+def prefilling(config: ModelConfig, B: int, T: int, size: int, **options: Any) -> tuple[Callable[..., Any], Any]:
+    """`prefill` of new prompts, and its abstract arguments."""
+    model = Llama(config, dtype="bfloat16", param_dtype="bfloat16", rngs=None, **options)
+    tokens = abstract(model.rules, ("batch", "seq"), (B, T), jnp.int32)
+    row = abstract(model.rules, ("batch",), (B,), jnp.int32)
+    seed, stops = jax.ShapeDtypeStruct((), jnp.uint32), jax.ShapeDtypeStruct((2,), jnp.int32)
+
+    def prefill(model, tokens_BT, start_B, length_B, remaining_B, seed, stop_ids):
+        return decode.prefill(
+            model, tokens_BT, start_B, length_B, remaining_B, seed, stop_ids, {}, None, None, size=size, span=T
+        )
+
+    return prefill, (model, tokens, row, row, row, seed, stops)
+
+
+def _key_dtype() -> Any:
+    return jax.eval_shape(lambda: jax.random.key(0)).dtype
+
+
+def arrays(text: str) -> set[tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of every array in a compiled program."""
+    found = re.findall(r"\b([a-z]+[0-9]*)\[([0-9,]+)\]", text)
+    return {(dtype, tuple(map(int, shape.split(",")))) for dtype, shape in found if dtype in BYTES}
+
+
+def megabytes(dtype: str, shape: tuple[int, ...]) -> float:
+    return math.prod(shape) * BYTES[dtype] / 1e6

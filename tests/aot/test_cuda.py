@@ -1,0 +1,64 @@
+"""Programs compiled by the real CUDA compiler for 8 H100: python -m pytest -m cuda_compiler (the `cuda` extra)."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from llama_jax.ops.attention import dot_product_attention
+from llama_jax.presets import PRESETS
+from llama_jax.sharding import ShardingRules
+from tests.aot import machines
+
+pytestmark = pytest.mark.cuda_compiler
+
+EIGHT = PRESETS["llama3.1-8b"]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["causal", "packed"])
+@pytest.mark.parametrize(("K", "G"), [(8, 1), (2, 4), (1, 8)], ids=["mha", "gqa 4", "mqa 8"])
+@pytest.mark.parametrize("H", [64, 128])
+def test_cudnn_attention_and_its_gradient(H, K, G, packed):
+    devices, rules = machines.h100s(), ShardingRules()
+    with jax.set_mesh(machines.mesh_of(EIGHT, "fsdp=8", devices)):
+        args = [
+            machines.abstract(rules, axes, shape, dtype)
+            for axes, shape, dtype in (
+                (("batch", "seq", "kv_heads", "groups", "head_dim"), (8, 2048, K, G, H), jnp.bfloat16),
+                (("batch", "kv_heads", "cache_seq", "head_dim"), (8, K, 2048, H), jnp.bfloat16),
+                (("batch", "kv_heads", "cache_seq", "head_dim"), (8, K, 2048, H), jnp.bfloat16),
+                (("batch", "seq"), (8, 2048), jnp.int32),
+                (("batch", "seq"), (8, 2048), jnp.int32),
+            )
+        ]
+
+        def loss(q, k, v, slots_BT, segments_BT):
+            out = dot_product_attention(
+                q, k, v, slots_BT=slots_BT, segment_ids_BT=segments_BT if packed else None, ordered=True,
+                scale=H**-0.5,
+            )  # fmt: skip
+            return out.astype(jnp.float32).sum()
+
+        text = machines.compile_for(devices, jax.grad(loss, argnums=(0, 1, 2)), *args).as_text()
+    assert "__cudnn$fmha" in text
+    assert "__cudnn$fmhaSoftmaxBackward" in text or "__cudnn$fmhaScaleBiasSoftmaxBackward" in text
+    # Of packed rows the mask, which all heads share; never scores, which each head has.
+    squares = [shape for _, shape in machines.arrays(text) if shape.count(2048) > 1]
+    assert not [shape for shape in squares if not packed or math.prod(shape) > 2048**2]
+
+
+@pytest.mark.parametrize("mesh", ["fsdp=8", "fsdp=4,context=2"])
+def test_training_at_8192_has_no_scores_and_no_whole_logits(mesh):
+    devices, T, V = machines.h100s(), 8192, EIGHT.vocab_size
+    with jax.set_mesh(machines.mesh_of(EIGHT, mesh, devices)):
+        program, args = machines.training(EIGHT, 8, T)
+        compiled = machines.compile_for(devices, program, *args)
+    found = machines.arrays(compiled.as_text())
+    assert not [shape for _, shape in found if shape.count(T) > 1 and math.prod(shape) > T**2]  # the mask has T * T
+    assert not [shape for dtype, shape in found if dtype == "f32" and V in shape and T in shape]
+    memory = compiled.memory_analysis()
+    print(f"8B, 8 rows of {T} on 8 H100, {mesh}: temporaries {memory.temp_size_in_bytes / 1e9:.2f} GB a GPU")
+    assert memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes < 80e9

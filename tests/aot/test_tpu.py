@@ -1,0 +1,99 @@
+"""Programs compiled by the real TPU compiler: python -m pytest -m tpu_compiler (needs the `tpu` extra; 7 minutes)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from llama_jax import kv_cache
+from llama_jax.ops.attention import dot_product_attention
+from llama_jax.presets import PRESETS
+from llama_jax.sharding import ShardingRules
+from tests.aot import machines
+
+pytestmark = pytest.mark.tpu_compiler
+
+EIGHT, SEVENTY = PRESETS["llama3.1-8b"], PRESETS["llama3.1-70b"]
+
+
+@pytest.mark.parametrize(("K", "G"), [(8, 1), (2, 4), (1, 8)], ids=["mha", "gqa 4", "mqa 8"])
+@pytest.mark.parametrize("H", [64, 128])
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_splash_attention_and_its_gradient(topology, H, K, G):
+    """Packed rows of 2048 tokens over fsdp=2,context=2; the scores of a head would be 8 MB."""
+    devices, rules = machines.tpu(topology), ShardingRules()
+    with jax.set_mesh(machines.mesh_of(EIGHT, "fsdp=2,context=2", devices)):
+        args = [
+            machines.abstract(rules, axes, shape, dtype)
+            for axes, shape, dtype in (
+                (("batch", "seq", "kv_heads", "groups", "head_dim"), (2, 2048, K, G, H), jnp.bfloat16),
+                (("batch", "kv_heads", "cache_seq", "head_dim"), (2, K, 2048, H), jnp.bfloat16),
+                (("batch", "kv_heads", "cache_seq", "head_dim"), (2, K, 2048, H), jnp.bfloat16),
+                (("batch", "seq"), (2, 2048), jnp.int32),
+                (("batch", "seq"), (2, 2048), jnp.int32),
+            )
+        ]
+
+        def loss(q, k, v, slots_BT, segments_BT):
+            out = dot_product_attention(
+                q, k, v, slots_BT=slots_BT, segment_ids_BT=segments_BT, ordered=True, scale=H**-0.5
+            )
+            return out.astype(jnp.float32).sum()
+
+        text = machines.compile_for(devices, jax.grad(loss, argnums=(0, 1, 2)), *args).as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') >= 3  # forward, gradient of q, gradient of k and v
+    assert not [shape for _, shape in machines.arrays(text) if shape[-2:] in ((1024, 2048), (2048, 1024))]
+
+
+def test_training_at_8192_has_no_scores_and_no_whole_logits():
+    devices, T, V = machines.tpu("v5e:4x4"), 8192, EIGHT.vocab_size
+    with jax.set_mesh(machines.mesh_of(EIGHT, "fsdp=16", devices)):
+        program, args = machines.training(EIGHT, 16, T)
+        compiled = machines.compile_for(devices, program, *args)
+    found = machines.arrays(compiled.as_text())
+    assert not [shape for _, shape in found if shape.count(T) > 1]
+    assert not [shape for dtype, shape in found if dtype == "f32" and V in shape and T in shape]
+    memory = compiled.memory_analysis()
+    print(f"8B, 16 rows of {T} on v5e 4x4: temporaries {memory.temp_size_in_bytes / 1e9:.2f} GB a chip")
+
+
+def test_training_at_131072_fits_on_v5p_128():
+    devices = machines.tpu("v5p:4x4x4")
+    with jax.set_mesh(machines.mesh_of(EIGHT, "fsdp=8,context=8", devices)):
+        program, args = machines.training(EIGHT, 8, 131072)
+        memory = machines.compile_for(devices, program, *args).memory_analysis()
+    total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    print(f"8B, 8 rows of 131072 on v5p-128: {total / 1e9:.2f} GB a chip")
+    assert total < 95e9  # compiling fails above that, too
+
+
+def test_a_prompt_of_131072_over_context():
+    devices = machines.tpu("v5p:2x2x2")
+    with jax.set_mesh(machines.mesh_of(EIGHT, "context=8", devices)):
+        program, args = machines.prefilling(EIGHT, 1, 131072, 131072)
+        memory = machines.compile_for(devices, program, *args).memory_analysis()
+    cache = 2 * EIGHT.num_layers * 131072 * EIGHT.num_kv_heads * EIGHT.head_dim * 2
+    print(f"8B, prompt of 131072, context=8: temporaries {memory.temp_size_in_bytes / 1e9:.2f} GB a chip")
+    assert memory.output_size_in_bytes == pytest.approx(cache / 8, rel=0.01)
+
+
+@pytest.mark.parametrize("what", ["decode", "prefill"])
+def test_70b_on_sixteen_chips(what):
+    """Eight kv heads, tensor=16."""
+    devices = machines.tpu("v5e:4x4")
+    mesh = machines.mesh_of(SEVENTY, "tensor=16", devices)
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "context": 1, "tensor_kv": 8, "tensor_q": 2}
+    with jax.set_mesh(mesh):
+        if what == "decode":
+            program, args = machines.decoding(SEVENTY, 8, 4096)
+            memory = machines.compile_for(devices, program, *args, donate_argnums=1).memory_analysis()
+        else:
+            program, args = machines.prefilling(SEVENTY, 8, 1024, 4096)
+            memory = machines.compile_for(devices, program, *args).memory_analysis()
+    weights = 2 * SEVENTY.param_count() / 16
+    print(f"70B {what}: arguments {memory.argument_size_in_bytes / 1e9:.2f} GB, of which weights {weights / 1e9:.2f}")
+    print(f"temporaries {memory.temp_size_in_bytes / 1e9:.2f} GB a chip")
+    # The cache is split over the 8 kv heads, and the two devices that share one hold the same.
+    cache = kv_cache.num_bytes(SEVENTY, batch=8, size=4096, dtype="bfloat16") / 8 if what == "decode" else 0
+    assert memory.argument_size_in_bytes == pytest.approx(weights + cache, rel=0.03)
