@@ -69,6 +69,8 @@ def write(
     put = _put_first if ordered else _put_one if slots_BT.shape[1] == 1 else _put_many
     if jax.typeof(layer.k).sharding.spec[2] is not None:
         put = functools.partial(_put_split, put)
+    elif jax.typeof(slots_BT).sharding.spec[1] is not None:  # a cache that does not divide
+        k_BTKH, v_BTKH, slots_BT = (_whole(x, 1) for x in (k_BTKH, v_BTKH, slots_BT))
     return LayerCache(put(layer.k, k_BTKH, slots_BT), put(layer.v, v_BTKH, slots_BT))
 
 
@@ -138,14 +140,21 @@ def num_slots(cache: KVCache) -> int:
     return (cache.k if isinstance(cache, LayerCache) else cache[0].k).shape[-2]
 
 
-def grow(cache: KVCache, size: int) -> KVCache:
-    """A copy with `size` slots, the first ones as they were."""
+def grow(cache: KVCache, rules: ShardingRules, size: int) -> KVCache:
+    """A copy with `size` slots, the first ones as they were; it may divide where the smaller one did not."""
 
     def pad(x):
         extra = [(0, 0)] * x.ndim
         extra[-2] = (0, size - x.shape[-2])
-        spec = jax.typeof(x).sharding.spec
-        whole = jax.P(*spec[:-2], None, spec[-1])
-        return jax.reshard(jnp.pad(jax.reshard(x, whole), extra), spec)
+        larger = jnp.pad(_whole(x, x.ndim - 2), extra)
+        layers = (None,) * (x.ndim - len(AXES))
+        return jax.reshard(larger, jax.P(*layers, *rules.spec(AXES, larger.shape[-len(AXES) :])))
 
     return jax.tree.map(pad, cache)
+
+
+def _whole(x: jax.Array, axis: int) -> jax.Array:
+    """`x`, not split along `axis`."""
+    spec = list(jax.typeof(x).sharding.spec)
+    spec[axis] = None
+    return jax.reshard(x, jax.P(*spec))

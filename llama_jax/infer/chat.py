@@ -146,7 +146,7 @@ class Conversation:
             while start < min(len(ids) - 1, len(self._cached)) and ids[start] == self._cached[start]:
                 start += 1
             if size > kv_cache.num_slots(self._cache):
-                self._cache = kv_cache.grow(self._cache, size)
+                self._cache = kv_cache.grow(self._cache, self._llama.model.rules, size)
         cache, self._cache, self._cached = self._cache, None, []  # donated: not ours until the run gives it back
         return Run(
             self._llama, [ids[start:]], max_new_tokens=self._max_new_tokens, sampling=self._sampling,

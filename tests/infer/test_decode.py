@@ -285,20 +285,43 @@ def check_write(mesh: str, slots_BT: np.ndarray) -> None:
 @pytest.mark.parametrize("stacked", [False, True], ids=["list", "stacked"])
 def test_grow_keeps_what_the_cache_holds(stacked):
     config, rules = tiny_config(), sharding.ShardingRules()
-    with jax.set_mesh(sharding.make_mesh(config, fsdp=2, tensor=4)):
+    with jax.set_mesh(sharding.make_mesh(config, fsdp=2, context=2, tensor=2)):
         cache = kv_cache.init(config, rules, batch=2, size=6, dtype="float32", stacked=stacked)
         leaves, treedef = jax.tree.flatten(cache)
         leaves = [x + 1 + i for i, x in enumerate(leaves)]
-        grown = kv_cache.grow(jax.tree.unflatten(treedef, leaves), 10)
+        grown = kv_cache.grow(jax.tree.unflatten(treedef, leaves), rules, 10)
         fresh = kv_cache.init(config, rules, batch=2, size=10, dtype="float32", stacked=stacked)
     assert kv_cache.num_slots(grown) == 10
     for old, new, like in zip(leaves, jax.tree.leaves(grown), jax.tree.leaves(fresh), strict=True):
         assert new.shape == like.shape
         assert new.sharding == like.sharding
-        np.testing.assert_array_equal(new[..., :6, :], old)
-        np.testing.assert_array_equal(new[..., 6:, :], 0)
+        np.testing.assert_array_equal(np.asarray(new)[..., :6, :], old)
+        np.testing.assert_array_equal(np.asarray(new)[..., 6:, :], 0)
     nbytes = sum(x.nbytes for x in jax.tree.leaves(fresh))
     assert kv_cache.num_bytes(config, batch=2, size=10, dtype="float32") == nbytes
+
+
+def two_turns(mesh: str, size: int, larger: int | None, *, stacked: bool = False) -> list[int]:
+    """Tokens of a prompt, and of another one after them in the same cache, which may have grown."""
+    llama, tokens = random_llama(SPLIT, mesh=mesh, stacked=stacked), []
+    options = {"sampling": Sampling(), "stop_ids": ()}
+    with jax.set_mesh(llama.mesh):
+        run = Run(llama, [random_ids(21)], max_new_tokens=6, size=size, **options)
+        for (new,), _ in run:
+            tokens += new
+        cache = run.state.cache if larger is None else kv_cache.grow(run.state.cache, llama.model.rules, larger)
+        for (new,), _ in Run(llama, [random_ids(19)], max_new_tokens=8, cache=cache, start=26, **options):
+            tokens += new
+    return tokens
+
+
+@pytest.mark.parametrize(
+    ("size", "larger", "stacked"),
+    [(64, None, False), (64, None, True), (64, 128, False), (60, None, False), (60, 68, True), (60, 64, False)],
+)
+def test_a_cache_that_lies_on_many_devices(size, larger, stacked):
+    """Over its length, where that divides by eight; tokens and slots are not split alike."""
+    assert two_turns("context=8", size, larger, stacked=stacked) == two_turns("tensor=1", size, larger)
 
 
 BAD = {

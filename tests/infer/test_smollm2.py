@@ -12,6 +12,7 @@ import torch
 import transformers
 
 import llama_jax
+from llama_jax import sharding
 from tests.builders import hf_config
 from tests.material import smollm2_gguf
 
@@ -46,7 +47,8 @@ def test_prompt_probability_and_greedy_text(smollm2):
 @pytest.mark.parametrize(("mesh", "count"), [("tensor=2", 24), ("fsdp=4,tensor=2", 6)])
 def test_a_mesh_that_does_not_divide_its_heads(mesh, count, smollm2):
     """Three kv heads, nine query heads."""
-    llama = llama_jax.load("smollm2-135m-instruct", mesh=mesh, max_seq_len=32)
+    devices = sharding.make_mesh(smollm2.config, **sharding.parse_mesh(mesh))
+    llama = llama_jax.load("smollm2-135m-instruct", mesh=devices, max_seq_len=32)
     (ours,) = llama_jax.generate(llama, [PROMPT], max_new_tokens=count, logprobs=True)
     (expected,) = llama_jax.generate(smollm2, [PROMPT], max_new_tokens=24, logprobs=True)
     assert ours.tokens == GREEDY[:count]
