@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import logging
 import os
 import signal
 import sys
@@ -31,11 +32,43 @@ class ModelArgs:
     """Slots of the key/value cache; default: what the call needs, up to the model's context."""
 
     def load(self, *, chat_format: str | None = None) -> LoadedLlama:
-        """Loads the model."""
+        """Loads the model; of several processes, the first one's options count."""
         import_jax()
+        from llama_jax.distributed import broadcast
         from llama_jax.weights.load import load
 
-        return load(self.model, mesh=self.mesh, dtype=self.dtype, max_seq_len=self.max_seq_len, chat_format=chat_format)
+        options = broadcast(dataclasses.asdict(self))
+        return load(options.pop("model"), **options, chat_format=chat_format)
+
+
+@dataclasses.dataclass
+class ProcessArgs:
+    """Several processes, such as one on each machine: nothing to pass on Cloud TPU, GKE, SLURM and Open MPI."""
+
+    coordinator: str | None = None
+    """HOST:PORT of process 0, the same for all; a port that is free there and open to the others."""
+    num_processes: int | None = None
+    """How many processes there are; 1 runs this one alone, whatever the launcher says."""
+    process_id: int | None = None
+    """Which of them this is, from 0; process 0 reads the input and prints."""
+
+    def start(self) -> None:
+        """Joins the other processes, if there are any; from then on only process 0 prints results and warnings."""
+        import_jax()
+        from llama_jax import distributed
+
+        distributed.initialize(
+            coordinator=self.coordinator, num_processes=self.num_processes, process_id=self.process_id
+        )
+        if distributed.process_count() == 1:
+            return
+        # The results keep what was standard output. Gloo, which writes a line for each device there, gets nothing.
+        results = os.dup(1) if distributed.is_main() else os.open(os.devnull, os.O_WRONLY)
+        sys.stdout.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.stdout = open(results, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)  # noqa: SIM115
+        if not distributed.is_main():
+            logging.getLogger("llama_jax").setLevel(logging.ERROR)
 
 
 @dataclasses.dataclass
@@ -56,10 +89,12 @@ class SamplingArgs:
     """Of the random numbers."""
 
     def options(self) -> dict[str, Any]:
-        """Keyword arguments of `generate` and `Conversation`, checked before anything is loaded."""
-        options = dataclasses.asdict(self)
+        """Keyword arguments of `generate` and `Conversation`, checked before anything is loaded; process 0's count."""
         import_jax()
+        from llama_jax.distributed import broadcast
         from llama_jax.infer.sampling import Sampling
+
+        options = broadcast(dataclasses.asdict(self))
 
         Sampling(**options)
         return options
@@ -67,7 +102,10 @@ class SamplingArgs:
 
 @contextlib.contextmanager
 def fail_clearly(*, code: int = 1) -> Iterator[None]:
-    """Turns expected errors into one line on stderr and exit code `code`, and Ctrl-C into 130."""
+    """Turns expected errors into one line on stderr and exit code `code`, and Ctrl-C into 130.
+
+    With several processes, each of these ends them all, and the line names the process.
+    """
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character gets its escape
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -77,15 +115,24 @@ def fail_clearly(*, code: int = 1) -> Iterator[None]:
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError):  # the reader left, as in `... | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _end_all("nobody reads its output any more", 141)
             sys.exit(141)
         if os.environ.get("LLAMA_JAX_TRACEBACK"):
             raise
+        _end_all(error, code)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(code)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
         sys.stdout.flush()
+        _end_all("interrupted", 130)
+        print("interrupted", file=sys.stderr)
         os._exit(130)  # what XLA still computes would end an orderly exit in a segmentation fault
+
+
+def _end_all(error: Exception | str, code: int) -> None:
+    """Where there are several processes, ends them all, this one with `code`."""
+    if distributed := sys.modules.get("llama_jax.distributed"):  # else nobody has started any
+        distributed.fail(error, code=code)
 
 
 def import_jax() -> None:
@@ -116,7 +163,9 @@ def token_progress(most: int) -> Iterator[Callable[[int], None]]:
     Yields:
       A function to call with the number of tokens just done.
     """
-    if not sys.stderr.isatty():
+    from llama_jax.distributed import is_main
+
+    if not (sys.stderr.isatty() and is_main()):
         yield lambda done: None
         return
     from rich.console import Console

@@ -4,6 +4,8 @@
     python scripts/chat.py                     # a conversation; /reset starts over, /quit or Ctrl-D ends it
 
 On several devices each weight is split over all of them; --mesh fsdp=2,tensor=4 splits another way.
+Several processes (the same command on each machine; on Cloud TPU, GKE, SLURM and Open MPI without more options) answer
+together: process 0 reads and prints.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Annotated
 
 import tyro
 
-from llama_jax.cli import ModelArgs, SamplingArgs, fail_clearly
+from llama_jax.cli import ModelArgs, ProcessArgs, SamplingArgs, fail_clearly
 
 
 @dataclasses.dataclass
@@ -31,26 +33,34 @@ class Args:
     """llama2, llama3, codellama70b or template; default: the checkpoint's own."""
     model: tyro.conf.OmitArgPrefixes[ModelArgs] = dataclasses.field(default_factory=ModelArgs)
     sampling: tyro.conf.OmitArgPrefixes[SamplingArgs] = dataclasses.field(default_factory=SamplingArgs)
+    processes: tyro.conf.OmitArgPrefixes[ProcessArgs] = dataclasses.field(default_factory=ProcessArgs)
 
 
 def main(args: Args) -> None:
+    args.processes.start()
     sampling = args.sampling.options()
-    llama = args.model.load(chat_format=args.chat_format)
     from llama_jax import Conversation
+    from llama_jax.distributed import broadcast, is_main, process_count
+
+    question, system, max_new_tokens, chat_format = broadcast(
+        (args.question, args.system, args.max_new_tokens, args.chat_format)
+    )
+    llama = args.model.load(chat_format=chat_format)
 
     def conversation() -> Conversation:
-        system = [{"role": "system", "content": args.system}] if args.system else []
-        return Conversation(llama, system, max_new_tokens=args.max_new_tokens, **sampling)
+        messages = [{"role": "system", "content": system}] if system else []
+        return Conversation(llama, messages, max_new_tokens=max_new_tokens, **sampling)
 
-    if args.question is not None:
-        show(conversation().ask(args.question))
+    if question is not None:
+        show(conversation().ask(question))
         return
     talk = conversation()
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # bytes that are no text become U+FFFD
-    if sys.stdin.isatty():
-        print("Ask something. /reset starts over, /quit or Ctrl-D ends, Ctrl-C stops an answer.", file=sys.stderr)
-    while (line := read()) is not None:
+    if sys.stdin.isatty() and is_main():
+        stop = "stops an answer" if process_count() == 1 else "ends all processes"
+        print(f"Ask something. /reset starts over, /quit or Ctrl-D ends, Ctrl-C {stop}.", file=sys.stderr)
+    while (line := broadcast(read() if is_main() else None)) is not None:
         if line == "/quit":
             break
         if line == "/reset":
@@ -59,8 +69,11 @@ def main(args: Args) -> None:
             try:
                 show(talk.ask(line))
             except ValueError as error:
-                print(f"{error}\n(/reset starts a new conversation)", file=sys.stderr)
+                if is_main():
+                    print(f"{error}\n(/reset starts a new conversation)", file=sys.stderr)
             except KeyboardInterrupt:
+                if process_count() > 1:  # the others cannot stop at the same token
+                    raise
                 print(" [stopped]", file=sys.stderr)
 
 

@@ -3,6 +3,10 @@
     python scripts/generate.py --prompt "The capital of France is" --prompt "def fibonacci(n):" --max-new-tokens 32
     python scripts/generate.py --prompts-file prompts.txt --json > completions.jsonl
 
+    python scripts/generate.py --prompt "Once" --coordinator 10.0.0.2:8482 --num-processes 2 --process-id 0    # and 1
+
+Several processes (the same command on each machine; on Cloud TPU, GKE, SLURM and Open MPI without the three options)
+compute together what one would: process 0 reads the prompts and prints.
 --json prints one object per prompt and line: prompt, text, tokens, finish_reason (and logprobs with --logprobs).
 """
 
@@ -16,7 +20,7 @@ from pathlib import Path
 
 import tyro
 
-from llama_jax.cli import ModelArgs, SamplingArgs, fail_clearly, token_progress
+from llama_jax.cli import ModelArgs, ProcessArgs, SamplingArgs, fail_clearly, token_progress
 
 
 @dataclasses.dataclass
@@ -35,6 +39,7 @@ class Args:
     """Print one JSON object per prompt."""
     model: tyro.conf.OmitArgPrefixes[ModelArgs] = dataclasses.field(default_factory=ModelArgs)
     sampling: tyro.conf.OmitArgPrefixes[SamplingArgs] = dataclasses.field(default_factory=SamplingArgs)
+    processes: tyro.conf.OmitArgPrefixes[ProcessArgs] = dataclasses.field(default_factory=ProcessArgs)
 
 
 def read_prompts(args: Args) -> list[str]:
@@ -61,14 +66,18 @@ def read_object(where: str, line: str) -> str:
 
 
 def main(args: Args) -> None:
-    prompts = read_prompts(args)
+    args.processes.start()
+    from llama_jax import generate
+    from llama_jax.distributed import broadcast, is_main
+
+    prompts = broadcast(read_prompts(args) if is_main() else None)
+    max_new_tokens, stop = broadcast((args.max_new_tokens, args.stop))
     sampling = args.sampling.options()
     llama = args.model.load()
-    from llama_jax import generate
 
-    with token_progress(len(prompts) * args.max_new_tokens) as advance:
+    with token_progress(len(prompts) * max_new_tokens) as advance:
         completions = generate(
-            llama, prompts, max_new_tokens=args.max_new_tokens, stop=args.stop, logprobs=args.logprobs,
+            llama, prompts, max_new_tokens=max_new_tokens, stop=stop, logprobs=args.logprobs,
             on_tokens=advance, **sampling,
         )  # fmt: skip
     for prompt, completion in zip(prompts, completions, strict=True):

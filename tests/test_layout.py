@@ -24,7 +24,7 @@ LEVELS = {
     "model": 2,
     "infer": 3, "train": 3, "weights": 3, "data": 3, "checkpoint": 3,
     "infer.engine": 4, "infer.server": 4, "train.loop": 4, "evaluate": 4, "plan": 4,
-    "cli": 5, "": 5,
+    "cli": 5, "doctor": 5, "": 5,
 }  # fmt: skip
 # Same level, and still not allowed: importer -> imported.
 NEVER = {

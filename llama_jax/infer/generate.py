@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from llama_jax import distributed
 from llama_jax.infer.decode import CHUNK, FINISH_REASONS, NO_TOKEN, RUNNING, DecodeState, programs_of
 from llama_jax.infer.sampling import Sampling
 from llama_jax.kv_cache import KVCache, num_slots
@@ -126,7 +127,7 @@ def logits(llama: LoadedLlama, tokens: Any) -> jax.Array:
     with jax.set_mesh(llama.mesh):
         padded_BT = np.zeros((pad_batch(B), tokens_BT.shape[1]), np.int32)
         padded_BT[:B] = tokens_BT
-        on_device = jax.device_put(padded_BT, llama.model.rules.sharding(("batch", "seq"), padded_BT.shape))
+        on_device = distributed.put(padded_BT, llama.model.rules.sharding(("batch", "seq"), padded_BT.shape))
         logits_BTV = programs_of(llama).forward(on_device)
         if len(padded_BT) == B:
             return logits_BTV
@@ -252,6 +253,7 @@ class Run:
                 + (" or raise max_seq_len" if self.size < llama.config.max_seq_len else "")
             )
         self.state: DecodeState | None = None
+        self._finish_B = np.zeros(len(ids), np.int32)
         self.emitted: list[int] = []
 
     def halt(self, row: int) -> None:
@@ -260,22 +262,21 @@ class Run:
 
     def finish_reasons(self) -> list[str]:
         """Why each row ended; after the last chunk."""
-        assert self.state is not None
-        return [FINISH_REASONS.get(int(code), "stop") for code in np.asarray(self.state.finish_B)[: len(self._ids)]]
+        return [FINISH_REASONS.get(int(code), "stop") for code in self._finish_B[: len(self._ids)]]
 
     def __iter__(self) -> Iterator[tuple[list[list[int]], list[list[float]]]]:
         values = self._sampling.values()
-        state, token_B, logprob_B = self._prefill(values)
-        self.state = state
+        self.state, token_B, logprob_B, finish_B = self._prefill(values)
+        self._finish_B = np.asarray(finish_B)
         yield self._rows(np.asarray(token_B)[:, None], np.asarray(logprob_B)[:, None])
         steps, rest = self._first_chunk, self._max_new - 1
-        while rest > 0 and (~self._halt & (np.asarray(state.finish_B) == RUNNING)).any():
+        while rest > 0 and (~self._halt & (self._finish_B == RUNNING)).any():
             steps = min(steps, CHUNK, rest)
-            self.state = None
-            state, tokens_BC, logprobs_BC = self._programs.decode(
+            state, self.state = self.state, None
+            self.state, tokens_BC, logprobs_BC, finish_B = self._programs.decode(
                 state, self._on_rows(self._halt), steps, self._stop_ids, values
             )
-            self.state = state
+            self._finish_B = np.asarray(finish_B)
             yield self._rows(np.asarray(tokens_BC), np.asarray(logprobs_BC))
             rest -= steps
             steps *= 2
@@ -291,22 +292,21 @@ class Run:
             for i, row in enumerate(self._ids):
                 seen[i, [*self._history, *row]] = True
         return self._programs.prefill(
-            self._on_rows(tokens_BT),
+            self._on_rows(tokens_BT, "seq"),
             self._on_rows(np.full(rows, self._start, np.int32)),
             self._on_rows(length_B),
             self._on_rows(np.full(rows, self._max_new, np.int32)),
             np.uint32(self._sampling.seed),
             self._stop_ids,
             values,
-            None if seen is None else self._on_rows(seen),
+            None if seen is None else self._on_rows(seen, "sampled"),
             self._cache,
             size=self.size,
             span=min(self.size, bucket(self._start + max(map(len, self._ids)))),
         )
 
-    def _on_rows(self, x: np.ndarray) -> jax.Array:
-        axes = ("batch", *("seq",) * (x.ndim - 1))
-        return jax.device_put(x, self._llama.model.rules.sharding(axes, x.shape))
+    def _on_rows(self, x: np.ndarray, *axes: str) -> jax.Array:
+        return distributed.put(x, self._llama.model.rules.sharding(("batch", *axes), x.shape))
 
     def _rows(self, tokens_BC: np.ndarray, logprobs_BC: np.ndarray):
         live = range(len(self._ids))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from llama_jax.text.chat import ChatFormat
     from llama_jax.text.tokenizer import Tokenizer
     from llama_jax.weights.open import Checkpoint
+    from llama_jax.weights.source import Index, Tensor
 
 log = logging.getLogger("llama_jax")
 
@@ -140,10 +142,11 @@ def read_model(
       dtype: of parameters and computation; None keeps each parameter as it is stored.
       stacked: the layout of blocks, see `model.Llama`.
       attention: name of the attention implementation.
-      advance: called with the number of bytes just read; None shows progress on a terminal.
+      advance: called with the number of bytes that this process has just read; None shows progress on process 0.
     """
     import jax
 
+    from llama_jax.distributed import is_main
     from llama_jax.model import Llama
     from llama_jax.sharding import ShardingRules
     from llama_jax.weights.progress import progress
@@ -164,12 +167,16 @@ def read_model(
     if whole:
         log.warning("not split over the mesh, because %s", "; ".join(whole))
     paths, treedef = jax.tree_util.tree_flatten_with_path(abstract)
-    total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
-    arrays = []
-    with contextlib.nullcontext(advance) if advance else progress("Loading", total) as done:
-        for path, leaf in paths:
-            sharding = jax.NamedSharding(mesh, leaf.sharding.spec)
-            arrays.append(_read_parameter(checkpoint, parameter_name(path), leaf.shape, sharding, dtype, done))
+    parameters = [
+        _Parameter(checkpoint, parameter_name(path), leaf.shape, jax.NamedSharding(mesh, leaf.sharding.spec))
+        for path, leaf in paths
+    ]
+    if advance or not is_main():
+        shown = contextlib.nullcontext(advance or (lambda done: None))
+    else:
+        shown = progress("Loading", sum(parameter.bytes_to_read() for parameter in parameters))
+    with shown as done:
+        arrays = [parameter.read(dtype, done) for parameter in parameters]
     return jax.tree_util.tree_unflatten(treedef, arrays)
 
 
@@ -180,44 +187,71 @@ def parameter_name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 
 
-def _read_parameter(
-    checkpoint: Checkpoint, name: str, shape: tuple[int, ...], sharding: Any, dtype: str | None, advance: Any
-) -> jax.Array:
-    import jax
-    import numpy as np
+class _Parameter:
+    """One parameter of the model: where it is stored, and which parts of it the devices of this process hold."""
 
-    from llama_jax.weights import names
-    from llama_jax.weights.open import DTYPES
-    from llama_jax.weights.source import cast, common_dtype
+    def __init__(self, checkpoint: Checkpoint, name: str, shape: tuple[int, ...], sharding: Any):
+        from llama_jax.weights import names
 
-    row, layer = names.row_of(name)
-    config = checkpoint.config
-    stacked = "{}" in row.ours and layer is None
-    layers = range(config.num_layers) if stacked else [layer]
-    target = DTYPES[dtype] if dtype else common_dtype(checkpoint.dtype_of(row, i) for i in layers)
+        self._checkpoint, self._shape, self._sharding = checkpoint, shape, sharding
+        self._row, layer = names.row_of(name)
+        self._stacked = "{}" in self._row.ours and layer is None
+        self._layers = range(checkpoint.config.num_layers) if self._stacked else [layer]
 
-    def one(layer: int | None, index: tuple[slice, ...]) -> np.ndarray:
-        tensor = checkpoint.tensor(row, layer)
-        advance(tensor.nbytes if not seen else 0)
-        return cast(names.read(tensor, row, config, checkpoint.format, index), target, tensor.name)
+    def bytes_to_read(self) -> int:
+        """Bytes of the file that this process reads: each part once, however many of its devices hold it."""
+        indices = self._sharding.addressable_devices_indices_map(self._shape).values()
+        parts = {_key(index): index for index in indices}.values()
+        return sum(self._nbytes(tensor, within) for index in parts for tensor, within in self._tensors(index))
 
-    seen: dict[tuple, np.ndarray] = {}  # devices that hold the same part share one read
+    def read(self, dtype: str | None, advance: Callable[[int], None]) -> jax.Array:
+        """Reads those parts, straight to the devices."""
+        import jax
+        import numpy as np
 
-    def part(index: Any) -> np.ndarray:
-        key = tuple((s.start, s.stop) for s in index)
-        if key not in seen:
-            if stacked:
-                chosen = layers[index[0]]
-                size = [len(range(n)[s]) for n, s in zip(shape, index, strict=True)]
-                out = np.empty(size, target)
-                for to, i in zip(out, chosen, strict=True):
-                    to[...] = one(i, index[1:])
-            else:
-                out = np.ascontiguousarray(one(layer, index))
-            seen[key] = out
-        return seen[key]
+        from llama_jax.weights import names
+        from llama_jax.weights.open import DTYPES
+        from llama_jax.weights.source import cast, common_dtype
 
-    return jax.make_array_from_callback(shape, sharding, part)
+        checkpoint, row = self._checkpoint, self._row
+        target = DTYPES[dtype] if dtype else common_dtype(checkpoint.dtype_of(row, i) for i in self._layers)
+
+        def one(tensor: Tensor, index: Index) -> np.ndarray:
+            x = cast(names.read(tensor, row, checkpoint.config, checkpoint.format, index), target, tensor.name)
+            advance(self._nbytes(tensor, index))
+            return x
+
+        seen: dict[tuple, np.ndarray] = {}  # devices that hold the same part share one read
+
+        def part(index: Any) -> np.ndarray:
+            key = _key(index)
+            if key not in seen:
+                tensors = self._tensors(index)
+                if self._stacked:
+                    out = np.empty([len(range(n)[s]) for n, s in zip(self._shape, index, strict=True)], target)
+                    for to, piece in zip(out, tensors, strict=True):
+                        to[...] = one(*piece)
+                else:
+                    out = np.ascontiguousarray(one(*tensors[0]))
+                seen[key] = out
+            return seen[key]
+
+        return jax.make_array_from_callback(self._shape, self._sharding, part, dtype=target)
+
+    def _tensors(self, index: Index) -> list[tuple[Tensor, Index]]:
+        """The tensors that hold a part, and which part of each."""
+        layers = self._layers[index[0]] if self._stacked else self._layers
+        return [(self._checkpoint.tensor(self._row, i), index[1:] if self._stacked else index) for i in layers]
+
+    def _nbytes(self, tensor: Tensor, index: Index) -> int:
+        """Bytes of the file that hold a part of a tensor."""
+        shape = self._shape[1:] if self._stacked else self._shape
+        size = math.prod(len(range(n)[s]) for n, s in zip(shape, index, strict=True))
+        return tensor.nbytes * size // math.prod(shape)
+
+
+def _key(index: Index) -> tuple:
+    return tuple((s.start, s.stop) for s in index)
 
 
 def use_compilation_cache() -> None:

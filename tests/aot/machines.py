@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Callable
@@ -31,7 +30,7 @@ shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 } regis
 registers_per_block_limit: 65536 } platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
+DTYPES = ("pred", "s8", "u8", "bf16", "f16", "s32", "u32", "f32")
 
 
 def tpu(topology: str) -> list[Any]:
@@ -112,11 +111,14 @@ def _key_dtype() -> Any:
     return jax.eval_shape(lambda: jax.random.key(0)).dtype
 
 
+def gigabytes(compiled: Any) -> str:
+    """Of each device."""
+    memory = compiled.memory_analysis()
+    sizes = memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes
+    return "arguments {:.2f}, outputs {:.2f}, temporaries {:.2f} GB a device".format(*(size / 1e9 for size in sizes))
+
+
 def arrays(text: str) -> set[tuple[str, tuple[int, ...]]]:
     """Dtype and shape of every array in a compiled program."""
     found = re.findall(r"\b([a-z]+[0-9]*)\[([0-9,]+)\]", text)
-    return {(dtype, tuple(map(int, shape.split(",")))) for dtype, shape in found if dtype in BYTES}
-
-
-def megabytes(dtype: str, shape: tuple[int, ...]) -> float:
-    return math.prod(shape) * BYTES[dtype] / 1e6
+    return {(dtype, tuple(map(int, shape.split(",")))) for dtype, shape in found if dtype in DTYPES}

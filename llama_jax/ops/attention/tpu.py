@@ -77,9 +77,11 @@ def _kernel(T: int, S: int, shards: int, block: int, shard: int | jax.Array) -> 
     JAX's own `make_splash_mha` looks at every element of the mask (50 s for 131,072 tokens); whether a block is empty
     follows from its first and last rows.
     """
-    rows = [_pad_rows(context.rows(i, T, shards), block) for i in range(shards)]
+    # A row of padding is row 0, which sees one key.
+    rows = [np.pad(context.rows(i, T, shards), (0, -T % block)) for i in range(shards)]
     of = functools.partial(_mask_info, rows, -(-S // block) * block, block, shard)
     forward, backward = of(by_column=False), of(by_column=True)
+    device = jax.sharding.get_abstract_mesh().abstract_device  # may be of a machine that is not there
     sizes = splash.BlockSizes(block, block, block, block, block, block, block, block)
     return splash.SplashAttentionKernel(
         forward,
@@ -92,22 +94,12 @@ def _kernel(T: int, S: int, shards: int, block: int, shard: int | jax.Array) -> 
         attn_logits_soft_cap=None,
         residual_checkpoint_name=None,
         mask_function=_not_after,
-        interpret=jax.default_backend() == "cpu" and _is_here(),
+        interpret=device is None or device.platform == "cpu",
     )
-
-
-def _is_here() -> bool:
-    """Whether the mesh in use is of this process's devices, not of a machine compiled for ahead of time."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device is None or device.platform == "cpu"
 
 
 def _not_after(row, slot):
     return row >= slot
-
-
-def _pad_rows(rows: np.ndarray, block: int) -> np.ndarray:
-    return np.pad(rows, (0, -len(rows) % block))  # row 0 sees one key
 
 
 def _mask_info(rows: list[np.ndarray], S: int, block: int, shard: int | jax.Array, *, by_column: bool) -> MaskInfo:
@@ -120,30 +112,28 @@ def _mask_info(rows: list[np.ndarray], S: int, block: int, shard: int | jax.Arra
       shard: which device.
       by_column: in the order of the gradient of keys and values: for each block of keys, all blocks of queries.
     """
+    first = np.arange(0, S, block)
+    small = np.int8 if max(len(first), len(rows[0]) // block) < 128 else np.int16  # scalar memory is scarce
     block_mask, data_next = [], []
     for slots in rows:
         blocks = slots.reshape(-1, block)
-        first = np.arange(0, S, block)
         some, every = (first <= x[:, None] for x in (blocks.max(1), blocks.min(1) - block + 1))
         block_mask.append(some.astype(np.int8) + every)
-        index = np.broadcast_to(np.arange(len(blocks))[:, None] if by_column else np.arange(len(first)), some.shape)
+        index = np.arange(len(blocks))[:, None] if by_column else np.arange(len(first))
+        index = np.broadcast_to(index, some.shape).astype(small)
         data_next.append(_next(some.T, index.T).T if by_column else _next(some, index))
 
     def mine(arrays: list[np.ndarray]) -> jax.Array:
-        stacked = jnp.asarray(np.stack(arrays))
-        return (
-            jax.lax.dynamic_index_in_dim(stacked, shard, keepdims=stacked.ndim > 2)
-            if len(arrays) > 1
-            else (stacked if stacked.ndim > 2 else stacked[0])
-        )
+        if isinstance(shard, int):
+            return jnp.asarray(arrays[shard])
+        return jax.lax.dynamic_index_in_dim(jnp.asarray(np.stack(arrays)), shard, keepdims=False)
 
-    small = np.int8 if max(S // block, len(rows[0]) // block) < 128 else np.int16
     return MaskInfo(
-        data_next=mine([x.astype(small) for x in data_next]),
+        data_next=mine(data_next)[None],  # of all heads alike
         mask_next=None,
-        block_mask=mine(block_mask),
+        block_mask=mine(block_mask)[None],
         partial_mask_blocks=None,
-        q_sequence=mine([x.astype(np.int32) for x in rows]),
+        q_sequence=mine([slots.astype(np.int32) for slots in rows]),
     )
 
 

@@ -1,0 +1,1 @@
+"""What is wrong with a machine, or between machines, and what to do about it."""
