@@ -25,11 +25,13 @@ class ModelArgs:
     model: str = DEFAULT_MODEL
     """smollm2-135m-instruct (fetched once, 98 MB), a Hugging Face folder, a .gguf file or a Hugging Face hub id."""
     mesh: str | None = None
-    """Devices, such as fsdp=2,tensor=4 (axes data, fsdp, tensor); default: all of them on tensor."""
+    """Devices, such as fsdp=2,tensor=4 (axes data, fsdp, context, tensor); default: all of them on tensor."""
     dtype: str | None = None
     """float32, bfloat16 or float16; default: float32 on CPU, bfloat16 on TPU and GPU."""
     max_seq_len: int | None = None
     """Slots of the key/value cache; default: what the call needs, up to the model's context."""
+    attention: str | None = None
+    """splash (TPU), cudnn (GPU), xla, cpu or reference; default: the fastest of the platform that is as exact."""
 
     def load(self, *, chat_format: str | None = None) -> LoadedLlama:
         """Loads the model; of several processes, the first one's options count."""

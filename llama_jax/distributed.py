@@ -46,7 +46,7 @@ ENDED = object()  # instead of a value
 PACKAGES = ("jax", "jaxlib", "flax", "libtpu")
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
     """This process's place among the others; `local_devices` None is all of this machine's."""
 
     address: str
@@ -85,7 +85,7 @@ def initialize(
     global _job
     if _job or jax.distributed.is_initialized():
         return
-    place = _place(coordinator, num_processes, process_id, timeout)
+    place = find_place(coordinator, num_processes, process_id, timeout)
     if place is None:
         return
     from jax._src import xla_bridge
@@ -122,7 +122,9 @@ def versions() -> dict[str, str]:
     return found | {"llama_jax": f"sources {digest.hexdigest()[:12]}"}
 
 
-def _place(coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: float) -> _Place | None:
+def find_place(
+    coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: float
+) -> Place | None:
     """Where this process stands, by arguments, environment and launcher; None where it is the only one."""
     coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
     num_processes = _from_environment("JAX_NUM_PROCESSES") if num_processes is None else num_processes
@@ -149,7 +151,7 @@ def _place(coordinator: str | None, num_processes: int | None, process_id: int |
         raise ValueError(f"--process-id must be from 0 to {num_processes - 1}, one for each process, got {process_id}")
     if not re.fullmatch(r".+:\d{1,5}", coordinator):
         raise ValueError(f"--coordinator must be HOST:PORT of process 0, such as 10.0.0.2:8482, got {coordinator!r}")
-    return _Place(coordinator, num_processes, process_id, local_devices)
+    return Place(coordinator, num_processes, process_id, local_devices)
 
 
 def _from_environment(name: str) -> int | None:
@@ -159,7 +161,7 @@ def _from_environment(name: str) -> int | None:
     return int(text) if text else None
 
 
-def _detect(timeout: float | None) -> _Place | None:
+def _detect(timeout: float | None) -> Place | None:
     """The place that the launcher gives, without its address where `timeout` is None; None where there is no launcher.
 
     Asks no network unless this is one of several Cloud TPU machines.
@@ -183,7 +185,7 @@ def _detect(timeout: float | None) -> _Place | None:
     return None
 
 
-def _detected(cluster: Any, timeout: float | None) -> _Place:
+def _detected(cluster: Any, timeout: float | None) -> Place:
     from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
 
     try:
@@ -199,10 +201,10 @@ def _detected(cluster: Any, timeout: float | None) -> _Place:
         ) from error
     # "1(x4)", "8,4(x2)": tasks on each node. A task that has its node alone uses all of its GPUs.
     tasks = re.sub(r"\(x\d+\)", "", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
-    return _Place(address, count, process, None if local is None or set(tasks.split(",")) == {"1"} else [local])
+    return Place(address, count, process, None if local is None or set(tasks.split(",")) == {"1"} else [local])
 
 
-def _open_mpi() -> _Place:
+def _open_mpi() -> Place:
     """The place that Open MPI gives. JAX wants mpi4py for version 5, whose environment says enough.
 
     Process 0 runs where mpirun does, unless a host file says otherwise; then --coordinator must be given.
@@ -217,13 +219,13 @@ def _open_mpi() -> _Place:
     elif job := re.fullmatch(r"prterun-(.+)-(\d+)@\d+", os.environ.get("PMIX_NAMESPACE", "")):
         port = os.environ.get("JAX_COORDINATOR_PORT", PORTS[int(job[2]) % len(PORTS)])
         address = f"{'127.0.0.1' if local_size == size else job[1]}:{port}"
-    return _Place(address, size, rank, None if local_size == 1 else [local])
+    return Place(address, size, rank, None if local_size == 1 else [local])
 
 
 # --- Meeting ---
 
 
-def _meet(place: _Place, versions: dict[str, str], timeout: float) -> tuple[list[str], dict[int, socket.socket]]:
+def _meet(place: Place, versions: dict[str, str], timeout: float) -> tuple[list[str], dict[int, socket.socket]]:
     """Waits until all are there, and compares versions.
 
     Returns:
@@ -247,7 +249,7 @@ def _meet(place: _Place, versions: dict[str, str], timeout: float) -> tuple[list
         raise
 
 
-def _gather_all(place: _Place, hello: dict, timeout: float, connections: dict[int, socket.socket]) -> list[str]:
+def _gather_all(place: Place, hello: dict, timeout: float, connections: dict[int, socket.socket]) -> list[str]:
     """Process 0: lets the others in, and tells them to go when all are there."""
     port, deadline = int(place.address.rpartition(":")[2]), time.monotonic() + timeout
     hellos = {0: hello}
@@ -328,7 +330,7 @@ def _compare(num_processes: int, a: dict, b: dict) -> None:
         raise ValueError(f"{' and '.join(runs)}: install the same on every machine, and start all again")
 
 
-def _go_to_hub(place: _Place, hello: dict, timeout: float) -> tuple[list[str], dict[int, socket.socket]]:
+def _go_to_hub(place: Place, hello: dict, timeout: float) -> tuple[list[str], dict[int, socket.socket]]:
     """The others: go to process 0 and wait for all, as it says."""
     host, _, port = place.address.rpartition(":")
     deadline, reason = time.monotonic() + timeout, "it did not answer"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import zlib
 
 import jax
 import numpy as np
@@ -78,8 +79,10 @@ def count_bytes(checkpoint: str) -> None:
     for mesh in ("tensor=2", "fsdp=2"):
         counted: list[int] = []
         given.clear()
-        read_model(opened, mesh_of(opened.config, mesh), dtype=None, advance=counted.append)
-        say(distributed.gather([sum(counted), sum(given)]))
+        model = read_model(opened, mesh_of(opened.config, mesh), dtype=None, advance=counted.append)
+        with jax.set_mesh(mesh_of(opened.config, mesh)):
+            hashes = [zlib.crc32(np.ascontiguousarray(distributed.fetch(x)[0]).data) for x in jax.tree.leaves(model)]
+        say([distributed.gather([sum(counted), sum(given)]), hashes])
 
 
 def wait() -> None:

@@ -177,6 +177,7 @@ def test_chat_reads_bytes_that_are_no_text(run, model):
         (("generate.py", "--prompt", "a", "--model", "/no/such/folder"), "/no/such/folder"),
         (("generate.py", "--prompt", "a", "--model", "MODEL", "--mesh", "model=2"), "unknown axis 'model'"),
         (("generate.py", "--prompt", "a", "--model", "MODEL", "--mesh", "tensor=2"), "needs 2 devices"),
+        (("generate.py", "--prompt", "a", "--model", "MODEL", "--attention", "flash"), "'flash' is unknown"),
         (("generate.py", "--prompt", "a" * 300, "--model", "MODEL"), "256 slots"),
         (("chat.py", "Hi", "--top-p", "0"), "top_p must be in (0, 1]"),
         (("chat.py", "Hi", "--model", "MODEL", "--max-seq-len", "0"), "max_seq_len must be from 1"),

@@ -40,7 +40,7 @@ def _probe(arguments: dict[str, Any], answer: Callable[..., None]) -> None:
     from llama_jax import distributed
 
     timeout = arguments.pop("timeout")
-    place = distributed._place(**arguments, timeout=timeout)
+    place = distributed.find_place(**arguments, timeout=timeout)
     where = (place.address, place.num_processes, place.process_id) if place else (None, 1, 0)
     answer(coordinator=where[0], processes=where[1], process=where[2])
     line = sys.stdin.readline()

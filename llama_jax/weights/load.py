@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("llama_jax")
 
+SMALL = 1 << 16  # elements that are not worth an exchange
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LoadedLlama:
@@ -93,7 +95,8 @@ def load(
         bfloat16 ten times slower) and bfloat16 on TPU and GPU.
       max_seq_len: size of every cache, in tokens; None fits it to each call.
       chat_format: "llama2", "llama3", "codellama70b" or "template"; None is the checkpoint's own.
-      attention: "reference", "xla" or "cpu"; None chooses by platform.
+      attention: "splash", "cudnn", "xla", "cpu" or "reference", see `ops.attention.dot_product_attention`; None chooses
+        by platform.
 
     Raises:
       CheckpointError: the checkpoint cannot be fetched or read; says which file and what to do.
@@ -103,6 +106,7 @@ def load(
     import jax
 
     from llama_jax import sharding
+    from llama_jax.ops.attention import check_implementation
     from llama_jax.text.chat import format_named
     from llama_jax.weights.open import DTYPES, open_checkpoint
 
@@ -116,6 +120,7 @@ def load(
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    check_implementation(attention)
     if mesh is None or isinstance(mesh, str):
         mesh = sharding.mesh_of(config, mesh)
     model = read_model(checkpoint, mesh, dtype=dtype, attention=attention)
@@ -133,8 +138,8 @@ def read_model(
 ) -> Llama:
     """Reads the weights, one tensor at a time, into a model on `mesh`.
 
-    Each process reads only the byte ranges that its devices hold. Host memory beyond the model's own: about two of the
-    largest tensors.
+    Each process reads only the byte ranges that its devices hold. What several processes hold is shared out among them,
+    and exchanged. Host memory beyond the model's own: about two of the largest tensors.
 
     Args:
       checkpoint: what to read.
@@ -188,7 +193,7 @@ def parameter_name(path: Any) -> str:
 
 
 class _Parameter:
-    """One parameter of the model: where it is stored, and which parts of it the devices of this process hold."""
+    """One parameter of the model: where it is stored, and which parts of it this process reads."""
 
     def __init__(self, checkpoint: Checkpoint, name: str, shape: tuple[int, ...], sharding: Any):
         from llama_jax.weights import names
@@ -197,15 +202,16 @@ class _Parameter:
         self._row, layer = names.row_of(name)
         self._stacked = "{}" in self._row.ours and layer is None
         self._layers = range(checkpoint.config.num_layers) if self._stacked else [layer]
+        self._reading = self._shared_out()
 
     def bytes_to_read(self) -> int:
         """Bytes of the file that this process reads: each part once, however many of its devices hold it."""
-        indices = self._sharding.addressable_devices_indices_map(self._shape).values()
+        indices = self._reading.addressable_devices_indices_map(self._shape).values()
         parts = {_key(index): index for index in indices}.values()
         return sum(self._nbytes(tensor, within) for index in parts for tensor, within in self._tensors(index))
 
     def read(self, dtype: str | None, advance: Callable[[int], None]) -> jax.Array:
-        """Reads those parts, straight to the devices."""
+        """Reads those parts, straight to the devices; all processes must call it."""
         import jax
         import numpy as np
 
@@ -236,7 +242,38 @@ class _Parameter:
                 seen[key] = out
             return seen[key]
 
-        return jax.make_array_from_callback(self._shape, self._sharding, part, dtype=target)
+        array = jax.make_array_from_callback(self._shape, self._reading, part, dtype=target)
+        if self._reading == self._sharding:
+            return array
+        with jax.set_mesh(self._sharding.mesh):
+            return jax.jit(lambda x: jax.reshard(x, self._sharding.spec), donate_argnums=0)(array)
+
+    def _shared_out(self) -> Any:
+        """The sharding to read with: where devices of several processes hold the same, each of them gets a part.
+
+        From storage that all share, a replica would else cost as much as the first copy.
+        """
+        import jax
+
+        readers: dict[tuple, set[int]] = {}
+        for device, index in self._sharding.devices_indices_map(self._shape).items():
+            readers.setdefault(_key(index), set()).add(device.process_index)
+        if all(len(processes) == 1 for processes in readers.values()) or math.prod(self._shape) < SMALL:
+            return self._sharding
+        mesh, spec = self._sharding.mesh, [*self._sharding.spec.partitions]
+        spec = [(entry,) if isinstance(entry, str) else entry or () for entry in spec]
+        axes = "L" * self._stacked + self._row.axes
+        # What lies apart in the file first; the halves of a head are one for the formats that pair its numbers.
+        order = ["L", *"".join(self._row.groups(self._checkpoint.format)).replace("H", "")]
+        for name in mesh.axis_names:
+            if mesh.shape[name] == 1 or any(name in entry for entry in spec):
+                continue
+            for axis in (axes.index(letter) for letter in order if letter in axes):
+                ways = math.prod(mesh.shape[used] for used in spec[axis]) * mesh.shape[name]
+                if self._shape[axis] % ways == 0:
+                    spec[axis] = (*spec[axis], name)
+                    break
+        return jax.NamedSharding(mesh, jax.P(*spec))
 
     def _tensors(self, index: Index) -> list[tuple[Tensor, Index]]:
         """The tensors that hold a part, and which part of each."""

@@ -98,6 +98,12 @@ def _one_device(q_BTKGH, k_BKSH, v_BKSH, slots_BT, segment_ids_BT, *, name, orde
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
 
 
+def check_implementation(name: str | None) -> None:
+    """Raises ValueError for a name that is none of IMPLEMENTATIONS; None is the platform's own."""
+    if name is not None and name not in IMPLEMENTATIONS:
+        raise ValueError(f"attention implementation {name!r} is unknown; there are {', '.join(IMPLEMENTATIONS)}")
+
+
 def _choose(name: str | None, q_BTKGH: jax.Array, *, causal: bool) -> str:
     """The implementation for these queries."""
     _, T, _, _, H = q_BTKGH.shape
@@ -107,8 +113,7 @@ def _choose(name: str | None, q_BTKGH: jax.Array, *, causal: bool) -> str:
             return "cpu"
         kernel, fits = ("splash", tpu.fits) if platform == "tpu" else ("cudnn", gpu.fits)
         return kernel if causal and T >= KERNEL_TOKENS and fits(dtype, H, kind) else "xla"
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"attention implementation {name!r} is unknown; there are {', '.join(IMPLEMENTATIONS)}")
+    check_implementation(name)
     if name == "cudnn" and platform != "cpu" and not gpu.fits(dtype, H, kind):
         raise ValueError(
             f"attention implementation 'cudnn' computes in bfloat16 or float16 with a head_dim of up to {gpu.MAX_HEAD},"
