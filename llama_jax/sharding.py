@@ -157,7 +157,7 @@ def mesh_of(config: ModelConfig, text: str | None) -> Mesh:
             f"mesh {text} multiplies to {product}, but there are {_count(devices)} devices: make it {len(devices)}"
             f"{example}, or show this program fewer devices ({fewer})"
         )
-    return make_mesh(config, **sizes)
+    return make_mesh(config, **sizes)  # pyright: ignore[reportArgumentType]
 
 
 @dataclasses.dataclass(frozen=True)

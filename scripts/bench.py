@@ -19,7 +19,7 @@ from pathlib import Path
 
 import tyro
 
-from llama_jax.cli import ModelArgs, fail_clearly, import_jax
+from llama_jax.cli import ModelArgs, ProcessArgs, fail_clearly
 
 
 @dataclasses.dataclass
@@ -43,14 +43,17 @@ class Args:
     json: bool = False
     """Print one JSON object."""
     model: tyro.conf.OmitArgPrefixes[ModelArgs] = dataclasses.field(default_factory=ModelArgs)
+    processes: tyro.conf.OmitArgPrefixes[ProcessArgs] = dataclasses.field(default_factory=ProcessArgs)
 
 
 def main(args: Args) -> None:
-    import_jax()
+    args.processes.start()
+    from llama_jax.distributed import is_main
     from llama_jax.infer import bench
 
     def say(what: str) -> None:
-        print(f"timing {what} ...", file=sys.stderr)
+        if is_main():
+            print(f"timing {what} ...", file=sys.stderr)
 
     if args.startup:
         times = bench.startup(model=args.model.model, root=Path(__file__).parents[1])

@@ -18,7 +18,7 @@ from typing import Any
 
 import tyro
 
-from llama_jax.cli import fail_clearly, import_jax
+from llama_jax.cli import ProcessArgs, fail_clearly
 
 
 @dataclasses.dataclass
@@ -37,17 +37,19 @@ class Args:
     """Devices for the logits, such as fsdp=2,tensor=4; default: all of them on tensor."""
     json: bool = False
     """Print one JSON object."""
+    processes: tyro.conf.OmitArgPrefixes[ProcessArgs] = dataclasses.field(default_factory=ProcessArgs)
 
 
 def main(args: Args) -> bool:
-    import_jax()
+    args.processes.start()
+    from llama_jax.distributed import is_main
     from llama_jax.evaluate.compare import compare
 
     if args.positions < 1 or not args.tolerance >= 0:
         raise ValueError(f"--positions must be positive, --tolerance not negative: {args.positions}, {args.tolerance}")
     found = compare(
         args.a, args.b, positions=args.positions, mesh=args.mesh, with_logits=args.logits,
-        say=lambda text: print(f"{text} ...", file=sys.stderr),
+        say=lambda text: print(f"{text} ...", file=sys.stderr) if is_main() else None,
     )  # fmt: skip
     problems = found.problems(args.tolerance)
     same = not problems

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from llama_jax import sharding
+from llama_jax import distributed, sharding
 from llama_jax.text.chat import ChatError, chat_format
 from llama_jax.text.differences import differences
 from llama_jax.text.export import sample_texts
@@ -164,18 +163,20 @@ def _compare_logits(
         )
 
 
-def _last_logits(checkpoint: Checkpoint, tokens_BT: np.ndarray, mesh: str | None) -> jax.Array:
+def _last_logits(checkpoint: Checkpoint, tokens_BT: np.ndarray, mesh: str | None) -> np.ndarray:
     """Float32 [1, LAST, V]; the model is gone afterwards."""
     devices = sharding.mesh_of(checkpoint.config, mesh)
     model = read_model(checkpoint, devices, dtype="float32")
     with jax.set_mesh(devices):
         rows = sharding.pad_batch(1)
-        padded_BT = jnp.broadcast_to(jnp.asarray(tokens_BT), (rows, tokens_BT.shape[1]))
-        on_device = jax.device_put(padded_BT, model.rules.sharding(("batch", "seq"), padded_BT.shape))
-        return _last(model, on_device)
+        padded_BT = np.broadcast_to(tokens_BT, (rows, tokens_BT.shape[1]))
+        on_device = distributed.put(padded_BT, model.rules.sharding(("batch", "seq"), padded_BT.shape))
+        return distributed.fetch(_last(model, on_device))[0]
 
 
 @jax.jit
 def _last(model: Any, tokens_BT: jax.Array) -> jax.Array:
     x_BTD, _ = model.hidden(tokens_BT)
+    batch, _, embed = jax.typeof(x_BTD).sharding.spec
+    x_BTD = jax.reshard(x_BTD, jax.P(batch, None, embed))  # the last ones may all be on one device
     return model.logits(x_BTD[:, -LAST:])

@@ -246,7 +246,7 @@ class _Parameter:
         if self._reading == self._sharding:
             return array
         with jax.set_mesh(self._sharding.mesh):
-            return jax.jit(lambda x: jax.reshard(x, self._sharding.spec), donate_argnums=0)(array)
+            return jax.jit(lambda x: jax.reshard(x, self._sharding.spec))(array)
 
     def _shared_out(self) -> Any:
         """The sharding to read with: where devices of several processes hold the same, each of them gets a part.

@@ -7,8 +7,6 @@ Everything outside attention keeps its place: queries are exchanged before it, a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,9 +14,9 @@ import numpy as np
 Axes = str | tuple[str, ...]
 
 
-def balance(queries: Sequence[jax.Array], axes: Axes) -> tuple[jax.Array, ...]:
-    """Exchanges halves [B, T, ...] of each array; inside `jax.shard_map`, over the mesh axes `axes`."""
-    return tuple(_exchange(x, axes, inverse=False) for x in queries)
+def balance(x: jax.Array, axes: Axes) -> jax.Array:
+    """Exchanges the halves of [B, T, ...] along T; inside `jax.shard_map`, over the mesh axes `axes`."""
+    return _exchange(x, axes, inverse=False)
 
 
 def unbalance(x: jax.Array, axes: Axes) -> jax.Array:

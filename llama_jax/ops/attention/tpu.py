@@ -45,17 +45,19 @@ def attention(
     B, T, K, G, H = q_BTKGH.shape
     S, shards = k_BKSH.shape[2], k_BKSH.shape[2] // T
     q_BTKGH = (q_BTKGH.astype(jnp.float32) * scale).astype(q_BTKGH.dtype)  # the kernel scales nothing
-    queries = (q_BTKGH,) if segments is None else (q_BTKGH, segments[0])
+    own_BT, keys_BS = segments or (None, None)
     if axes is not None:
-        queries = context.balance(queries, axes)
+        q_BTKGH = context.balance(q_BTKGH, axes)
+        own_BT = None if own_BT is None else context.balance(own_BT, axes)
     block = _block(T)
-    q_BNTH = _pad(queries[0].reshape(B, T, K * G, H).swapaxes(1, 2), 2, block)
+    q_BNTH = _pad(q_BTKGH.reshape(B, T, K * G, H).swapaxes(1, 2), 2, block)
     k_BKSH, v_BKSH = (_pad(x, 2, block) for x in (k_BKSH, v_BKSH))
-    # The kernel sees padding of segment 0 where there are segments; no query's own slot is after it.
-    ids = None if segments is None else splash.SegmentIds(_pad(queries[1], 1, block), _pad(segments[1], 1, block))
+    ids = None
+    if own_BT is not None and keys_BS is not None:  # padding comes after every query's own slot
+        ids = splash.SegmentIds(_pad(own_BT, 1, block), _pad(keys_BS, 1, block))
     shard = 0 if axes is None else jax.lax.axis_index(axes)
     kernel = _kernel(T, S, shards, block, shard)
-    out_BNTH = jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH, ids)
+    out_BNTH = jnp.asarray(jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH, ids))
     out_BTKGH = out_BNTH[:, :, :T].swapaxes(1, 2).reshape(B, T, K, G, H)
     return out_BTKGH if axes is None else context.unbalance(out_BTKGH, axes)
 
@@ -133,7 +135,7 @@ def _mask_info(rows: list[np.ndarray], S: int, block: int, shard: int | jax.Arra
         mask_next=None,
         block_mask=mine(block_mask)[None],
         partial_mask_blocks=None,
-        q_sequence=mine([slots.astype(np.int32) for slots in rows]),
+        q_sequence=mine([slots.astype(np.int32) for slots in rows]),  # pyright: ignore[reportArgumentType]
     )
 
 
