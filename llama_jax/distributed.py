@@ -16,6 +16,7 @@ import ctypes
 import errno
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import logging
 import os
@@ -28,6 +29,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -147,10 +149,18 @@ def find_place(
             "several processes need --coordinator HOST:PORT, --num-processes N and --process-id I together (or"
             " JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID); on Cloud TPU, under srun and mpirun, none"
         )
+    if num_processes < 1:
+        raise ValueError(f"--num-processes must be at least 1, got {num_processes}")
     if not 0 <= process_id < num_processes:
         raise ValueError(f"--process-id must be from 0 to {num_processes - 1}, one for each process, got {process_id}")
-    if not re.fullmatch(r".+:\d{1,5}", coordinator):
-        raise ValueError(f"--coordinator must be HOST:PORT of process 0, such as 10.0.0.2:8482, got {coordinator!r}")
+    host, _, port = coordinator.rpartition(":")
+    if not host or not re.fullmatch(r"[0-9]{1,5}", port) or not 1 <= int(port) <= 65535:
+        raise ValueError(
+            "--coordinator must be HOST:PORT of process 0 with a port from 1 to 65535, such as 10.0.0.2:8482, got"
+            f" {coordinator!r}"
+        )
+    if ":" in host.strip("[]") and not host.startswith("["):
+        raise ValueError(f"--coordinator: write an IPv6 address in brackets: [{host}]:{port}, not {coordinator!r}")
     return Place(coordinator, num_processes, process_id, local_devices)
 
 
@@ -253,22 +263,17 @@ def _gather_all(place: Place, hello: dict, timeout: float, connections: dict[int
     """Process 0: lets the others in, and tells them to go when all are there."""
     port, deadline = int(place.address.rpartition(":")[2]), time.monotonic() + timeout
     hellos = {0: hello}
-    with _listen(port) as server:
+    with _arrivals(port) as arrivals:
         while len(hellos) < place.num_processes:
-            server.settimeout(max(deadline - time.monotonic(), 0.001))
             try:
-                connection, _ = server.accept()
-            except TimeoutError:
-                missing = sorted(set(range(place.num_processes)) - hellos.keys())
+                connection, other = arrivals.get(timeout=max(deadline - time.monotonic(), 0.001))
+            except queue.Empty:
+                missing = itertools.islice((i for i in range(place.num_processes) if i not in hellos), 20)
                 arrived = ", ".join(f"{i} ({hellos[i]['host']})" for i in sorted(hellos))
                 raise ValueError(
-                    f"process {', '.join(map(str, missing[:20]))} of {place.num_processes} did not arrive at"
+                    f"process {', '.join(map(str, missing))} of {place.num_processes} did not arrive at"
                     f" {place.address} within {timeout:g} s; arrived: {arrived}. {_remedy(port)}"
                 ) from None
-            other = _read_hello(connection)
-            if other is None:
-                connection.close()  # a port scanner, or a process that is gone
-                continue
             i, known = other["process"], hellos.get(other["process"])
             if other["num_processes"] != place.num_processes:
                 problem = (
@@ -296,6 +301,36 @@ def _gather_all(place: Place, hello: dict, timeout: float, connections: dict[int
     return hosts
 
 
+@contextlib.contextmanager
+def _arrivals(port: int) -> Iterator[queue.SimpleQueue[tuple[socket.socket, dict[str, Any]]]]:
+    """Connections and who is at their other ends, as they come. Somebody who says nothing keeps nobody waiting."""
+    arrived: queue.SimpleQueue[tuple[socket.socket, dict[str, Any]]] = queue.SimpleQueue()
+    closing = threading.Event()
+
+    def greet(connection: socket.socket) -> None:
+        hello = _read_hello(connection)
+        if hello is None:
+            connection.close()  # a port scanner, or a process that is gone
+        else:
+            arrived.put((connection, hello))
+
+    def accept() -> None:
+        while not closing.is_set():
+            with contextlib.suppress(TimeoutError, ConnectionError):
+                connection, _ = server.accept()
+                threading.Thread(target=greet, args=(connection,), daemon=True).start()
+
+    with _listen(port) as server:
+        server.settimeout(0.1)
+        thread = threading.Thread(target=accept, daemon=True)
+        thread.start()
+        try:
+            yield arrived
+        finally:
+            closing.set()
+            thread.join()
+
+
 def _listen(port: int) -> socket.socket:
     try:
         if socket.has_dualstack_ipv6():
@@ -311,9 +346,8 @@ def _listen(port: int) -> socket.socket:
 
 def _read_hello(connection: socket.socket) -> dict[str, Any] | None:
     """Who connected; None if it does not say so."""
-    connection.settimeout(HELLO_SECONDS)
-    with contextlib.suppress(OSError, ValueError):
-        match json.loads(_line(connection)):
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        match json.loads(_line(connection, HELLO_SECONDS)):
             case {"process": int(i), "num_processes": int(n), "host": str(), "versions": dict()} as hello if 0 < i < n:
                 return hello
     return None
@@ -338,16 +372,18 @@ def _go_to_hub(place: Place, hello: dict, timeout: float) -> tuple[list[str], di
         connection = None
         try:
             connection = socket.create_connection((host.strip("[]"), int(port)), timeout=min(left, 10.0))
-            connection.settimeout(timeout + HELLO_SECONDS)  # process 0 may have started to wait just now
             _send(connection, hello)
-            answer = json.loads(_line(connection))
+            # Process 0 may have started to wait just now.
+            answer = json.loads(_line(connection, timeout + HELLO_SECONDS))
+            if not isinstance(answer, dict) or not answer.keys() & {"error", "hosts"}:
+                raise ValueError
         except socket.gaierror:
             reason = f"the name {host!r} is not known here"
         except ConnectionRefusedError:
             reason = "nothing listens there"
         except TimeoutError:
             reason = "no answer, as where a firewall drops packets"
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             reason = "what answers there is not process 0 of this program, or it ended"
         else:
             if "error" in answer:
@@ -371,10 +407,11 @@ def _remedy(port: int) -> str:
     )
 
 
-def _line(connection: socket.socket) -> bytes:
-    """One line, byte by byte: what follows is for the watching thread to read."""
-    line = b""
+def _line(connection: socket.socket, seconds: float) -> bytes:
+    """One line within so many seconds, byte by byte: what follows is for the watching thread to read."""
+    line, deadline = b"", time.monotonic() + seconds
     while not line.endswith(b"\n") and len(line) < 1 << 20:
+        connection.settimeout(max(deadline - time.monotonic(), 0.001))
         byte = connection.recv(1)
         if not byte:
             raise ConnectionError("the connection was closed")

@@ -49,8 +49,10 @@ def parse_mesh(text: str) -> dict[str, int]:
             raise ValueError(f"mesh: unknown axis {name!r} in {text!r}; axes are {', '.join(USER_AXES)}")
         if name in sizes:
             raise ValueError(f"mesh: axis {name!r} is given twice in {text!r}")
-        if not size.isdecimal() or int(size) < 1:
-            raise ValueError(f"mesh: {name} needs a positive integer, got {size!r} (write for example fsdp=2,tensor=4)")
+        if not (size.isascii() and size.isdecimal() and len(size) < 8) or int(size) < 1:
+            raise ValueError(
+                f"mesh: {name} needs a positive integer, got {size[:20]!r} (write for example fsdp=2,tensor=4)"
+            )
         sizes[name] = int(size)
     return sizes
 

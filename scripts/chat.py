@@ -57,7 +57,7 @@ def main(args: Args) -> None:
     talk = conversation()
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # bytes that are no text become U+FFFD
-    if sys.stdin.isatty() and is_main():
+    if sys.stdin and sys.stdin.isatty() and is_main():
         stop = "stops an answer" if process_count() == 1 else "ends all processes"
         print(f"Ask something. /reset starts over, /quit or Ctrl-D ends, Ctrl-C {stop}.", file=sys.stderr)
     while (line := broadcast(read() if is_main() else None)) is not None:
@@ -79,6 +79,8 @@ def main(args: Args) -> None:
 
 def read() -> str | None:
     """The next line without its end; None at the end of the input."""
+    if sys.stdin is None:  # closed
+        return None
     try:
         return input("> " if sys.stdin.isatty() else "").strip()
     except (EOFError, KeyboardInterrupt):

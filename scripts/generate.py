@@ -47,7 +47,7 @@ def read_prompts(args: Args) -> list[str]:
     file = args.prompts_file
     if file is not None:
         try:
-            text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+            text = (sys.stdin.read() if sys.stdin else "") if str(file) == "-" else file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"{file} is not UTF-8 text ({error}): save it as UTF-8") from None
         text = text.removeprefix("\ufeff")  # a byte order mark is no part of the first prompt

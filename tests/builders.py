@@ -35,6 +35,11 @@ def one_device() -> jax.sharding.Mesh:
     return sharding.make_mesh(tiny_config())
 
 
+def mesh_on(text: str) -> str | jax.sharding.Mesh:
+    """`text`, or for "tensor=1" one device of the eight."""
+    return one_device() if text == "tensor=1" else text
+
+
 def hf_config(config: ModelConfig) -> transformers.LlamaConfig:
     """The same architecture for transformers, spelled out here so that no code of the library takes part."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}

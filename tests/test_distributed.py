@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -233,6 +234,45 @@ def test_who_is_missing_or_different(starts, message):
     assert all(answer.startswith(message.replace("HOST", HOST)) for answer in answers), answers
 
 
+def test_strangers_at_the_port():
+    """Silence, half a line, another protocol and a bomb keep nobody waiting."""
+    port = free_port()
+    texts = (b"", b'{"process": 1', b"GET / HTTP/1.1\r\n\r\n", b"[" * 100_000 + b"\n", b"[1]\n", b"\xff\n")
+    place = distributed.Place(f"127.0.0.1:{port}", 2, 0)
+    found: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    hub = threading.Thread(target=lambda: found.put(distributed._meet(place, {}, 20)))
+    hub.start()
+    strangers = []
+    while len(strangers) < len(texts):
+        with contextlib.suppress(ConnectionRefusedError):
+            strangers.append(socket.create_connection(("127.0.0.1", port)))
+            strangers[-1].sendall(texts[len(strangers) - 1])
+    before = time.monotonic()
+    hosts, connections = distributed._meet(place._replace(process_id=1), {}, 20)
+    hub_hosts, hub_connections = found.get(timeout=20)
+    assert hosts == hub_hosts == [HOST, HOST]
+    assert time.monotonic() - before < 5
+    hub.join()
+    [x.close() for x in (*strangers, *connections.values(), *hub_connections.values())]
+
+
+@pytest.mark.parametrize("answer", [b"[1]\n", b"[" * 100_000 + b"\n", b"HTTP/1.1 400\r\n", b""])
+def test_something_else_at_the_address(answer):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    connection.sendall(answer)
+                    connection.close()
+
+        threading.Thread(target=serve, daemon=True).start()
+        place = distributed.Place(f"127.0.0.1:{server.getsockname()[1]}", 2, 1)
+        with pytest.raises(ValueError, match="process 1 of 2 .* what answers there is not process 0 of this program"):
+            distributed._meet(place, {}, 1)
+
+
 def test_somebody_else_at_the_address():
     with socket.create_server(("127.0.0.1", 0)) as server:
         place = distributed.Place(f"127.0.0.1:{server.getsockname()[1]}", 2, 0)
@@ -310,7 +350,11 @@ def test_the_environment_says_which_process_this_is(monkeypatch, variables, plac
     [
         (("10.0.0.2:8482", None, 0), "need --coordinator HOST:PORT, --num-processes N and --process-id I together"),
         (("10.0.0.2:8482", 2, 2), "--process-id must be from 0 to 1"),
+        (("10.0.0.2:8482", 0, 0), "--num-processes must be at least 1, got 0"),
         (("10.0.0.2", 2, 1), "--coordinator must be HOST:PORT"),
+        (("10.0.0.2:99999", 2, 1), "a port from 1 to 65535.*99999"),
+        (("10.0.0.2:0", 2, 1), "a port from 1 to 65535"),
+        (("::1:8482", 2, 1), r"write an IPv6 address in brackets: \[::1\]:8482"),
     ],
 )
 def test_incomplete_arguments(arguments, message):

@@ -77,8 +77,9 @@ def expected(config: ModelConfig) -> dict[tuple[int, ...], list[set[str]]]:
     ):  # fmt: skip
         kinds += [(shape, axes), ((L, *shape), axes | WEIGHTS)]  # gathered for its use; together never
     kinds += [((L, B, T, D), ROWS), ((B, K, T, H), {"data", "fsdp", "context", "tensor_kv"})]
-    for n in (2**i for i in range(1, 8)):  # the loss's chunks
-        kinds += [((B, T // n, n, D), ROWS), ((n, B, T // n, D), ROWS)]
+    for n in (2**i for i in range(8)):  # the loss's chunks, of the positions of each of c devices
+        for c in (2**i for i in range(4)):
+            kinds += [((n, B, T // n, D), ROWS), ((B, c, T // c, D), ROWS), ((B, c, n, T // c // n, D), ROWS)]
     kinds.append(((B, V), {"data", "fsdp"}))  # logits that are sampled from
     kinds.append(((B, K, G, T), {"data", "fsdp", "context"} | TENSOR))  # scores of one query
     kinds.append(((L, D), set()))  # norms

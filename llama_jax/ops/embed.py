@@ -15,24 +15,26 @@ def embed(table_VD: jax.Array, tokens_BT: jax.Array, *, out_sharding: jax.P) -> 
 
     Args:
       table_VD: [V, D], either dimension split or not.
-      tokens_BT: int ids.
+      tokens_BT: int ids. One that is not in the table gives NaN, on every mesh.
       out_sharding: of the result.
     """
     vocab, width = (_axes(entry) for entry in _spec(table_VD))
-    rows = _spec(tokens_BT)
-    split = {axis: i for i, entry in enumerate(rows) for axis in _axes(entry)}  # which dimension each axis splits
+    row_axes = _spec(tokens_BT)
+    split = {axis: i for i, entry in enumerate(row_axes) for axis in _axes(entry)}  # which dimension each axis splits
 
     def local(table_VD, tokens_BT):
         for axis in reversed(width):
             if axis in split:
                 tokens_BT = jax.lax.all_gather(tokens_BT, axis, axis=split[axis], tiled=True)
+        rows = len(table_VD)
+        first = jax.lax.axis_index(vocab) * rows if vocab else 0
+        own_BT = (first <= tokens_BT) & (tokens_BT < first + rows)
+        x_BTD = table_VD.at[jnp.where(own_BT, tokens_BT - first, rows)].get(mode="fill", fill_value=0)
+        known_BT = own_BT
         if vocab:
-            row_BT = tokens_BT - jax.lax.axis_index(vocab) * len(table_VD)
-            row_BT = jnp.where((row_BT >= 0) & (row_BT < len(table_VD)), row_BT, len(table_VD))
-            x_BTD = table_VD.at[row_BT].get(mode="fill", fill_value=0)
             x_BTD = jax.lax.psum(x_BTD, vocab)
-        else:
-            x_BTD = table_VD[tokens_BT]
+            known_BT = (tokens_BT >= 0) & (tokens_BT < rows * jax.lax.axis_size(vocab))
+        x_BTD += jnp.where(known_BT, 0, jnp.nan).astype(x_BTD.dtype)[..., None]
         for axis in reversed(width):  # the last one splits D into the smallest parts
             if axis in split:
                 x_BTD = jax.lax.all_to_all(x_BTD, axis, split[axis], 2, tiled=True)
@@ -43,7 +45,7 @@ def embed(table_VD: jax.Array, tokens_BT: jax.Array, *, out_sharding: jax.P) -> 
     # With one token a row `context` splits columns only: all devices then gather the same, which check_vma cannot see.
     check = all(axis in split for axis in width)
     return jax.reshard(
-        jax.shard_map(local, out_specs=jax.P(*rows, None), check_vma=check)(table_VD, tokens_BT), out_sharding
+        jax.shard_map(local, out_specs=jax.P(*row_axes, None), check_vma=check)(table_VD, tokens_BT), out_sharding
     )
 
 

@@ -24,7 +24,7 @@ class Loss:
     Attributes:
       nll: negative log-likelihood, in nats.
       z: squared logarithm of the softmax's denominator.
-      tokens: how many.
+      tokens: how many, or the sum of their weights.
       z_weight: how much `z` counts.
     """
 
@@ -37,7 +37,7 @@ class Loss:
     def mean(self) -> jax.Array:
         """What is minimised, per token; 0 without tokens."""
         total = self.nll + self.z_weight * self.z if self.z_weight else self.nll
-        return total / jnp.maximum(self.tokens, 1)
+        return jnp.where(self.tokens > 0, total / jnp.where(self.tokens > 0, self.tokens, 1), 0)
 
 
 def cross_entropy(
@@ -54,33 +54,43 @@ def cross_entropy(
     Args:
       model: whose final norm and head are used; its mesh must be in use.
       x_BTD: the residual stream after the last block, of `model.hidden`.
-      targets_BT: int: the token that follows each position.
-      mask_BT: bool, or weights: which positions count.
+      targets_BT: int: the token that follows each position. One outside the vocabulary gives NaN where it counts.
+      mask_BT: bool, or weights that are not negative: which positions count.
       z_weight: of the z-loss, which keeps the softmax's denominator near 1 (PaLM uses 1e-4).
       tokens: most positions of one device in a chunk.
 
     Returns:
       Sums and their number; `.mean` is the loss.
     """
-    rows, length = jax.typeof(x_BTD).sharding.shard_shape(x_BTD.shape)[:2]
-    chunks = _divisor(length, -(-rows * length // tokens))
+    if tokens < 1:
+        raise ValueError(f"tokens must be at least 1, got {tokens}")
     batch, seq, embed = jax.typeof(x_BTD).sharding.spec
+    rows, length = jax.typeof(x_BTD).sharding.shard_shape(x_BTD.shape)[:2]
+    devices = x_BTD.shape[1] // length  # that share a row
+    chunks = -(-length // max(1, tokens // rows))
+    size = -(-length // chunks)
 
     def split(x: jax.Array, *rest: str | None) -> jax.Array:
-        """[B, T, ...] -> [chunks, B, T / chunks, ...]: of each device's positions every chunk takes some."""
-        B, T, *inner = x.shape
+        """[B, T, ...] -> [chunks, B, devices * size, ...]: each chunk has `size` positions of each device."""
+        B, _, *inner = x.shape
         x = jax.reshard(jnp.asarray(x), jax.P(batch, seq, *rest))
-        x = x.reshape(B, T // chunks, chunks, *inner, out_sharding=jax.P(batch, seq, None, *rest))
-        return jnp.moveaxis(x, 2, 0)
+        x = x.reshape(B, devices, length, *inner, out_sharding=jax.P(batch, seq, None, *rest))
+        x = jnp.pad(x, [(0, 0), (0, 0), (0, chunks * size - length), *((0, 0) for _ in inner)])  # mask 0
+        x = x.reshape(B, devices, chunks, size, *inner, out_sharding=jax.P(batch, seq, None, None, *rest))
+        x = jnp.moveaxis(x, 2, 0)
+        return x.reshape(chunks, B, devices * size, *inner, out_sharding=jax.P(None, batch, seq, *rest))
 
     @jax.checkpoint
     def chunk(model: Llama, x_BtD, targets_Bt, mask_Bt):
         logits_BtV = model.logits(x_BtD)
         lse_Bt = jax.nn.logsumexp(logits_BtV, axis=-1)
         # A comparison instead of a gather: the vocabulary may be split over the mesh.
-        chosen_BtV = jnp.arange(logits_BtV.shape[-1], out_sharding=jax.P(_vocab(logits_BtV))) == targets_Bt[..., None]
+        V = logits_BtV.shape[-1]
+        chosen_BtV = jnp.arange(V, out_sharding=jax.P(_vocab(logits_BtV))) == targets_Bt[..., None]
         nll_Bt = lse_Bt - jnp.sum(jnp.where(chosen_BtV, logits_BtV, 0), axis=-1)
-        return jnp.sum(nll_Bt * mask_Bt), jnp.sum(lse_Bt**2 * mask_Bt), jnp.sum(mask_Bt)
+        nll_Bt += jnp.where((targets_Bt >= 0) & (targets_Bt < V), 0, jnp.nan)
+        nll, z = (jnp.sum(jnp.where(mask_Bt != 0, x, 0) * mask_Bt) for x in (nll_Bt, lse_Bt**2))
+        return nll, z, jnp.sum(mask_Bt)
 
     def step(sums, parts):
         return jax.tree.map(jnp.add, sums, chunk(model, *parts)), None
@@ -93,8 +103,3 @@ def cross_entropy(
 
 def _vocab(logits_BtV: jax.Array) -> str | tuple[str, ...] | None:
     return jax.typeof(logits_BtV).sharding.spec[2]
-
-
-def _divisor(length: int, least: int) -> int:
-    """The smallest divisor of `length` that is at least `least`."""
-    return next(n for n in range(min(least, length), length + 1) if length % n == 0)

@@ -33,9 +33,9 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 DTYPES = ("pred", "s8", "u8", "bf16", "f16", "s32", "u32", "f32")
 
 
-def tpu(topology: str) -> list[Any]:
+def tpu(topology: str, **options: Any) -> list[Any]:
     """Devices such as "v5e:4x4"; needs the `tpu` extra. One process at a time."""
-    return topologies.get_topology_desc(topology, platform="tpu").devices
+    return topologies.get_topology_desc(topology, platform="tpu", **options).devices
 
 
 def h100s() -> list[Any]:

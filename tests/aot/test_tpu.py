@@ -57,6 +57,17 @@ def test_training_at_8192_has_no_scores_and_no_whole_logits():
     print(f"8B, loss and gradient, 16 rows of {T} on v5e 4x4, fsdp=16: {machines.gigabytes(compiled)}")
 
 
+def test_two_slices():
+    """Each slice has the whole model, and within it every array is where it would be in one slice."""
+    devices = machines.tpu("v5e:4x4", num_slices=2)
+    mesh = machines.mesh_of(EIGHT, "data=2,fsdp=16", devices)
+    assert [{device.slice_index for device in replica.flat} for replica in mesh.devices] == [{0}, {1}]
+    with jax.set_mesh(mesh):
+        program, args = machines.training(EIGHT, 32, 4096)
+        compiled = machines.compile_for(devices, program, *args)
+    print(f"8B, loss and gradient, 32 rows of 4096 on two v5e 4x4, data=2,fsdp=16: {machines.gigabytes(compiled)}")
+
+
 def test_training_at_131072_fits_on_v5p_128():
     devices = machines.tpu("v5p:4x4x4")
     with jax.set_mesh(machines.mesh_of(EIGHT, "fsdp=8,context=8", devices)):

@@ -291,6 +291,27 @@ def test_context_parallelism(implementation, mesh, segmented):
         assert_close(ours, reference)
 
 
+@pytest.mark.parametrize("implementation", [*MASKED, *KERNELS])
+def test_segments_as_they_come(implementation):
+    """Plain arrays are split as the queries are."""
+    (q, k, v, _), segments = packed(64, 2, 2, 64)
+    slots = np.arange(64)[None].repeat(2, axis=0)
+    expected = run("reference", q, k, v, slots, segments, ordered=True)
+    rules = sharding.ShardingRules()
+    with jax.set_mesh(sharding.make_mesh(tiny_config(), fsdp=2, context=4)):
+        q, k, v = (jax.device_put(x, rules.sharding(ROW_AXES[x.ndim], x.shape)) for x in (q, k, v))
+        assert_close(run(implementation, q, k, v, slots, segments, ordered=True), expected)
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "reference", "splash"])
+def test_float16_scores_beyond_its_range(implementation):
+    """60 * 60 * 64 is 230,400; the greatest float16 is 65,504."""
+    q, k = (jnp.full(shape, 60, "float16") for shape in ((1, 4, 1, 1, 64), (1, 1, 4, 64)))
+    v = jnp.arange(4.0, dtype="float16")[None, None, :, None] * jnp.ones((64,), "float16")
+    out = run(implementation, q, k, v, np.arange(4)[None], ordered=True)
+    np.testing.assert_allclose(out[0, :, 0, 0, 0], [0, 0.5, 1, 1.5], atol=1e-2)
+
+
 @pytest.mark.parametrize("devices", [1, 2, 3, 8])
 def test_each_query_is_computed_once_and_work_is_even(devices):
     T = 12

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import llama_jax
+from llama_jax.ops.embed import embed
 from llama_jax.train import losses
 from llama_jax.train.losses import cross_entropy
 from tests.builders import tiny_config
@@ -96,6 +97,41 @@ def test_float32_logits_of_the_batch_never_exist():
         text = program.lower(x).compile().as_text()
     assert "f32[2,30,512]" in text  # 5 chunks
     assert not [shape for shape in ("[2,150,512]", "[300,512]", "[150,2,512]") if f"f32{shape}" in text]
+
+
+@pytest.mark.parametrize("mesh", ["tensor=1", "fsdp=2,tensor=4", "context=8"])
+def test_ids_outside_the_vocabulary_are_loud(mesh, batch):
+    """The same NaN on every mesh where they count, and nothing where they do not."""
+    tokens, targets, mask, _ = (x.copy() for x in batch)
+    llama = random_llama(UNTIED, mesh=mesh, stacked=True)
+    with jax.set_mesh(llama.mesh):
+        ids, spec = _put(llama, np.array([[-1, 256, 0, 300, 255, 1, 2, 3]] * 4))
+        embedded = embed(llama.model.embed.get_value(), ids, out_sharding=spec)
+        assert np.isnan(np.asarray(embedded)).any(-1)[0].tolist() == [True, True, False, True] + [False] * 4
+        x_BTD, _ = llama.model.hidden(_put(llama, tokens)[0])
+        mask[:, 0], targets[:, 0] = False, -100
+        assert np.isfinite(float(cross_entropy(llama.model, x_BTD, targets, mask).mean))
+        mask[1, 0] = True
+        assert np.isnan(float(cross_entropy(llama.model, x_BTD, targets, mask).mean))
+
+
+def _put(llama, tokens):
+    tokens = tokens.astype(np.int32)
+    spec = llama.model.rules.spec(("batch", "seq"), tokens.shape)
+    return jax.device_put(tokens, jax.NamedSharding(llama.mesh, spec)), jax.P(*spec, None)
+
+
+def test_weights_that_are_small(batch):
+    """The mean does not depend on the size of the weights; a length of primes."""
+    tokens, targets, mask, _ = (x[:, :47] for x in batch)
+    llama = random_llama(UNTIED, stacked=True)
+    with jax.set_mesh(llama.mesh):
+        x_BTD, _ = llama.model.hidden(tokens)
+        means = [
+            float(cross_entropy(llama.model, x_BTD, targets, mask * weight, tokens=n).mean)
+            for weight, n in ((1.0, 1024), (1e-4, 20))
+        ]
+    assert means[0] == pytest.approx(means[1], rel=1e-6)
 
 
 def test_nothing_that_counts(batch):

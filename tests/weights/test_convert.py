@@ -29,7 +29,7 @@ from llama_jax.weights.bench import peak_memory
 from llama_jax.weights.open import open_checkpoint
 from llama_jax.weights.replace import replacing
 from llama_jax.weights.save import convert
-from tests.builders import LLAMA31, LLAMA32, hf_model, one_device, tiny_config, write_hf
+from tests.builders import LLAMA31, LLAMA32, hf_model, mesh_on, one_device, tiny_config, write_hf
 from tests.text.helpers import random_texts
 
 ROOT = Path(__file__).parents[2]
@@ -119,7 +119,7 @@ def test_a_converted_model_computes_the_same(tmp_path):
     convert(tmp_path / "hf", tmp_path / "meta", to="meta", shards=4)
     convert(tmp_path / "hf", tmp_path / "native", to="native")
     for folder, mesh in (("meta", "tensor=1"), ("meta", "fsdp=2,tensor=4"), ("native", "fsdp=2,tensor=4")):
-        llama = llama_jax.load(tmp_path / folder, mesh=mesh, dtype="float32")
+        llama = llama_jax.load(tmp_path / folder, mesh=mesh_on(mesh), dtype="float32")
         np.testing.assert_allclose(np.asarray(llama_jax.logits(llama, tokens)), expected, atol=1e-4)
 
 

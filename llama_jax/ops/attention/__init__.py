@@ -62,6 +62,10 @@ def dot_product_attention(
     T, S = q_BTKGH.shape[1], k_BKSH.shape[2]
     name = _choose(implementation, q_BTKGH, causal=ordered and S == T > 1)
     q_spec, k_spec = (jax.typeof(x).sharding.spec for x in (q_BTKGH, k_BKSH))
+    rows = jax.P(q_spec[0], q_spec[1])
+    slots_BT = jax.reshard(jnp.asarray(slots_BT), rows)
+    if segment_ids_BT is not None:
+        segment_ids_BT = jax.reshard(jnp.asarray(segment_ids_BT), rows)
     axes = k_spec[2]
     if axes is not None and q_spec[1] is None:
         seen_BTS = jnp.arange(S, out_sharding=jax.P(axes)) <= slots_BT[:, :, None]
@@ -114,6 +118,8 @@ def _choose(name: str | None, q_BTKGH: jax.Array, *, causal: bool) -> str:
         kernel, fits = ("splash", tpu.fits) if platform == "tpu" else ("cudnn", gpu.fits)
         return kernel if causal and T >= KERNEL_TOKENS and fits(dtype, H, kind) else "xla"
     check_implementation(name)
+    if platform == "cpu" and dtype == jnp.float16 and name in ("xla", "cudnn"):
+        raise ValueError(f"attention implementation {name!r} has no float16 on a CPU: use 'cpu', or dtype float32")
     if name == "cudnn" and platform != "cpu" and not gpu.fits(dtype, H, kind):
         raise ValueError(
             f"attention implementation 'cudnn' computes in bfloat16 or float16 with a head_dim of up to {gpu.MAX_HEAD},"

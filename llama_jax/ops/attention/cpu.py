@@ -10,7 +10,10 @@ def attention(
     q_BTKGH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, *, mask_BTS: jax.Array, scale: float
 ) -> jax.Array:
     """As `reference.attention`, on the rows and heads of one device."""
-    if q_BTKGH.shape[1] == 1:
+    if q_BTKGH.dtype == jnp.float16:  # scores are beyond its range before they are scaled
+        wide = attention(*(x.astype(jnp.float32) for x in (q_BTKGH, k_BKSH, v_BKSH)), mask_BTS=mask_BTS, scale=scale)
+        return wide.astype(jnp.float16)
+    if q_BTKGH.shape[1] == 1 < k_BKSH.shape[2]:
         return _one_query(q_BTKGH, k_BKSH, v_BKSH, mask_BTS, scale)
     rows = (q_BTKGH, k_BKSH, v_BKSH, mask_BTS)
     return jax.lax.map(lambda row: _one_row(row[0], row[1], row[2], row[3], scale), rows)
