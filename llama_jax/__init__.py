@@ -33,7 +33,12 @@ __all__ = [
 ]  # fmt: skip
 
 
+_SUBMODULES = ("distributed", "sharding")  # of use on their own
+
+
 def __getattr__(name: str):
+    if name in _SUBMODULES:
+        return importlib.import_module(f"llama_jax.{name}")
     if name not in _MODULES:
         raise AttributeError(f"module 'llama_jax' has no attribute {name!r}")
     value = getattr(importlib.import_module(_MODULES[name]), name)

@@ -40,6 +40,7 @@ log = logging.getLogger("llama_jax")
 
 HEARTBEAT_TIMEOUT = 30  # seconds; JAX's own, which also notices a process that hangs
 KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # a machine that vanishes is noticed after 20 s
+SAY_SECONDS = 5.0  # of silence until somebody who waits for others says so; then four times as long
 HELLO_SECONDS = 5.0  # what somebody who connects has to say who it is
 CAUSE_SECONDS = 5.0  # an error of XLA may follow from the end of another process: so long it may take to hear of that
 PORTS = range(61440, 65536)  # a launcher's job number chooses one of them, as in JAX
@@ -261,14 +262,26 @@ def _meet(place: Place, versions: dict[str, str], timeout: float) -> tuple[list[
 
 def _gather_all(place: Place, hello: dict, timeout: float, connections: dict[int, socket.socket]) -> list[str]:
     """Process 0: lets the others in, and tells them to go when all are there."""
-    port, deadline = int(place.address.rpartition(":")[2]), time.monotonic() + timeout
+    port, start, say = int(place.address.rpartition(":")[2]), time.monotonic(), SAY_SECONDS
     hellos = {0: hello}
     with _arrivals(port) as arrivals:
         while len(hellos) < place.num_processes:
+            waited = time.monotonic() - start
             try:
-                connection, other = arrivals.get(timeout=max(deadline - time.monotonic(), 0.001))
+                connection, other = arrivals.get(timeout=max(min(timeout, say) - waited, 0.001))
             except queue.Empty:
                 missing = itertools.islice((i for i in range(place.num_processes) if i not in hellos), 20)
+                if say < timeout:
+                    names = ", ".join(map(str, missing))
+                    log.warning(
+                        "waiting at %s for process %s of %d, %g s at most",
+                        place.address,
+                        names,
+                        place.num_processes,
+                        timeout,
+                    )
+                    say *= 4
+                    continue
                 arrived = ", ".join(f"{i} ({hellos[i]['host']})" for i in sorted(hellos))
                 raise ValueError(
                     f"process {', '.join(map(str, missing))} of {place.num_processes} did not arrive at"
@@ -367,7 +380,7 @@ def _compare(num_processes: int, a: dict, b: dict) -> None:
 def _go_to_hub(place: Place, hello: dict, timeout: float) -> tuple[list[str], dict[int, socket.socket]]:
     """The others: go to process 0 and wait for all, as it says."""
     host, _, port = place.address.rpartition(":")
-    deadline, reason = time.monotonic() + timeout, "it did not answer"
+    deadline, reason, say = time.monotonic() + timeout, "it did not answer", SAY_SECONDS
     while (left := deadline - time.monotonic()) > 0:
         connection = None
         try:
@@ -392,6 +405,9 @@ def _go_to_hub(place: Place, hello: dict, timeout: float) -> tuple[list[str], di
             return answer["hosts"], {0: connection}
         if connection:
             connection.close()
+        if timeout - left > say:
+            log.warning("waiting for process 0 at %s, %g s at most: %s", place.address, timeout, reason)
+            say *= 4
         time.sleep(min(0.2, max(left, 0)))
     raise ValueError(
         f"process {place.process_id} of {place.num_processes} ({hello['host']}) waited {timeout:g} s for process 0 at"

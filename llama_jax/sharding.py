@@ -32,6 +32,8 @@ USER_AXES = ("data", "fsdp", "context", "tensor")
 TENSOR = ("tensor_kv", "tensor_q")
 Axes = str | tuple[str, ...] | None
 
+_WORDS = {"kv_heads": "the number of kv heads", "groups": "the number of query heads to a kv head"}
+
 # How a program is shown fewer devices.
 _FEWER = {"cpu": "JAX_NUM_CPU_DEVICES", "gpu": "CUDA_VISIBLE_DEVICES=0,1,...", "tpu": "TPU_VISIBLE_CHIPS=0,1,..."}
 
@@ -233,7 +235,7 @@ class ShardingRules:
         for axis, size in dimensions.items():
             ways = math.prod(sizes[name] for name in self._mesh_axes(axis))
             if size % ways:
-                words.append(f"{axis} ({size}) does not divide by {ways}")
+                words.append(f"{_WORDS.get(axis, axis)} ({size}) does not divide by {ways}")
         return words
 
 

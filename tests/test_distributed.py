@@ -234,6 +234,17 @@ def test_who_is_missing_or_different(starts, message):
     assert all(answer.startswith(message.replace("HOST", HOST)) for answer in answers), answers
 
 
+def test_waiting_is_not_silent(monkeypatch, caplog):
+    monkeypatch.setattr(distributed, "SAY_SECONDS", 0.2)
+    meet((0, 2, {}), timeout=0.5)
+    meet((1, 2, {}), timeout=0.5)
+    texts = [re.sub(r":\d+", ":PORT", record.getMessage()) for record in caplog.records]
+    assert texts == [
+        "waiting at 127.0.0.1:PORT for process 1 of 2, 0.5 s at most",
+        "waiting for process 0 at 127.0.0.1:PORT, 0.5 s at most: nothing listens there",
+    ]
+
+
 def test_strangers_at_the_port():
     """Silence, half a line, another protocol and a bomb keep nobody waiting."""
     port = free_port()

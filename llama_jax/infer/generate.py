@@ -56,7 +56,7 @@ def generate(
     logprobs: bool = False,
     on_tokens: Callable[[int], None] | None = None,
 ) -> list[Completion]:
-    """Continues each prompt.
+    """Continues each prompt. Of several processes, all call this alike, and all get the result.
 
     Args:
       llama: of `load`.

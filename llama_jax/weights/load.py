@@ -45,12 +45,12 @@ class LoadedLlama:
     """
 
     config: ModelConfig
-    model: Llama
-    tokenizer: Tokenizer | None
+    model: Llama = dataclasses.field(repr=False)
+    tokenizer: Tokenizer | None = dataclasses.field(repr=False)
     mesh: jax.sharding.Mesh
     max_seq_len: int | None = None
     chat_name: str | None = None
-    checkpoint: Checkpoint | None = None
+    checkpoint: Checkpoint | None = dataclasses.field(default=None, repr=False)
 
     @property
     def chat_format(self) -> ChatFormat:
@@ -170,7 +170,7 @@ def read_model(
         )
         whole = rules.undivided(checkpoint.config)
     if whole:
-        log.warning("not split over the mesh, because %s", "; ".join(whole))
+        log.warning("each device holds and computes all of some weights, because %s", "; ".join(whole))
     paths, treedef = jax.tree_util.tree_flatten_with_path(abstract)
     parameters = [
         _Parameter(checkpoint, parameter_name(path), leaf.shape, jax.NamedSharding(mesh, leaf.sharding.spec))
