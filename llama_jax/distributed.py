@@ -272,14 +272,8 @@ def _gather_all(place: Place, hello: dict, timeout: float, connections: dict[int
             except queue.Empty:
                 missing = itertools.islice((i for i in range(place.num_processes) if i not in hellos), 20)
                 if say < timeout:
-                    names = ", ".join(map(str, missing))
-                    log.warning(
-                        "waiting at %s for process %s of %d, %g s at most",
-                        place.address,
-                        names,
-                        place.num_processes,
-                        timeout,
-                    )
+                    names = f"{', '.join(map(str, missing))} of {place.num_processes}"
+                    log.warning("waiting at %s for process %s, %g s at most", place.address, names, timeout)
                     say *= 4
                     continue
                 arrived = ", ".join(f"{i} ({hellos[i]['host']})" for i in sorted(hellos))

@@ -4,8 +4,8 @@
     python scripts/doctor.py --checkpoint-dir gs://bucket/run1     # and a folder that must be writable
     python scripts/doctor.py --coordinator 10.0.0.2:8482 --num-processes 2 --process-id 0    # on each, with its own id
 
-On Cloud TPU, GKE, SLURM and Open MPI the same command on every machine needs no options. Process 0 prints what all found;
-another one prints only what process 0 has not heard. Exit code 1: something is wrong. Warnings are not wrong.
+On Cloud TPU, GKE, SLURM and Open MPI the same command on every machine needs no options. Process 0 prints what all
+found; another one prints only what process 0 has not heard. Exit code 1: something is wrong. Warnings are not wrong.
 """
 
 from __future__ import annotations

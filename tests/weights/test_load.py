@@ -211,7 +211,8 @@ def test_undivided_dimensions_stay_whole_and_loading_says_so(tmp_path, caplog):
     llama = llama_jax.load(tmp_path, mesh="fsdp=4,tensor=2", dtype="float32")
     (record,) = caplog.records
     assert record.getMessage() == (
-        "each device holds and computes all of some weights, because embed (66) does not divide by 4; mlp (161) does not divide by 2"
+        "each device holds and computes all of some weights, because"
+        " embed (66) does not divide by 4; mlp (161) does not divide by 2"
     )
     assert leaves(llama)["blocks.0.attn.wq"].sharding.spec == P(None, None, "tensor_q", None)
     assert leaves(llama)["blocks.0.mlp.w_up"].sharding.spec == P(None, None)
