@@ -86,7 +86,9 @@ def _one_device(q_BTKGH, k_BKSH, v_BKSH, slots_BT, segment_ids_BT, *, name, orde
             key_segments_BS = jax.lax.all_gather(segment_ids_BT, axes, axis=1, tiled=True)
     segments = None if segment_ids_BT is None else (segment_ids_BT, key_segments_BS)
     if name in KERNELS:
-        return KERNELS[name](q_BTKGH, k_BKSH, v_BKSH, slots_BT, segments, scale=scale, axes=axes)
+        return KERNELS[name](
+            q_BTKGH, k_BKSH, v_BKSH, slots_BT, segments, scale=scale, axes=axes, interpret=_device()[0] == "cpu"
+        )
     T, S = q_BTKGH.shape[1], k_BKSH.shape[2]
     ordered &= axes is None  # else this device's queries start anywhere
     width = min(QUERY_BLOCK, max(SMALL_BLOCK, T // 16)) if ordered else QUERY_BLOCK

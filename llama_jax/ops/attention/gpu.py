@@ -25,13 +25,14 @@ def attention(
     *,
     scale: float,
     axes: str | tuple[str, ...] | None,
+    interpret: bool,
 ) -> jax.Array:
     """Causal attention of one device's rows, heads and queries.
 
     Packed documents need a mask [B, 1, T, S] of 2 bytes an element, shared by all heads (134 MB a row of 8192 tokens):
     cuDNN knows their bounds, but `jax.nn` has no words for it. So does a part of a sequence (`axes`), whose place is
     known only when it runs: there blocks of queries are computed one after the other, with masks that are made again
-    for the gradient. On a CPU the same calls go to XLA.
+    for the gradient.
 
     Args:
       q_BTKGH: queries; with `axes`, the part of a sequence of S that is this device's along them.
@@ -41,6 +42,7 @@ def attention(
       segments: int [B, T] and [B, S]: documents of the queries and of the keys.
       scale: what the scores are multiplied by.
       axes: mesh axes that split the queries by length.
+      interpret: let XLA compute instead of cuDNN.
     """
     B, T, K, G, H = q_BTKGH.shape
     q_BTNH, k_BSKH, v_BSKH = q_BTKGH.reshape(B, T, K * G, H), k_BKSH.swapaxes(1, 2), v_BKSH.swapaxes(1, 2)
@@ -53,7 +55,7 @@ def attention(
             mask=None if mask_BTS is None else mask_BTS[:, None],
             is_causal=is_causal,
             scale=scale,
-            implementation="xla" if jax.sharding.get_abstract_mesh().abstract_device.platform == "cpu" else "cudnn",
+            implementation="xla" if interpret else "cudnn",
         )
 
     if axes is None:

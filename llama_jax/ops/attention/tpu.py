@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
 from llama_jax.ops.attention import context
 
-LANES = 128  # blocks are multiples of a TPU register's lanes
-BLOCKS = (1024, 512, 256, 128)  # queries, and keys: larger ones are faster, 1024 is what VMEM holds
+BLOCKS = (1024, 512, 256, 128)  # queries, and keys: multiples of a register's 128 lanes, the largest that VMEM holds
 
 
 def fits(dtype: jnp.dtype, head_dim: int, kind: str) -> bool:
@@ -30,6 +28,7 @@ def attention(
     *,
     scale: float,
     axes: str | tuple[str, ...] | None,
+    interpret: bool,
 ) -> jax.Array:
     """Causal attention of one device's rows, heads and queries.
 
@@ -41,7 +40,10 @@ def attention(
       segments: int [B, T] and [B, S]: documents of the queries and of the keys.
       scale: what the scores are multiplied by.
       axes: mesh axes that split the queries by length.
+      interpret: compute with JAX instead of compiling for a TPU.
     """
+    from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds  # 0.3 s that only a TPU needs
+
     B, T, K, G, H = q_BTKGH.shape
     S, shards = k_BKSH.shape[2], k_BKSH.shape[2] // T
     q_BTKGH = (q_BTKGH.astype(jnp.float32) * scale).astype(q_BTKGH.dtype)  # the kernel scales nothing
@@ -54,9 +56,9 @@ def attention(
     k_BKSH, v_BKSH = (_pad(x, 2, block) for x in (k_BKSH, v_BKSH))
     ids = None
     if own_BT is not None and keys_BS is not None:  # padding comes after every query's own slot
-        ids = splash.SegmentIds(_pad(own_BT, 1, block), _pad(keys_BS, 1, block))
+        ids = SegmentIds(_pad(own_BT, 1, block), _pad(keys_BS, 1, block))
     shard = 0 if axes is None else jax.lax.axis_index(axes)
-    kernel = _kernel(T, S, shards, block, shard)
+    kernel = _kernel(T, S, shards, block, shard, interpret)
     out_BNTH = jnp.asarray(jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH, ids))
     out_BTKGH = out_BNTH[:, :, :T].swapaxes(1, 2).reshape(B, T, K, G, H)
     return out_BTKGH if axes is None else context.unbalance(out_BTKGH, axes)
@@ -73,17 +75,18 @@ def _pad(x: jax.Array, axis: int, multiple: int) -> jax.Array:
     return jnp.pad(x, extra)
 
 
-def _kernel(T: int, S: int, shards: int, block: int, shard: int | jax.Array) -> splash.SplashAttentionKernel:
+def _kernel(T: int, S: int, shards: int, block: int, shard: int | jax.Array, interpret: bool) -> Any:
     """The kernel for the queries of one of `shards` devices.
 
     JAX's own `make_splash_mha` looks at every element of the mask (50 s for 131,072 tokens); whether a block is empty
     follows from its first and last rows.
     """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+
     # A row of padding is row 0, which sees one key.
     rows = [np.pad(context.rows(i, T, shards), (0, -T % block)) for i in range(shards)]
     of = functools.partial(_mask_info, rows, -(-S // block) * block, block, shard)
     forward, backward = of(by_column=False), of(by_column=True)
-    device = jax.sharding.get_abstract_mesh().abstract_device  # may be of a machine that is not there
     sizes = splash.BlockSizes(block, block, block, block, block, block, block, block)
     return splash.SplashAttentionKernel(
         forward,
@@ -96,7 +99,7 @@ def _kernel(T: int, S: int, shards: int, block: int, shard: int | jax.Array) -> 
         attn_logits_soft_cap=None,
         residual_checkpoint_name=None,
         mask_function=_not_after,
-        interpret=device is None or device.platform == "cpu",
+        interpret=interpret,
     )
 
 
@@ -104,7 +107,7 @@ def _not_after(row, slot):
     return row >= slot
 
 
-def _mask_info(rows: list[np.ndarray], S: int, block: int, shard: int | jax.Array, *, by_column: bool) -> MaskInfo:
+def _mask_info(rows: list[np.ndarray], S: int, block: int, shard: int | jax.Array, *, by_column: bool) -> Any:
     """What the kernel reads from scalar memory: which blocks to compute, and which to fetch meanwhile.
 
     Args:
@@ -114,6 +117,8 @@ def _mask_info(rows: list[np.ndarray], S: int, block: int, shard: int | jax.Arra
       shard: which device.
       by_column: in the order of the gradient of keys and values: for each block of keys, all blocks of queries.
     """
+    from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
+
     first = np.arange(0, S, block)
     small = np.int8 if max(len(first), len(rows[0]) // block) < 128 else np.int16  # scalar memory is scarce
     block_mask, data_next = [], []
