@@ -1,4 +1,4 @@
-"""Programs compiled by the real TPU compiler: python -m pytest -m tpu_compiler (needs the `tpu` extra; 7 minutes)."""
+"""Programs compiled by the real TPU compiler: python -m pytest -m tpu_compiler (needs the `tpu` extra; 4 minutes)."""
 
 from __future__ import annotations
 
