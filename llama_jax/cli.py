@@ -97,7 +97,6 @@ class SamplingArgs:
         from llama_jax.infer.sampling import Sampling
 
         options = broadcast(dataclasses.asdict(self))
-
         Sampling(**options)
         return options
 

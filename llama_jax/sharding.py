@@ -38,6 +38,11 @@ _WORDS = {"kv_heads": "the number of kv heads", "groups": "the number of query h
 _FEWER = {"cpu": "JAX_NUM_CPU_DEVICES", "gpu": "CUDA_VISIBLE_DEVICES=0,1,...", "tpu": "TPU_VISIBLE_CHIPS=0,1,..."}
 
 
+def axes_of(entry: Axes) -> tuple[str, ...]:
+    """The mesh axes of one dimension, as a PartitionSpec or a rule has them: none, one or several."""
+    return (entry,) if isinstance(entry, str) else entry or ()
+
+
 def parse_mesh(text: str) -> dict[str, int]:
     """Reads `"fsdp=2,tensor=4"` into `{"fsdp": 2, "tensor": 4}`.
 
@@ -156,7 +161,7 @@ def mesh_of(config: ModelConfig, text: str | None) -> Mesh:
     if product < len(devices):
         times, rest = divmod(len(devices), product)
         example = "" if rest or "data" in sizes else f", for example {text},data={times}"
-        fewer = _FEWER[devices[0].platform]
+        fewer = _FEWER.get(devices[0].platform, "by its environment")
         raise ValueError(
             f"mesh {text} multiplies to {product}, but there are {_count(devices)} devices: make it {len(devices)}"
             f"{example}, or show this program fewer devices ({fewer})"
@@ -202,7 +207,7 @@ class ShardingRules:
         spec, used = [], set()
         for axis, size in zip(axes, shape, strict=True):
             # An axis of one device splits nothing: naming it would only keep dimensions from being merged.
-            mesh_axes = tuple(name for name in self._mesh_axes(axis) if sizes[name] > 1)
+            mesh_axes = tuple(name for name in axes_of(getattr(self, axis)) if sizes[name] > 1)
             if size % math.prod(sizes[name] for name in mesh_axes):
                 mesh_axes = ()
             if used & set(mesh_axes):
@@ -217,10 +222,6 @@ class ShardingRules:
         """As `spec`, on the mesh in use."""
         return NamedSharding(jax.sharding.get_mesh(), self.spec(axes, shape))
 
-    def _mesh_axes(self, axis: str) -> tuple[str, ...]:
-        mesh_axes = getattr(self, axis)
-        return (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ()
-
     def undivided(self, config: ModelConfig) -> list[str]:
         """Which of the model's dimensions stay whole on the mesh in use because they do not divide, in words."""
         sizes = jax.sharding.get_abstract_mesh().shape
@@ -233,7 +234,7 @@ class ShardingRules:
         }
         words = []
         for axis, size in dimensions.items():
-            ways = math.prod(sizes[name] for name in self._mesh_axes(axis))
+            ways = math.prod(sizes[name] for name in axes_of(getattr(self, axis)))
             if size % ways:
                 words.append(f"{_WORDS.get(axis, axis)} ({size}) does not divide by {ways}")
         return words

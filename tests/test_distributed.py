@@ -24,6 +24,8 @@ import pytest
 
 import llama_jax
 from llama_jax import distributed
+from llama_jax.distributed import meeting
+from llama_jax.distributed.place import Place, find_place
 from llama_jax.weights.load import read_model
 from llama_jax.weights.open import open_checkpoint
 from tests.builders import one_device
@@ -194,9 +196,9 @@ def meet(*starts: tuple[int, int, dict[str, str]], timeout: float = 20) -> list[
     address, answers = f"127.0.0.1:{free_port()}", queue.SimpleQueue()
 
     def run(order: int, process: int, count: int, changed: dict[str, str]) -> None:
-        place = distributed.Place(address, count, process)
+        place = Place(address, count, process)
         try:
-            hosts, connections = distributed._meet(place, distributed.versions() | changed, timeout)
+            hosts, connections = meeting.meet(place, distributed.versions() | changed, timeout)
             answers.put((order, hosts))
             [connection.close() for connection in connections.values()]
         except ValueError as error:
@@ -235,7 +237,7 @@ def test_who_is_missing_or_different(starts, message):
 
 
 def test_waiting_is_not_silent(monkeypatch, caplog):
-    monkeypatch.setattr(distributed, "SAY_SECONDS", 0.2)
+    monkeypatch.setattr(meeting, "SAY_SECONDS", 0.2)
     meet((0, 2, {}), timeout=0.5)
     meet((1, 2, {}), timeout=0.5)
     texts = [re.sub(r":\d+", ":PORT", record.getMessage()) for record in caplog.records]
@@ -249,9 +251,9 @@ def test_strangers_at_the_port():
     """Silence, half a line, another protocol and a bomb keep nobody waiting."""
     port = free_port()
     texts = (b"", b'{"process": 1', b"GET / HTTP/1.1\r\n\r\n", b"[" * 100_000 + b"\n", b"[1]\n", b"\xff\n")
-    place = distributed.Place(f"127.0.0.1:{port}", 2, 0)
+    place = Place(f"127.0.0.1:{port}", 2, 0)
     found: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    hub = threading.Thread(target=lambda: found.put(distributed._meet(place, {}, 20)))
+    hub = threading.Thread(target=lambda: found.put(meeting.meet(place, {}, 20)))
     hub.start()
     strangers = []
     while len(strangers) < len(texts):
@@ -259,7 +261,7 @@ def test_strangers_at_the_port():
             strangers.append(socket.create_connection(("127.0.0.1", port)))
             strangers[-1].sendall(texts[len(strangers) - 1])
     before = time.monotonic()
-    hosts, connections = distributed._meet(place._replace(process_id=1), {}, 20)
+    hosts, connections = meeting.meet(place._replace(process_id=1), {}, 20)
     hub_hosts, hub_connections = found.get(timeout=20)
     assert hosts == hub_hosts == [HOST, HOST]
     assert time.monotonic() - before < 5
@@ -279,16 +281,16 @@ def test_something_else_at_the_address(answer):
                     connection.close()
 
         threading.Thread(target=serve, daemon=True).start()
-        place = distributed.Place(f"127.0.0.1:{server.getsockname()[1]}", 2, 1)
+        place = Place(f"127.0.0.1:{server.getsockname()[1]}", 2, 1)
         with pytest.raises(ValueError, match="process 1 of 2 .* what answers there is not process 0 of this program"):
-            distributed._meet(place, {}, 1)
+            meeting.meet(place, {}, 1)
 
 
 def test_somebody_else_at_the_address():
     with socket.create_server(("127.0.0.1", 0)) as server:
-        place = distributed.Place(f"127.0.0.1:{server.getsockname()[1]}", 2, 0)
+        place = Place(f"127.0.0.1:{server.getsockname()[1]}", 2, 0)
         with pytest.raises(ValueError, match=rf"cannot listen on port {server.getsockname()[1]}.*choose another port"):
-            distributed._meet(place, {}, 1)
+            meeting.meet(place, {}, 1)
 
 
 def test_a_process_that_never_arrives(start):
@@ -353,7 +355,7 @@ def test_the_environment_says_which_process_this_is(monkeypatch, variables, plac
             monkeypatch.delenv(name)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert distributed.find_place(None, None, None, 1.0) == place
+    assert find_place(None, None, None, 1.0) == place
 
 
 @pytest.mark.parametrize(
@@ -370,4 +372,4 @@ def test_the_environment_says_which_process_this_is(monkeypatch, variables, plac
 )
 def test_incomplete_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
-        distributed.find_place(*arguments, timeout=1.0)
+        find_place(*arguments, timeout=1.0)

@@ -38,9 +38,10 @@ def probe(arguments_json: str) -> None:
 
 def _probe(arguments: dict[str, Any], answer: Callable[..., None]) -> None:
     from llama_jax import distributed
+    from llama_jax.distributed.place import find_place
 
     timeout = arguments.pop("timeout")
-    place = distributed.find_place(**arguments, timeout=timeout)
+    place = find_place(**arguments, timeout=timeout)
     where = (place.address, place.num_processes, place.process_id) if place else (None, 1, 0)
     answer(coordinator=where[0], processes=where[1], process=where[2])
     line = sys.stdin.readline()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from llama_jax.sharding import axes_of
+
 
 def embed(table_VD: jax.Array, tokens_BT: jax.Array, *, out_sharding: jax.P) -> jax.Array:
     """The rows of the table at `tokens_BT`: [B, T, D] in the table's dtype.
@@ -18,9 +20,9 @@ def embed(table_VD: jax.Array, tokens_BT: jax.Array, *, out_sharding: jax.P) -> 
       tokens_BT: int ids. One that is not in the table gives NaN, on every mesh.
       out_sharding: of the result.
     """
-    vocab, width = (_axes(entry) for entry in _spec(table_VD))
-    row_axes = _spec(tokens_BT)
-    split = {axis: i for i, entry in enumerate(row_axes) for axis in _axes(entry)}  # which dimension each axis splits
+    vocab, width = map(axes_of, jax.typeof(table_VD).sharding.spec)
+    row_axes = jax.typeof(tokens_BT).sharding.spec
+    split = {axis: i for i, entry in enumerate(row_axes) for axis in axes_of(entry)}  # which dimension each axis splits
 
     def local(table_VD, tokens_BT):
         for axis in reversed(width):
@@ -47,11 +49,3 @@ def embed(table_VD: jax.Array, tokens_BT: jax.Array, *, out_sharding: jax.P) -> 
     return jax.reshard(
         jax.shard_map(local, out_specs=jax.P(*row_axes, None), check_vma=check)(table_VD, tokens_BT), out_sharding
     )
-
-
-def _spec(x: jax.Array) -> tuple:
-    return tuple(jax.typeof(x).sharding.spec)
-
-
-def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return (entry,) if isinstance(entry, str) else entry or ()

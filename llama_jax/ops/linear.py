@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from llama_jax.sharding import axes_of
+
 
 def einsum(equation: str, x: jax.Array, w: nnx.Param | jax.Array, *, out_sharding: P) -> jax.Array:
     """Activation times weight, in the activation's dtype; float32 at full precision on every platform.
@@ -28,7 +30,8 @@ def einsum(equation: str, x: jax.Array, w: nnx.Param | jax.Array, *, out_shardin
     w = w.get_value() if isinstance(w, nnx.Variable) else w
     # The products of a float32 model are float32: the default on TPU is bfloat16, on GPU TF32.
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    w = _gather(w.astype(x.dtype), _mesh_axes(_spec(x)[: -_contracted(equation)]))
+    rows = _spec(x)[: -_contracted(equation)[0]]
+    w = _gather(w.astype(x.dtype), {axis for entry in rows for axis in axes_of(entry)})
     x = _split_as(equation, x, w)
     matmul = _as_matmul(equation, x, w, out_sharding)
     if matmul is None:
@@ -40,9 +43,7 @@ def einsum(equation: str, x: jax.Array, w: nnx.Param | jax.Array, *, out_shardin
 
 def _as_matmul(equation: str, x: jax.Array, w: jax.Array, out: P):
     """Both operands in two dimensions, or None where merging dimensions would need communication."""
-    contracted = _contracted(equation)
-    w_axes = equation.split("->")[0].split(",")[1]
-    first = w_axes[0] in equation.split(",")[0]  # contracted dimensions come first in `w` (else last)
+    contracted, first = _contracted(equation)
     rows = x.ndim - contracted
     split = contracted if first else w.ndim - contracted
     x_spec, w_spec = _spec(x), _spec(w)
@@ -60,8 +61,8 @@ def _as_matmul(equation: str, x: jax.Array, w: jax.Array, out: P):
     return x_RC, w_2d, 0 if first else 1, (*x.shape[:rows], *kept), P(out_spec[0], out_spec[rows])
 
 
-def _contracted(equation: str) -> int:
-    """How many dimensions are contracted."""
+def _contracted(equation: str) -> tuple[int, bool]:
+    """How many dimensions are contracted, and whether they come first in `w` (else last)."""
     operands, result = equation.split("->")
     x_axes, w_axes = operands.split(",")
     contracted = "".join(axis for axis in x_axes if axis not in result)
@@ -70,13 +71,12 @@ def _contracted(equation: str) -> int:
     orders = (contracted + kept, kept + contracted)
     if contracted != x_axes[-n:] or x_axes[:-n] + kept != result or w_axes not in orders:
         raise ValueError(f"einsum {equation!r}: contract the last dimensions of x with the first or last of w")
-    return n
+    return n, w_axes == contracted + kept
 
 
 def _split_as(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
     """`x` with its contracted dimensions split as those of `w`: each device takes a part of what it has."""
-    n = _contracted(equation)
-    first = equation.split("->")[0].split(",")[1][0] in equation.split(",")[0]
+    n, first = _contracted(equation)
     spec = _spec(w)[:n] if first else _spec(w)[-n:]
     return x if spec == _spec(x)[-n:] else jax.reshard(x, P(*_spec(x)[:-n], *spec))
 
@@ -89,15 +89,8 @@ def _gather(w: jax.Array, axes: set[str]) -> jax.Array:
 
 
 def _without(entry, axes: set[str]):
-    if entry is None or isinstance(entry, str):
-        return None if entry in axes else entry
-    kept = tuple(axis for axis in entry if axis not in axes)
+    kept = tuple(axis for axis in axes_of(entry) if axis not in axes)
     return kept if len(kept) > 1 else (kept[0] if kept else None)
-
-
-def _mesh_axes(spec) -> set[str]:
-    entries = [(entry,) if isinstance(entry, str) else entry or () for entry in spec]
-    return {axis for entry in entries for axis in entry}
 
 
 def _spec(x: jax.Array) -> tuple:

@@ -61,6 +61,9 @@ def cross_entropy(
 
     Returns:
       Sums and their number; `.mean` is the loss.
+
+    Raises:
+      ValueError: `tokens` is not positive.
     """
     if tokens < 1:
         raise ValueError(f"tokens must be at least 1, got {tokens}")

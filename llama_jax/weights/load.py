@@ -255,13 +255,14 @@ class _Parameter:
         """
         import jax
 
+        from llama_jax.sharding import axes_of
+
         readers: dict[tuple, set[int]] = {}
         for device, index in self._sharding.devices_indices_map(self._shape).items():
             readers.setdefault(_key(index), set()).add(device.process_index)
         if all(len(processes) == 1 for processes in readers.values()) or math.prod(self._shape) < SMALL:
             return self._sharding
-        mesh, spec = self._sharding.mesh, [*self._sharding.spec.partitions]
-        spec = [(entry,) if isinstance(entry, str) else entry or () for entry in spec]
+        mesh, spec = self._sharding.mesh, [axes_of(entry) for entry in self._sharding.spec]
         axes = "L" * self._stacked + self._row.axes
         # What lies apart in the file first; the halves of a head are one for the formats that pair its numbers.
         order = ["L", *"".join(self._row.groups(self._checkpoint.format)).replace("H", "")]

@@ -16,6 +16,7 @@ from llama_jax.config import ModelConfig
 from llama_jax.infer import decode
 from llama_jax.infer.decode import DecodeState
 from llama_jax.model import Llama
+from llama_jax.ops.attention import dot_product_attention
 from llama_jax.train.losses import cross_entropy
 
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu would ask Google's metadata server
@@ -58,6 +59,29 @@ def abstract(rules: sharding.ShardingRules, axes: tuple[str, ...], shape: tuple[
     """An array without data, with the sharding of the rules on the mesh in use."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, rules.spec(axes, shape)))
+
+
+def attention(B: int, T: int, K: int, G: int, H: int, *, packed: bool) -> tuple[Callable[..., Any], Any]:
+    """The gradients of queries, keys and values through attention of the platform's choice, and abstract arguments."""
+    rules = sharding.ShardingRules()
+    cache = ("batch", "kv_heads", "cache_seq", "head_dim")
+    args = [
+        abstract(rules, axes, shape, dtype)
+        for axes, shape, dtype in (
+            (("batch", "seq", "kv_heads", "groups", "head_dim"), (B, T, K, G, H), jnp.bfloat16),
+            (cache, (B, K, T, H), jnp.bfloat16),
+            (cache, (B, K, T, H), jnp.bfloat16),
+            (("batch", "seq"), (B, T), jnp.int32),
+            (("batch", "seq"), (B, T), jnp.int32),
+        )
+    ]
+
+    def loss(q, k, v, slots_BT, segments_BT):
+        segments_BT = segments_BT if packed else None
+        out = dot_product_attention(q, k, v, slots_BT=slots_BT, segment_ids_BT=segments_BT, ordered=True, scale=H**-0.5)
+        return out.astype(jnp.float32).sum()
+
+    return jax.grad(loss, argnums=(0, 1, 2)), args
 
 
 def training(config: ModelConfig, B: int, T: int, **options: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:

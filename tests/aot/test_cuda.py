@@ -5,12 +5,9 @@ from __future__ import annotations
 import math
 
 import jax
-import jax.numpy as jnp
 import pytest
 
-from llama_jax.ops.attention import dot_product_attention
 from llama_jax.presets import PRESETS
-from llama_jax.sharding import ShardingRules
 from tests.aot import machines
 
 pytestmark = pytest.mark.cuda_compiler
@@ -22,27 +19,10 @@ EIGHT = PRESETS["llama3.1-8b"]
 @pytest.mark.parametrize(("K", "G"), [(8, 1), (2, 4), (1, 8)], ids=["mha", "gqa 4", "mqa 8"])
 @pytest.mark.parametrize("H", [64, 128])
 def test_cudnn_attention_and_its_gradient(H, K, G, packed):
-    devices, rules = machines.h100s(), ShardingRules()
+    devices = machines.h100s()
     with jax.set_mesh(machines.mesh_of(EIGHT, "fsdp=8", devices)):
-        args = [
-            machines.abstract(rules, axes, shape, dtype)
-            for axes, shape, dtype in (
-                (("batch", "seq", "kv_heads", "groups", "head_dim"), (8, 2048, K, G, H), jnp.bfloat16),
-                (("batch", "kv_heads", "cache_seq", "head_dim"), (8, K, 2048, H), jnp.bfloat16),
-                (("batch", "kv_heads", "cache_seq", "head_dim"), (8, K, 2048, H), jnp.bfloat16),
-                (("batch", "seq"), (8, 2048), jnp.int32),
-                (("batch", "seq"), (8, 2048), jnp.int32),
-            )
-        ]
-
-        def loss(q, k, v, slots_BT, segments_BT):
-            out = dot_product_attention(
-                q, k, v, slots_BT=slots_BT, segment_ids_BT=segments_BT if packed else None, ordered=True,
-                scale=H**-0.5,
-            )  # fmt: skip
-            return out.astype(jnp.float32).sum()
-
-        text = machines.compile_for(devices, jax.grad(loss, argnums=(0, 1, 2)), *args).as_text()
+        program, args = machines.attention(8, 2048, K, G, H, packed=packed)
+        text = machines.compile_for(devices, program, *args).as_text()
     assert "__cudnn$fmha" in text
     assert "__cudnn$fmhaSoftmaxBackward" in text or "__cudnn$fmhaScaleBiasSoftmaxBackward" in text
     # Of packed rows the mask, which all heads share; never scores, which each head has.

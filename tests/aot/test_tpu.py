@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from llama_jax import kv_cache
-from llama_jax.ops.attention import dot_product_attention
 from llama_jax.presets import PRESETS
-from llama_jax.sharding import ShardingRules
 from tests.aot import machines
 
 pytestmark = pytest.mark.tpu_compiler
@@ -22,26 +19,10 @@ EIGHT, SEVENTY = PRESETS["llama3.1-8b"], PRESETS["llama3.1-70b"]
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_splash_attention_and_its_gradient(topology, H, K, G):
     """Packed rows of 2048 tokens over fsdp=2,context=2; the scores of a head would be 8 MB."""
-    devices, rules = machines.tpu(topology), ShardingRules()
+    devices = machines.tpu(topology)
     with jax.set_mesh(machines.mesh_of(EIGHT, "fsdp=2,context=2", devices)):
-        args = [
-            machines.abstract(rules, axes, shape, dtype)
-            for axes, shape, dtype in (
-                (("batch", "seq", "kv_heads", "groups", "head_dim"), (2, 2048, K, G, H), jnp.bfloat16),
-                (("batch", "kv_heads", "cache_seq", "head_dim"), (2, K, 2048, H), jnp.bfloat16),
-                (("batch", "kv_heads", "cache_seq", "head_dim"), (2, K, 2048, H), jnp.bfloat16),
-                (("batch", "seq"), (2, 2048), jnp.int32),
-                (("batch", "seq"), (2, 2048), jnp.int32),
-            )
-        ]
-
-        def loss(q, k, v, slots_BT, segments_BT):
-            out = dot_product_attention(
-                q, k, v, slots_BT=slots_BT, segment_ids_BT=segments_BT, ordered=True, scale=H**-0.5
-            )
-            return out.astype(jnp.float32).sum()
-
-        text = machines.compile_for(devices, jax.grad(loss, argnums=(0, 1, 2)), *args).as_text()
+        program, args = machines.attention(2, 2048, K, G, H, packed=True)
+        text = machines.compile_for(devices, program, *args).as_text()
     assert text.count('custom_call_target="tpu_custom_call"') >= 3  # forward, gradient of q, gradient of k and v
     assert not [shape for _, shape in machines.arrays(text) if shape[-2:] in ((1024, 2048), (2048, 1024))]
 

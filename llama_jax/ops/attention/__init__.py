@@ -7,12 +7,12 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from llama_jax.ops.attention import cpu, gpu, reference, tpu, xla
+from llama_jax.ops.attention import cpu, reference, tpu, xla
 
 # With a mask, for any queries and keys: here in blocks of queries, so that scores are never held for all of them.
 MASKED = {"reference": reference.attention, "xla": xla.attention, "cpu": cpu.attention}
-# Kernels for tokens that see one another, in order: training, and the first tokens of a cache.
-KERNELS = {"splash": tpu.attention, "cudnn": gpu.attention}
+# For tokens that see one another, in order, without scores in memory: training, and the first tokens of a cache.
+KERNELS = ("splash", "cudnn")
 IMPLEMENTATIONS = (*MASKED, *KERNELS)
 
 # Scores [B, K, G, T, S] are computed for blocks of queries: at most so many, to bound memory ...
@@ -85,10 +85,22 @@ def _one_device(q_BTKGH, k_BKSH, v_BKSH, slots_BT, segment_ids_BT, *, name, orde
         if segment_ids_BT is not None:
             key_segments_BS = jax.lax.all_gather(segment_ids_BT, axes, axis=1, tiled=True)
     segments = None if segment_ids_BT is None else (segment_ids_BT, key_segments_BS)
-    if name in KERNELS:
-        return KERNELS[name](
-            q_BTKGH, k_BKSH, v_BKSH, slots_BT, segments, scale=scale, axes=axes, interpret=_device()[0] == "cpu"
-        )
+    on_cpu = _device()[0] == "cpu"
+    if name == "splash":
+        return tpu.attention(q_BTKGH, k_BKSH, v_BKSH, segments, scale=scale, axes=axes, interpret=on_cpu)
+    attend = MASKED.get(name, xla.attention if on_cpu else xla.cudnn)  # on a CPU, XLA stands for cuDNN
+    if name == "cudnn" and axes is None:
+        mask_BTS = None if segments is None else segments[0][:, :, None] == segments[1][:, None]
+        return attend(q_BTKGH, k_BKSH, v_BKSH, mask_BTS=mask_BTS, scale=scale, causal=True)
+
+    def block(q_BTKGH, k_BKSH, v_BKSH, slots_BT, segments):
+        mask_BTS = jnp.arange(k_BKSH.shape[2]) <= slots_BT[:, :, None]
+        if segments is not None:
+            mask_BTS &= segments[0][:, :, None] == segments[1][:, None]
+        return attend(q_BTKGH, k_BKSH, v_BKSH, mask_BTS=mask_BTS, scale=scale)
+
+    if axes is not None:  # of a long sequence not even the masks of all blocks are kept for the gradient
+        block = jax.checkpoint(block)
     T, S = q_BTKGH.shape[1], k_BKSH.shape[2]
     ordered &= axes is None  # else this device's queries start anywhere
     width = min(QUERY_BLOCK, max(SMALL_BLOCK, T // 16)) if ordered else QUERY_BLOCK
@@ -96,11 +108,8 @@ def _one_device(q_BTKGH, k_BKSH, v_BKSH, slots_BT, segment_ids_BT, *, name, orde
     for start in range(0, T, width):  # a Python loop: shapes differ, and 131072 tokens make 128 blocks
         queries = slice(start, min(start + width, T))
         keys = slice(0, min(queries.stop, S) if ordered else S)
-        mask_BTS = jnp.arange(keys.stop) <= slots_BT[:, queries, None]
-        if segments is not None:
-            mask_BTS &= segments[0][:, queries, None] == segments[1][:, None, keys]
-        args = q_BTKGH[:, queries], k_BKSH[:, :, keys], v_BKSH[:, :, keys]
-        blocks.append(MASKED[name](*args, mask_BTS=mask_BTS, scale=scale))
+        parts = None if segments is None else (segments[0][:, queries], segments[1][:, keys])
+        blocks.append(block(q_BTKGH[:, queries], k_BKSH[:, :, keys], v_BKSH[:, :, keys], slots_BT[:, queries], parts))
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
 
 
@@ -117,14 +126,14 @@ def _choose(name: str | None, q_BTKGH: jax.Array, *, causal: bool) -> str:
     if name is None:
         if platform == "cpu":
             return "cpu"
-        kernel, fits = ("splash", tpu.fits) if platform == "tpu" else ("cudnn", gpu.fits)
+        kernel, fits = ("splash", tpu.fits) if platform == "tpu" else ("cudnn", xla.cudnn_fits)
         return kernel if causal and T >= KERNEL_TOKENS and fits(dtype, H, kind) else "xla"
     check_implementation(name)
     if platform == "cpu" and dtype == jnp.float16 and name in ("xla", "cudnn"):
         raise ValueError(f"attention implementation {name!r} has no float16 on a CPU: use 'cpu', or dtype float32")
-    if name == "cudnn" and platform != "cpu" and not gpu.fits(dtype, H, kind):
+    if name == "cudnn" and platform != "cpu" and not xla.cudnn_fits(dtype, H, kind):
         raise ValueError(
-            f"attention implementation 'cudnn' computes in bfloat16 or float16 with a head_dim of up to {gpu.MAX_HEAD},"
+            f"attention implementation 'cudnn' computes in bfloat16 or float16 with a head_dim of up to {xla.MAX_HEAD},"
             f" in multiples of 8, on Ampere or newer; not in {dtype} with {H} on {kind}. Use dtype bfloat16, or 'xla'"
         )
     if name in KERNELS:

@@ -23,20 +23,18 @@ def attention(
     q_BTKGH: jax.Array,
     k_BKSH: jax.Array,
     v_BKSH: jax.Array,
-    slots_BT: jax.Array,
     segments: tuple[jax.Array, jax.Array] | None,
     *,
     scale: float,
     axes: str | tuple[str, ...] | None,
     interpret: bool,
 ) -> jax.Array:
-    """Causal attention of one device's rows, heads and queries.
+    """Causal attention of one device's rows, heads and queries: query t's own key is in slot t of the whole sequence.
 
     Args:
       q_BTKGH: queries; with `axes`, the part of a sequence of S that is this device's along them.
       k_BKSH: keys of the whole sequence.
       v_BKSH: values.
-      slots_BT: not used: query t's own key is in slot t, counted over all devices.
       segments: int [B, T] and [B, S]: documents of the queries and of the keys.
       scale: what the scores are multiplied by.
       axes: mesh axes that split the queries by length.
