@@ -172,7 +172,12 @@ def _joined() -> Job:
 
 
 def put(x: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-    """Puts an array of the host on the devices of all processes; each of them has the whole of the same `x`."""
+    """Puts an array of the host on the devices of all processes.
+
+    Args:
+      x: any shape; the same on every process, whole.
+      sharding: over devices of any processes.
+    """
     if process_count() == 1:
         return jax.device_put(x, sharding)
     dtype = jax.dtypes.canonicalize_dtype(x.dtype)
@@ -180,7 +185,11 @@ def put(x: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
 
 
 def fetch(*arrays: jax.Array) -> tuple[np.ndarray, ...]:
-    """Brings arrays of any sharding to the host of every process, whole; all processes must call it."""
+    """Brings arrays to the host of every process, whole; all processes must call it.
+
+    Args:
+      *arrays: of any shape and sharding, on one mesh.
+    """
     if not all(x.is_fully_addressable or x.is_fully_replicated for x in arrays):
         with jax.set_mesh(arrays[0].sharding.mesh):  # pyright: ignore[reportAttributeAccessIssue]
             arrays = _replicate(arrays)

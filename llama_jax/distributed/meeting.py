@@ -31,8 +31,17 @@ HELLO_SECONDS = 5.0  # what somebody who connects has to say who it is
 def meet(place: Place, versions: dict[str, str], timeout: float) -> tuple[list[str], dict[int, socket.socket]]:
     """Waits until all are there, and compares versions.
 
+    Args:
+      place: of this process.
+      versions: what must be the same on every process.
+      timeout: seconds to wait.
+
     Returns:
       The host of every process, and connections: of process 0 to all the others, of these to process 0.
+
+    Raises:
+      ValueError: somebody did not arrive, runs other versions or says that it is somebody else; every process that is
+        there raises the same.
     """
     hello = {
         "process": place.process_id,

@@ -13,7 +13,14 @@ PORTS = range(61440, 65536)  # a launcher's job number chooses one of them, as i
 
 
 class Place(NamedTuple):
-    """This process's place among the others; `local_devices` None is all of this machine's."""
+    """This process's place among the others.
+
+    Attributes:
+      address: "host:port" of process 0.
+      num_processes: how many there are.
+      process_id: which one this is.
+      local_devices: numbers of the devices that are its own; None is all of this machine's.
+    """
 
     address: str
     num_processes: int
@@ -24,7 +31,17 @@ class Place(NamedTuple):
 def find_place(
     coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: float
 ) -> Place | None:
-    """Where this process stands, by arguments, environment and launcher; None where it is the only one."""
+    """Where this process stands, by arguments, environment and launcher; None where it is the only one.
+
+    Args:
+      coordinator: as of `initialize`, like the following ones.
+      num_processes: see `initialize`.
+      process_id: see `initialize`.
+      timeout: seconds that a launcher's coordinator may take to have a name.
+
+    Raises:
+      ValueError: they are incomplete or wrong, or the launcher does not answer.
+    """
     coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
     num_processes = _from_environment("JAX_NUM_PROCESSES") if num_processes is None else num_processes
     process_id = _from_environment("JAX_PROCESS_ID") if process_id is None else process_id
