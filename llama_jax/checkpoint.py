@@ -1,4 +1,4 @@
-"""Trees of arrays on disk: Orbax, and the only file that imports it.
+"""Trees of arrays on disk, and the checkpoints of a run: Orbax, and the only file that imports it.
 
 Arrays are saved as they lie on the devices, each process its own part. One that is stacked over layers is cut into
 chunks of one layer, so that a layer can be read alone, without its neighbours, onto any mesh. Only layers of less than
@@ -11,9 +11,13 @@ import contextlib
 import ctypes
 import dataclasses
 import errno
+import functools
+import json
+import logging
 import math
 import os
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,10 @@ import numpy as np
 CHUNK = 1 << 26  # bytes: what a read of a few rows costs at most
 FILE = 1 << 28  # bytes of one data file, which is in memory until it is whole (Orbax's default: 2 GiB)
 SMALL = 1 << 20  # bytes of a layer that is not worth a chunk of its own
+
+
+PROGRESS = "progress.json"
+DELETED = "deleted"
 
 
 class DamagedError(ValueError):
@@ -54,32 +62,50 @@ def save_arrays(path: Path, arrays: Mapping[str, jax.Array], *, stacked: Callabl
     """
     import orbax.checkpoint as ocp
 
-    _return_large_blocks()
+    with ocp.Checkpointer(_handler(arrays)) as checkpointer, _full_disk_in_words():
+        checkpointer.save(path.absolute(), args=_save(arrays, stacked))
 
-    def local_bytes(x: jax.Array) -> int:
-        return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+
+def _handler(arrays: Mapping[str, jax.Array]) -> Any:
+    """Saves such arrays with as little in flight as Orbax can do with, which is the largest of them.
+
+    What it copies is memory beyond the arrays.
+    """
+    import orbax.checkpoint as ocp
+
+    _return_large_blocks()
+    most = max(_local_bytes(x) * len(x.addressable_shards) for x in arrays.values())
+    # (Orbax multiplies the number by 10**9; a fraction does.) Weights do not compress: zstd saves bf16 a fifth, and
+    # costs more time than the disk saves.
+    options: dict[str, Any] = {"save_concurrent_gb": (most + 1) / 10**9, "use_compression": False}
+    return ocp.PyTreeCheckpointHandler(use_zarr3=True, **options)
+
+
+def _save(arrays: Mapping[str, jax.Array], stacked: Callable[[str], bool]) -> Any:
+    """What Orbax is to save, and in which chunks."""
+    import orbax.checkpoint as ocp
 
     def chunks(name: str, x: jax.Array) -> ocp.SaveArgs:
-        layer = local_bytes(x) // len(x)
-        if not stacked(name) or layer < SMALL:
+        if not stacked(name) or (layer := _local_bytes(x) // len(x)) < SMALL:
             return ocp.SaveArgs(chunk_byte_size=CHUNK)
         return ocp.SaveArgs(chunk_byte_size=min(CHUNK, layer), shard_axes=(0,))
 
-    # Weights do not compress: zstd saves bf16 a fifth, and costs more time than the disk saves.
-    # As little in flight as Orbax can do with, which is the largest array: what it copies is memory beyond the arrays.
-    most = max(local_bytes(x) * len(x.addressable_shards) for x in arrays.values())
-    # (Orbax multiplies the number by 10**9; a fraction does.)
-    options: dict[str, Any] = {"save_concurrent_gb": (most + 1) / 10**9, "use_compression": False}
-    handler = ocp.PyTreeCheckpointHandler(use_zarr3=True, **options)
-    with ocp.Checkpointer(handler) as checkpointer:
-        save_args = {name: chunks(name, x) for name, x in arrays.items()}
-        args = ocp.args.PyTreeSave(dict(arrays), save_args=save_args, ocdbt_target_data_file_size=FILE)
-        try:
-            checkpointer.save(path.absolute(), args=args)
-        except Exception as error:  # tensorstore's own kind, for whatever happens to a file
-            if "No space left" in str(error):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
-            raise
+    save_args = {name: chunks(name, x) for name, x in arrays.items()}
+    return ocp.args.PyTreeSave(dict(arrays), save_args=save_args, ocdbt_target_data_file_size=FILE)
+
+
+def _local_bytes(x: jax.Array) -> int:
+    return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+
+
+@contextlib.contextmanager
+def _full_disk_in_words() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # tensorstore's own kind, for whatever happens to a file
+        if "No space left" in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        raise
 
 
 def _return_large_blocks() -> None:
@@ -132,3 +158,210 @@ def open_arrays(path: Path) -> dict[str, SavedArray]:
         return read
 
     return {name: SavedArray(tuple(x.shape), np.dtype(x.dtype.numpy_dtype), reader(name)) for name, x in arrays.items()}
+
+
+class RunCheckpoints:
+    """The checkpoints of one training run: `FOLDER/STEP`, each a native checkpoint with the optimizer's state beside.
+
+    Saved in the background, and there whole or not at all. All processes make the same calls.
+
+    Args:
+      folder: of this run; made if need be.
+      keep_last: how many of the newest are kept,
+      keep_every: beside those of every so many steps (0: none),
+      keep_best: and so many with the lowest loss.
+      stacked: as for `save_arrays`.
+    """
+
+    def __init__(
+        self, folder: Path, *, keep_last: int, keep_every: int, keep_best: int, stacked: Callable[[str], bool]
+    ):
+        import orbax.checkpoint as ocp
+        from orbax.checkpoint import checkpoint_managers as managers
+
+        for quiet in ("absl", "orbax"):
+            logging.getLogger(quiet).setLevel(logging.ERROR)
+        policies: list[Any] = [managers.LatestN(max(1, keep_last))]
+        if keep_every:
+            policies.append(managers.EveryNSteps(keep_every))
+        if keep_best:
+            best = managers.BestN(
+                get_metric_fn=lambda metrics: metrics["loss"], reverse=True, n=keep_best,
+                keep_checkpoints_without_metrics=False,
+            )  # fmt: skip
+            policies.append(best)
+        # Renamed in one step before they are deleted: a kill meanwhile leaves no half of a checkpoint.
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=managers.AnyPreservationPolicy(policies), cleanup_tmp_directories=True,
+            todelete_subdir=DELETED,
+        )  # fmt: skip
+        self.folder, self._stacked, self._options = folder.absolute(), stacked, options
+        self._manager: Any = None
+
+    def steps(self) -> list[int]:
+        """Those that are whole, in order."""
+        return run_steps(self.folder)
+
+    def progress(self, step: int) -> dict[str, Any]:
+        """What was saved beside the arrays.
+
+        Raises:
+          DamagedError: it cannot be read.
+        """
+        path = self.folder / str(step) / "run" / PROGRESS
+        try:
+            return json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise DamagedError(f"{path}: cannot be read ({error})") from error
+
+    def restore(self, step: int, like: Mapping[str, Mapping[str, jax.Array]]) -> dict[str, dict[str, jax.Array]]:
+        """Reads a checkpoint onto the devices, each process its own part.
+
+        Args:
+          step: which one.
+          like: item -> name -> abstract array with its sharding, on any mesh.
+
+        Raises:
+          DamagedError: it cannot be read.
+          ValueError: it holds other arrays; says which.
+        """
+        import orbax.checkpoint as ocp
+
+        found = {}
+        for item, arrays in like.items():
+            path = self.folder / str(step) / item
+            stored = open_arrays(path)
+            _check_same(path, stored, arrays)
+            restore_args = ocp.checkpoint_utils.construct_restore_args(dict(arrays))
+            args = ocp.args.PyTreeRestore(item=dict(arrays), restore_args=restore_args)
+            try:
+                with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_zarr3=True)) as checkpointer:
+                    found[item] = checkpointer.restore(path, args=args)
+            except Exception as error:  # Orbax and tensorstore raise many kinds
+                raise DamagedError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
+        return found
+
+    def save(
+        self,
+        step: int,
+        items: Mapping[str, Mapping[str, jax.Array]],
+        progress: dict[str, Any],
+        files: Mapping[str, bytes],
+        loss: float | None = None,
+    ) -> None:
+        """Begins to save; the arrays may be donated when it returns. An error comes with the next call of this object.
+
+        Args:
+          step: larger than any before; does nothing where there is one of that step already.
+          items: item -> name -> array.
+          progress: what JSON can hold.
+          files: beside the items: `config.json` and the tokenizer, so that `load` takes the folder.
+          loss: by which the best are chosen.
+
+        Raises:
+          OSError: the disk is full, now or during the save before; older checkpoints are as they were.
+        """
+        import orbax.checkpoint as ocp
+
+        if step in self.steps():
+            return
+        manager = self._open(items)
+        self._delete()
+        args = {item: _save(arrays, self._stacked) for item, arrays in items.items()}
+        with _full_disk_in_words():
+            manager.save(
+                step,
+                args=ocp.args.Composite(**args, run=_run_files().Save(progress, dict(files))),
+                metrics=None if loss is None else {"loss": loss},
+                force=True,
+            )
+
+    def check(self) -> None:
+        """Raises OSError if the save that goes on has failed."""
+        if self._manager:
+            with _full_disk_in_words():
+                self._manager.check_for_errors()
+
+    def wait(self) -> None:
+        """Returns when all is on disk; raises OSError if it is not."""
+        if self._manager:
+            with _full_disk_in_words():
+                self._manager.wait_until_finished()
+            self._delete()
+
+    def close(self) -> None:
+        """Ends the threads, without waiting for what goes on beyond that."""
+        if self._manager:
+            self._manager.close()
+
+    def _delete(self) -> None:
+        """Deletes what the manager no longer keeps."""
+        if jax.process_index() == 0:
+            shutil.rmtree(self.folder / DELETED, ignore_errors=True)
+
+    def _open(self, items: Mapping[str, Mapping[str, jax.Array]]) -> Any:
+        import orbax.checkpoint as ocp
+
+        if self._manager is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            handlers: dict[str, Any] = {item: _handler(arrays) for item, arrays in items.items()}
+            self._manager = ocp.CheckpointManager(
+                self.folder, options=self._options, item_handlers=handlers | {"run": _run_files().Handler()}
+            )
+        return self._manager
+
+
+def run_steps(folder: Path) -> list[int]:
+    """The steps of the whole checkpoints in a run's folder of checkpoints, in order."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal() and (path / "run").is_dir())
+
+
+def _check_same(path: Path, stored: Mapping[str, SavedArray], wanted: Mapping[str, jax.Array]) -> None:
+    """Raises ValueError that names the first difference."""
+    if names := sorted(stored.keys() ^ wanted.keys()):
+        raise ValueError(
+            f"{path}: the checkpoint is of another model or optimizer: {names[0]!r} is only in"
+            f" {'the checkpoint' if names[0] in stored else 'this run'}. Give the recipe it was made with, or start a"
+            " new run from its weights: --output NEW --init-from ITS_FOLDER"
+        )
+    for name, array in wanted.items():
+        if stored[name].shape != array.shape:
+            raise ValueError(
+                f"{path}: the checkpoint is of another shape: {name!r} is {list(stored[name].shape)}, but this run's is"
+                f" {list(array.shape)}. Give the recipe it was made with (recipe.json beside it), or another --output"
+            )
+
+
+class _RunFiles:
+    """An Orbax item of small files: `run/progress.json`, and others beside the items, in the checkpoint itself."""
+
+    def __init__(self):
+        import orbax.checkpoint as ocp
+
+        class Handler(ocp.CheckpointHandler):
+            def save(self, directory: Any, args: Any) -> None:
+                if jax.process_index() == 0:
+                    (directory / PROGRESS).write_text(json.dumps(args.progress, indent=1))
+                    for name, data in args.files.items():
+                        (directory.parent / name).write_bytes(data)
+
+            def restore(self, directory: Any, args: Any = None) -> Any:
+                return json.loads((directory / PROGRESS).read_text())
+
+            def finalize(self, directory: Any) -> None:
+                pass
+
+        @ocp.args.register_with_handler(Handler, for_save=True, for_restore=True)
+        @dataclasses.dataclass
+        class Save(ocp.args.CheckpointArgs):
+            progress: dict[str, Any] = dataclasses.field(default_factory=dict)
+            files: dict[str, bytes] = dataclasses.field(default_factory=dict)
+
+        self.Handler, self.Save = Handler, Save
+
+
+@functools.cache
+def _run_files() -> _RunFiles:
+    return _RunFiles()

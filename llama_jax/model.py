@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax import kv_cache
 from llama_jax.config import ModelConfig
@@ -25,8 +26,18 @@ from llama_jax.ops.rope import apply_rope, inverse_frequencies, rope_angles
 from llama_jax.sharding import ShardingRules
 
 INIT_STD = 0.02  # the family's initializer_range
-# What is kept of a block for the gradient: everything, or only its input.
-REMAT = {"none": None, "full": jax.checkpoint_policies.nothing_saveable}
+_POLICIES = jax.checkpoint_policies
+# What is kept of a block for the gradient; the rest is computed again. From the most memory to the least:
+REMAT = {
+    "none": _POLICIES.everything_saveable,
+    "matmuls": _POLICIES.save_only_these_names("qkv", "attention", "mlp"),  # what LLaMA 1 kept: outputs of products
+    "attention": _POLICIES.save_only_these_names("qkv", "attention"),
+    "full": _POLICIES.nothing_saveable,  # but the block's input
+    "offload": _POLICIES.save_and_offload_only_these_names(  # and that in the host's memory
+        names_which_can_be_saved=[], names_which_can_be_offloaded=["block"], offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}  # fmt: skip
 
 
 class _Params:
@@ -52,6 +63,11 @@ class _Params:
         return nnx.Param(jax.ShapeDtypeStruct(shape, self.dtype, sharding=sharding))
 
 
+def random_keys(seed: int) -> nnx.Rngs:
+    """The keys of random initial weights, for `Llama(rngs=)`."""
+    return nnx.Rngs(seed)
+
+
 class Attention(nnx.Module):
     """Grouped-query attention with RoPE."""
 
@@ -73,6 +89,7 @@ class Attention(nnx.Module):
             q_BTKGH = apply_rope(einsum("BTD,DKGH->BTKGH", x_BTD, self.wq, out_sharding=grouped), angles)
             k_BTKH = apply_rope(einsum("BTD,DKH->BTKH", x_BTD, self.wk, out_sharding=heads), angles)
             v_BTKH = einsum("BTD,DKH->BTKH", x_BTD, self.wv, out_sharding=heads)
+            q_BTKGH, k_BTKH, v_BTKH = (checkpoint_name(x, "qkv") for x in (q_BTKGH, k_BTKH, v_BTKH))
         with jax.named_scope("cache"):
             new = None if layer is None else kv_cache.write(layer, k_BTKH, v_BTKH, slots_BT, ordered=ordered)
             # The first tokens of a cache see one another only, as without one.
@@ -101,8 +118,8 @@ class MLP(nnx.Module):
         """[B, T, D] -> [B, T, D]."""
         B, T, D = x_BTD.shape
         wide = self.rules.spec(("batch", "seq", "mlp"), (B, T, self.w_up.shape[1]))
-        gate_BTF = einsum("BTD,DF->BTF", x_BTD, self.w_gate, out_sharding=wide)
-        up_BTF = einsum("BTD,DF->BTF", x_BTD, self.w_up, out_sharding=wide)
+        gate_BTF = checkpoint_name(einsum("BTD,DF->BTF", x_BTD, self.w_gate, out_sharding=wide), "mlp")
+        up_BTF = checkpoint_name(einsum("BTD,DF->BTF", x_BTD, self.w_up, out_sharding=wide), "mlp")
         spec = self.rules.spec(("batch", "seq", "act_embed"), (B, T, D))
         return einsum("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, self.w_down, out_sharding=spec)
 
@@ -269,11 +286,10 @@ def apply_blocks(
         assert not isinstance(cache, tuple), "stacked blocks take a stacked cache"
 
         def step(x_BTD, layer):
-            return layer[0](x_BTD, layer[1], **where, **static)
+            return layer[0](checkpoint_name(x_BTD, "block"), layer[1], **where, **static)
 
-        policy = REMAT[remat]
-        if policy is not None and cache is None:
-            step = jax.checkpoint(step, policy=policy, prevent_cse=False)  # a scan cannot merge the two computations
+        if remat != "none" and cache is None:  # a scan cannot merge the two computations: no barrier is needed
+            step = jax.checkpoint(step, policy=REMAT[remat], prevent_cse=False)
         return jax.lax.scan(step, x_BTD, (blocks, cache))
     # Jitted within the jitted step, so that a list of blocks is traced once and not once a layer.
     apply = jax.jit(lambda block, x_BTD, layer, where: block(x_BTD, layer, **where, **static))

@@ -6,6 +6,7 @@ the device until its steps are done or no row is running. The host sees tokens i
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import weakref
@@ -207,6 +208,12 @@ class Programs:
         self._decode = jax.jit(on_leaves(for_the_host(decode)), donate_argnums=1)
         self._forward = jax.jit(on_leaves(lambda model, tokens_BT: model(tokens_BT)[0]))
 
+    def on(self, model: Llama) -> Programs:
+        """The same programs, compiled as they are, for other weights of the same kind."""
+        other = copy.copy(self)
+        other.leaves = jax.tree.leaves(model)
+        return other
+
     def prefill(self, *args: Any, **kwargs: Any):
         """As `prefill` without the model, with the finish codes beside the state; the cache is donated."""
         return self._prefill(self.leaves, *args, **kwargs)
@@ -228,3 +235,10 @@ def programs_of(llama: Any) -> Programs:
     if llama not in _PROGRAMS:
         _PROGRAMS[llama] = Programs(llama.model)
     return _PROGRAMS[llama]
+
+
+def with_model(llama: Any, model: Llama) -> Any:
+    """A loaded model with other weights of the same shapes, which shares the compiled programs: during training."""
+    other = dataclasses.replace(llama, model=model)
+    _PROGRAMS[other] = programs_of(llama).on(model)
+    return other

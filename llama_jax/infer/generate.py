@@ -10,7 +10,15 @@ import jax
 import numpy as np
 
 from llama_jax import distributed
-from llama_jax.infer.decode import CHUNK, FINISH_REASONS, NO_TOKEN, RUNNING, DecodeState, programs_of
+from llama_jax.infer.decode import (
+    CHUNK,
+    FINISH_REASONS,
+    NO_TOKEN,
+    RUNNING,
+    DecodeState,
+    programs_of,
+    with_model,  # noqa: F401 (for the training loop)
+)
 from llama_jax.infer.sampling import Sampling
 from llama_jax.kv_cache import KVCache, num_slots
 from llama_jax.sharding import pad_batch

@@ -99,7 +99,7 @@ def open_checkpoint(name: str | Path) -> Checkpoint:
       CheckpointError: no such checkpoint, or not one that can be read.
       ConfigError: its configuration is not supported.
     """
-    path = hub.resolve(str(name))
+    path = _newest_of_run(hub.resolve(str(name)))
     try:
         checkpoint = _reader(path)(path)
     except ConfigError as error:
@@ -119,6 +119,16 @@ def open_checkpoint(name: str | Path) -> Checkpoint:
             path, tokenizer.vocab_size, checkpoint.config.vocab_size,
         )  # fmt: skip
     return checkpoint
+
+
+def _newest_of_run(path: Path) -> Path:
+    """The newest checkpoint, where `path` is the folder of a training run; else `path`."""
+    folders = [path / "checkpoints", path]
+    for folder in folders if path.is_dir() and not (path / "params").exists() else ():
+        steps = [int(step.name) for step in folder.glob("[0-9]*") if (step / "params" / "_METADATA").exists()]
+        if steps:
+            return folder / str(max(steps))
+    return path
 
 
 def _reader(path: Path) -> Callable[[Path], Checkpoint]:

@@ -111,13 +111,16 @@ def write_hf(folder: Path, checkpoint: Checkpoint, options: Options, advance: Ad
     _write_hf_texts(folder, checkpoint, options)
 
 
-def _write_hf_texts(folder: Path, checkpoint: Checkpoint, options: Options) -> None:
-    """What a Hugging Face folder has besides weights."""
-    dtype = options.dtype or str(checkpoint.dtype)
+def hf_texts(checkpoint: Checkpoint, dtype: str) -> dict[str, bytes]:
+    """What a Hugging Face folder, or one of ours, has besides weights of that dtype: file name to content."""
     ids = _special_ids(checkpoint)
-    _write_json(folder / "config.json", presets.to_hf_config(checkpoint.config, dtype=dtype) | ids)
-    _write_json(folder / "generation_config.json", dict(checkpoint.generation) or ids)
-    _write_files(folder, checkpoint.tokenizer_files())
+    config = _json("config.json", presets.to_hf_config(checkpoint.config, dtype=dtype) | ids)
+    generation = _json("generation_config.json", dict(checkpoint.generation) or ids)
+    return {"config.json": config, "generation_config.json": generation, **checkpoint.tokenizer_files()}
+
+
+def _write_hf_texts(folder: Path, checkpoint: Checkpoint, options: Options) -> None:
+    _write_files(folder, hf_texts(checkpoint, options.dtype or str(checkpoint.dtype)))
 
 
 def _special_ids(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -320,11 +323,14 @@ def write_native(folder: Path, checkpoint: Checkpoint, options: Options, advance
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_bytes(_json(path.name, content))
+
+
+def _json(name: str, content: Mapping[str, Any]) -> bytes:
     try:
-        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-        path.write_text(text + "\n", encoding="utf-8")
+        return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
     except ValueError as error:  # NaN, a lone surrogate
-        raise CheckpointError(f"{path.name}: the source has a value there that JSON cannot hold ({error})") from error
+        raise CheckpointError(f"{name}: the source has a value there that JSON cannot hold ({error})") from error
 
 
 def _write_files(folder: Path, files: Mapping[str, bytes]) -> None:

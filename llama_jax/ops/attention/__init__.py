@@ -6,6 +6,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax.ops.attention import cpu, reference, tpu, xla
 
@@ -72,9 +73,11 @@ def dot_product_attention(
         return reference.attention(q_BTKGH, k_BKSH, v_BKSH, mask_BTS=seen_BTS, scale=scale, out_sharding=q_spec)
     local = functools.partial(_one_device, name=name, ordered=ordered, scale=scale, axes=axes)
     # Kernels do not say over which mesh axes their results vary: no check_vma.
-    return jax.shard_map(local, out_specs=q_spec, check_vma=name not in KERNELS)(
+    out_BTKGH = jax.shard_map(local, out_specs=q_spec, check_vma=name not in KERNELS)(
         q_BTKGH, k_BKSH, v_BKSH, slots_BT, segment_ids_BT
     )
+    # What a gradient may keep goes by the name "attention"; splash gives it to its own residuals.
+    return out_BTKGH if name == "splash" else checkpoint_name(out_BTKGH, "attention")
 
 
 def _one_device(q_BTKGH, k_BKSH, v_BKSH, slots_BT, segment_ids_BT, *, name, ordered, scale, axes):

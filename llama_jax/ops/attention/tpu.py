@@ -95,7 +95,7 @@ def _kernel(T: int, S: int, shards: int, block: int, shard: int | jax.Array, int
         save_residuals=False,
         mask_value=splash.DEFAULT_MASK_VALUE,
         attn_logits_soft_cap=None,
-        residual_checkpoint_name=None,
+        residual_checkpoint_name="attention",  # with the sums that its gradient needs,
         mask_function=_not_after,
         interpret=interpret,
     )

@@ -1,0 +1,372 @@
+"""A prepared corpus on disk: tokenised documents in ArrayRecord shards, their lengths, and a manifest.
+
+    manifest.json                  what the corpus is; written last, so that a folder with it is complete
+    00000-of-00004.array_record    one record a document: its token ids, little endian
+    00000-of-00004.index           uint32 [documents, 2], little endian: tokens and bytes of each document
+    00000-of-00004.sources         one line a document: where it came from
+    tokenizer.model, ...           the tokenizer's files
+
+Documents are numbered through all shards, in the order of the input.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llama_jax.text.tokenizer import TOKENIZER_FILES, VOCABULARY_FILES, Tokenizer, load_tokenizer
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+UNFINISHED = "unfinished"  # a folder in the corpus's own while it is being prepared
+INDEX_DTYPE = np.dtype("<u4")
+TOKENS, BYTES = 0, 1  # columns of the index
+OPEN_SHARDS = 512  # a process may often have 1024 files open
+AGAIN = "prepare the corpus again, into a new folder"
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One shard of a corpus.
+
+    Attributes:
+        name: Of its files, without the suffix.
+        documents: Number of records.
+        tokens: Of all documents, BOS and EOS included.
+        bytes: UTF-8 of all texts.
+        record_bytes: Size of the `.array_record` file; a truncated one shows.
+    """
+
+    name: str
+    documents: int
+    tokens: int
+    bytes: int
+    record_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a corpus is.
+
+    Attributes:
+        vocab_size: Of the tokenizer; every id is below it.
+        bos: Whether each document begins with the tokenizer's BOS.
+        eos_id: The id that ends each document.
+        tokenizer_file: Name of the vocabulary's file in the corpus.
+        tokenizer_sha256: Of that file, in hexadecimal.
+        token_dtype: Of the records, `uint16` or `uint32`.
+        documents: Number of them.
+        tokens: Of all documents, BOS and EOS included.
+        bytes: UTF-8 of all texts.
+        shards: In the order of the documents.
+        skipped: What was left out, such as `{"empty": 3}` documents.
+        reference: Bits per byte that something else needs for the texts, by its name.
+        fingerprint: Of the input and the options that it was prepared from.
+        format: Version of this layout.
+    """
+
+    vocab_size: int
+    bos: bool
+    eos_id: int
+    tokenizer_file: str
+    tokenizer_sha256: str
+    token_dtype: str
+    documents: int
+    tokens: int
+    bytes: int
+    shards: tuple[Shard, ...]
+    skipped: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    reference: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    fingerprint: str = ""
+    format: int = FORMAT
+
+    def to_json(self) -> str:
+        """Writes the manifest as JSON."""
+        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes, source: str) -> Manifest:
+        """Reads a manifest.
+
+        Args:
+            text: JSON.
+            source: Where it comes from, for error messages.
+
+        Raises:
+            ValueError: It is none, is of another format, or its counts do not match.
+        """
+        try:
+            values: dict[str, Any] = json.loads(text)
+            version = values.get("format")
+            if version != FORMAT:
+                raise ValueError(f"format {version!r}, this llama_jax reads format {FORMAT}")
+            manifest = cls(**{**values, "shards": tuple(Shard(**shard) for shard in values["shards"])})
+            for field in ("documents", "tokens", "bytes"):
+                total = sum(getattr(shard, field) for shard in manifest.shards)
+                if total != getattr(manifest, field):
+                    raise ValueError(f"{getattr(manifest, field)} {field}, but the shards have {total}")
+            if manifest.token_dtype not in ("uint16", "uint32"):
+                raise ValueError(f"token_dtype {manifest.token_dtype!r}")
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{source}: is not the manifest of a corpus ({error}): {AGAIN}") from error
+        return manifest
+
+
+class Column:
+    """One number a document, over all shards: an array that stays on disk.
+
+    `column[ids]` takes an integer, a slice, or an integer array of any shape, and gives int64; `len(column)` is the
+    number of documents. Nothing is copied but what is asked for.
+    """
+
+    def __init__(self, indices: Sequence[np.ndarray], column: int):
+        """Joins shards.
+
+        Args:
+            indices: uint32 [documents of the shard, 2] each.
+            column: TOKENS or BYTES.
+        """
+        self._columns = [index[:, column] for index in indices]
+        self._starts = np.cumsum([0, *(len(index) for index in indices)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, ids: Any) -> Any:
+        if isinstance(ids, slice):
+            ids = np.arange(*ids.indices(len(self)))
+        ids = np.asarray(ids)
+        if ids.size and not 0 <= ids.min() <= ids.max() < len(self):
+            raise IndexError(f"documents are numbered 0 to {len(self) - 1}, asked for {ids.min()} to {ids.max()}")
+        if len(self._columns) == 1:
+            values = self._columns[0][ids].astype(np.int64)
+        else:
+            flat, values = ids.reshape(-1), np.empty(ids.size, np.int64)
+            shards = np.searchsorted(self._starts, flat, side="right") - 1
+            order = np.argsort(shards, kind="stable")
+            bounds = np.searchsorted(shards[order], np.arange(len(self._columns) + 1))
+            for shard in np.unique(shards):
+                part = order[bounds[shard] : bounds[shard + 1]]
+                values[part] = self._columns[shard][flat[part] - self._starts[shard]]
+            values = values.reshape(ids.shape)
+        return values if ids.ndim else int(values)
+
+    def __iter__(self) -> Iterator[int]:
+        return (int(value) for column in self._columns for value in column)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self[:].astype(dtype or np.int64, copy=False)
+
+
+class Corpus:
+    """A prepared corpus, opened for random access. Threads may share it; other processes get a copy by pickling.
+
+    Attributes:
+        path: Its folder.
+        manifest: What it is.
+        lengths: Tokens of each document, BOS and EOS included.
+        nbytes: UTF-8 bytes of each document's text.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, indices: Sequence[np.ndarray]):
+        """Opens nothing yet; use `open_corpus`, which checks the files."""
+        self.path, self.manifest = path, manifest
+        self.lengths, self.nbytes = Column(indices, TOKENS), Column(indices, BYTES)
+        self._starts = list(itertools.accumulate((shard.documents for shard in manifest.shards), initial=0))
+        self._dtype = np.dtype(manifest.token_dtype).newbyteorder("<")
+        self._readers: dict[int, Any] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return self.manifest.documents
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open_corpus, (self.path,)
+
+    def __repr__(self) -> str:
+        return f"Corpus({str(self.path)!r}, documents={len(self)}, tokens={self.manifest.tokens})"
+
+    @property
+    def name(self) -> str:
+        """The folder's name, for messages."""
+        return self.path.name
+
+    def read(self, ids: Sequence[int] | np.ndarray) -> list[np.ndarray]:
+        """Reads documents.
+
+        Args:
+            ids: Their numbers, in any order.
+
+        Returns:
+            The token ids of each, int32 [tokens].
+
+        Raises:
+            ValueError: A shard is damaged.
+        """
+        ids = np.asarray(ids, np.int64).reshape(-1)
+        lengths = self.lengths[ids]
+        documents: list[np.ndarray] = [np.empty(0, np.int32)] * len(ids)
+        shards = np.searchsorted(self._starts, ids, side="right") - 1
+        for shard in np.unique(shards).tolist():
+            places = np.flatnonzero(shards == shard).tolist()
+            records = self._records(shard, [int(ids[place]) - self._starts[shard] for place in places])
+            for place, record in zip(places, records, strict=True):
+                if len(record) != lengths[place] * self._dtype.itemsize:
+                    raise ValueError(
+                        f"{self._file(shard, 'array_record')}: document {ids[place]} has {len(record)} bytes, the index"
+                        f" says {lengths[place]} tokens of {self.manifest.token_dtype}: {AGAIN}"
+                    )
+                documents[place] = np.frombuffer(record, self._dtype).astype(np.int32)
+        return documents
+
+    def source(self, document: int) -> str:
+        """Returns where a document came from: a path, `path:line` or `name#row`. Reads a shard's list: for messages."""
+        if not 0 <= document < len(self):
+            raise IndexError(f"documents are numbered 0 to {len(self) - 1}, asked for {document}")
+        shard = int(np.searchsorted(self._starts, document, side="right")) - 1
+        line = document - self._starts[shard]
+        with open(self._file(shard, "sources"), encoding="utf-8", newline="\n") as file:
+            return next(itertools.islice(file, line, None), "").removesuffix("\n")
+
+    def tokenizer(self) -> Tokenizer:
+        """Loads the tokenizer that the corpus was prepared with."""
+        tokenizer = load_tokenizer(self.path)
+        if tokenizer is None:
+            raise ValueError(f"{self.path}: has no {self.manifest.tokenizer_file} any more: {AGAIN}")
+        return tokenizer
+
+    def close(self) -> None:
+        """Closes the shards; reading opens them again."""
+        with self._lock:
+            self._readers.clear()  # one that another thread reads from closes when that is done
+
+    def _file(self, shard: int, suffix: str) -> Path:
+        return self.path / f"{self.manifest.shards[shard].name}.{suffix}"
+
+    def _records(self, shard: int, records: list[int]) -> Sequence[bytes]:
+        try:
+            return self._reader(shard).read(records)
+        except (RuntimeError, IndexError) as error:
+            raise ValueError(f"{self._file(shard, 'array_record')}: is damaged ({error}): {AGAIN}") from error
+
+    def _reader(self, shard: int) -> Any:
+        with self._lock:
+            if shard not in self._readers:
+                from array_record.python.array_record_module import ArrayRecordReader
+
+                # Without readahead, a read fetches its records only.
+                reader = ArrayRecordReader(str(self._file(shard, "array_record")), "readahead_buffer_size:0")
+                expected = self.manifest.shards[shard].documents
+                if reader.num_records() != expected:
+                    raise ValueError(
+                        f"{self._file(shard, 'array_record')}: has {reader.num_records()} documents, the manifest says"
+                        f" {expected}: {AGAIN}"
+                    )
+                self._readers[shard] = reader
+                if len(self._readers) > OPEN_SHARDS:
+                    del self._readers[next(iter(self._readers))]
+            return self._readers[shard]
+
+
+def open_corpus(path: str | Path) -> Corpus:
+    """Opens a prepared corpus.
+
+    Args:
+        path: Its folder.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        ValueError: It is no corpus, is unfinished, or a file is missing or truncated.
+    """
+    path = Path(path).expanduser()
+    manifest = read_manifest(path)
+    indices = [_open_index(path, shard) for shard in manifest.shards]
+    return Corpus(path, manifest, indices)
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Reads the manifest of a corpus, and checks no other file; raises as `open_corpus`."""
+    try:
+        return Manifest.from_json((path / MANIFEST).read_bytes(), str(path / MANIFEST))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such corpus; make it with scripts/prepare_data.py") from error
+        if (path / UNFINISHED).is_dir():
+            raise ValueError(
+                f"{path}: its preparation did not finish: run scripts/prepare_data.py again as before, it resumes"
+            ) from error
+        raise ValueError(f"{path}: has no {MANIFEST}: give a folder that scripts/prepare_data.py wrote") from error
+
+
+def check_tokenizer(corpus: Corpus, *, sha256: str | None = None, vocab_size: int | None = None) -> None:
+    """Checks that a corpus was prepared with the tokenizer of a model, or of another corpus.
+
+    Args:
+        corpus: The corpus.
+        sha256: Of the tokenizer's vocabulary file, as `tokenizer_sha256` gives; None leaves this unchecked.
+        vocab_size: Of the model, which may be padded above the tokenizer's; None leaves this unchecked.
+
+    Raises:
+        ValueError: It was not.
+    """
+    manifest = corpus.manifest
+    if sha256 is not None and sha256 != manifest.tokenizer_sha256:
+        raise ValueError(
+            f"{corpus.path}: was prepared with another tokenizer ({manifest.tokenizer_file} {manifest.tokenizer_sha256[:12]}"
+            f", here it is {sha256[:12]}): prepare it again with scripts/prepare_data.py --tokenizer"
+        )
+    if vocab_size is not None and vocab_size < manifest.vocab_size:
+        raise ValueError(
+            f"{corpus.path}: its tokenizer has {manifest.vocab_size} ids, the model has room for {vocab_size}: prepare the"
+            " corpus with the model's tokenizer, or give the model a larger vocab_size"
+        )
+
+
+def tokenizer_sha256(files: Mapping[str, bytes]) -> tuple[str, str]:
+    """Returns name and SHA-256 of the vocabulary among a tokenizer's files (`text.tokenizer.read_files`)."""
+    name = next((name for name in VOCABULARY_FILES if name in files), None)
+    if name is None:
+        raise ValueError(
+            f"there is no vocabulary among {sorted(files)}: one of {', '.join(VOCABULARY_FILES)} is needed"
+        )
+    return name, hashlib.sha256(files[name]).hexdigest()
+
+
+def shard_files(name: str) -> list[str]:
+    """Names the files of a shard."""
+    return [f"{name}.{suffix}" for suffix in ("array_record", "index", "sources")]
+
+
+def is_corpus_file(name: str) -> bool:
+    """Tells whether a file's name is one that a corpus has."""
+    shard, _, suffix = name.partition(".")
+    numbers = shard.split("-of-")
+    is_shard = len(numbers) == 2 and all(number.isdecimal() for number in numbers)
+    return name in (MANIFEST, UNFINISHED, *TOKENIZER_FILES) or (is_shard and name in shard_files(shard))
+
+
+def _open_index(path: Path, shard: Shard) -> np.ndarray:
+    """Maps the index of a shard into memory, uint32 [documents, 2], and checks the sizes of the shard's files."""
+    sizes = {f"{shard.name}.index": shard.documents * 2 * INDEX_DTYPE.itemsize}
+    sizes[f"{shard.name}.array_record"] = shard.record_bytes
+    for name, expected in sizes.items():
+        try:
+            size = (path / name).stat().st_size
+        except FileNotFoundError as error:
+            raise ValueError(f"{path / name}: is missing: copy the whole folder again, or {AGAIN}") from error
+        if size != expected:
+            raise ValueError(
+                f"{path / name}: has {size} bytes, not {expected}: it is truncated or another corpus's; copy the whole"
+                f" folder again, or {AGAIN}"
+            )
+    if not shard.documents:  # a memory map cannot be empty
+        return np.empty((0, 2), INDEX_DTYPE)
+    return np.memmap(path / f"{shard.name}.index", INDEX_DTYPE, mode="r", shape=(shard.documents, 2))

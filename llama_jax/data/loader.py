@@ -1,0 +1,291 @@
+"""From planned rows to batches on the mesh, read ahead by Grain: each process reads the rows that its devices hold.
+
+    tokens         int32 [M, B, T]    inputs: M microbatches of B sequences
+    targets        int32 [M, B, T]    the token after each input
+    positions      int32 [M, B, T]    from 0 in each piece of a document
+    segment_ids    int32 [M, B, T]    from 1, one a piece; a query sees its own segment only; 0 is padding, without loss
+
+The state of a run is the number of rows it has consumed: a loader that starts there, with any number of processes and
+any mesh, goes on with the same rows.
+"""
+
+from __future__ import annotations
+
+import bisect
+import collections
+import dataclasses
+import itertools
+import math
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from llama_jax.data.plan import Plan, Row, SequentialPlan
+
+NAMES = ("tokens", "targets", "positions", "segment_ids")
+CACHED_TOKENS = 2**25  # of long documents, 128 MB
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """How large the steps are from some point of a run.
+
+    Attributes:
+      from_tokens: the first step that begins when so many tokens have been consumed is of this stage.
+      rows: of the plan, consumed by one step.
+      split: sequences that a row is cut into: Llama 3 begins with half of the final length. A document goes on in the
+        next sequence, at its next position, without seeing what was before.
+      microbatches: the sequences are computed in so many parts, one after the other.
+    """
+
+    from_tokens: int
+    rows: int
+    split: int = 1
+    microbatches: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchSchedule:
+    """The stages of a run; which one a step belongs to depends on where it starts, and on nothing else.
+
+    Attributes:
+      seq_len: slots of a row of the plan.
+      stages: in order.
+
+    Raises:
+      ValueError: no stage, stages that do not ascend from 0 tokens, or sizes that do not divide.
+    """
+
+    seq_len: int
+    stages: tuple[Stage, ...]
+
+    def __post_init__(self) -> None:
+        starts = [stage.from_tokens for stage in self.stages]
+        if not starts or starts[0] or any(a >= b for a, b in itertools.pairwise(starts)):
+            raise ValueError(f"batch schedule: stages must begin at 0 tokens and ascend, they begin at {starts}")
+        for stage in self.stages:
+            what = f"batch schedule, stage from {stage.from_tokens} tokens"
+            if min(stage.rows, stage.split, stage.microbatches) < 1:
+                raise ValueError(f"{what}: rows, split and microbatches must be 1 or more: {stage}")
+            if self.seq_len % stage.split:
+                raise ValueError(f"{what}: rows of {self.seq_len} tokens do not divide into {stage.split} sequences")
+            if stage.rows * stage.split % stage.microbatches:
+                raise ValueError(
+                    f"{what}: {stage.rows * stage.split} sequences do not divide into {stage.microbatches} microbatches"
+                )
+
+    def stage_at(self, row: int) -> Stage:
+        """The stage of a step that starts at a row."""
+        starts = [stage.from_tokens for stage in self.stages]
+        return self.stages[bisect.bisect_right(starts, row * self.seq_len) - 1]
+
+    def shape(self, stage: Stage) -> tuple[int, int, int]:
+        """Of a step's arrays: microbatches, sequences of each, tokens of a sequence."""
+        return stage.microbatches, stage.rows * stage.split // stage.microbatches, self.seq_len // stage.split
+
+    def runs(self, first_row: int) -> list[tuple[int, int, Stage]]:
+        """Steps of equal size: the number of the first one, counted from `first_row`, its row, and the stage."""
+        found, step, row = [], 0, first_row
+        stage = self.stage_at(row)
+        for following in (*self.stages[self.stages.index(stage) + 1 :], None):
+            found.append((step, row, stage))
+            if following is None:
+                break
+            steps = max(0, -(-(-(-following.from_tokens // self.seq_len) - row) // stage.rows))
+            step, row, stage = step + steps, row + steps * stage.rows, following
+        return found
+
+
+class Step(NamedTuple):
+    """What one training step consumes.
+
+    Attributes:
+      first_row: of the plan.
+      rows: how many; the next step starts at `first_row + rows`.
+      batch: tokens, targets, positions and segment_ids, int32 [M, B, T], on the mesh.
+      wait_seconds: how long the caller was kept waiting for data.
+    """
+
+    first_row: int
+    rows: int
+    batch: dict[str, jax.Array]
+    wait_seconds: float
+
+
+class RowReader:
+    """Reads rows into arrays; safe to use from several threads.
+
+    It keeps documents that are longer than a row, in the order of their use: many rows are pieces of them.
+    """
+
+    def __init__(self, plan: Plan | SequentialPlan, *, cached_tokens: int = CACHED_TOKENS) -> None:
+        self._plan, self._room = plan, cached_tokens
+        self._long: collections.OrderedDict[tuple[int, int], np.ndarray] = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def __call__(self, rows: Iterable[int]) -> dict[str, np.ndarray]:
+        """The four arrays of some rows, int32 [rows, T]."""
+        planned = [self._plan.row(row) for row in rows]
+        documents = self._documents(planned)
+        arrays = {name: np.zeros((len(planned), self._plan.seq_len), np.int32) for name in NAMES}
+        tokens, targets, positions, segment_ids = (arrays[name] for name in NAMES)
+        for r, row in enumerate(planned):
+            end = 0
+            for segment, (document, start, stop) in enumerate(row.pieces, 1):
+                first, end = end, end + stop - start
+                ids = documents[row.corpus, document]
+                tokens[r, first:end] = ids[start:stop]
+                targets[r, first:end] = ids[start + 1 : stop + 1]
+                positions[r, first:end] = np.arange(stop - start)
+                segment_ids[r, first:end] = segment
+        return arrays
+
+    def _documents(self, rows: Sequence[Row]) -> dict[tuple[int, int], np.ndarray]:
+        """The documents of some rows, by corpus and number, each read once."""
+        found: dict[tuple[int, int], np.ndarray] = {}
+        missing: dict[int, list[int]] = {}
+        with self._lock:
+            for key in dict.fromkeys((row.corpus, piece.document) for row in rows for piece in row.pieces):
+                if key in self._long:
+                    found[key] = self._long[key]
+                    self._long.move_to_end(key)
+                else:
+                    missing.setdefault(key[0], []).append(key[1])
+        for corpus, ids in missing.items():
+            for document, tokens in zip(ids, self._plan.corpora[corpus].read(ids), strict=True):
+                found[corpus, document] = tokens
+                if len(tokens) > self._plan.seq_len + 1:
+                    self._keep((corpus, document), tokens)
+        return found
+
+    def _keep(self, key: tuple[int, int], tokens: np.ndarray) -> None:
+        with self._lock:
+            if key not in self._long:
+                self._long[key] = tokens
+                self._room -= len(tokens)
+            while self._room < 0 and len(self._long) > 1:
+                self._room += len(self._long.popitem(last=False)[1])
+
+
+class _Layout:
+    """Where the rows of a step lie, and which of them this process needs."""
+
+    def __init__(self, schedule: BatchSchedule, stage: Stage, sharding: NamedSharding) -> None:
+        self._stage, self._sharding, self._shape = stage, sharding, schedule.shape(stage)
+        try:
+            sharding.shard_shape(self._shape)
+        except ValueError as error:
+            raise ValueError(
+                f"batch schedule, stage from {stage.from_tokens} tokens: microbatches of {self._shape[1]} sequences of"
+                f" {self._shape[2]} tokens do not divide among the devices of {sharding.spec} on mesh"
+                f" {dict(sharding.mesh.shape)}: change rows, microbatches or the mesh"
+            ) from error
+        self._row_MB = np.arange(math.prod(self._shape[:2])).reshape(self._shape[:2]) // stage.split
+        needed = sharding.addressable_devices_indices_map(self._shape).values()
+        self.rows = np.unique(np.concatenate([self._row_MB[index[:2]].ravel() for index in needed if index]))
+
+    def place(self, read: np.ndarray) -> jax.Array:
+        """The global array [M, B, T] of the rows [rows, seq_len] that this process has read."""
+        microbatches, sequences, length = self._shape
+        sequence_MB = np.arange(microbatches * sequences).reshape(microbatches, sequences)
+        parts_RST = read.reshape(len(read), self._stage.split, length)
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            row, part = np.divmod(sequence_MB[index[:2]], self._stage.split)
+            return parts_RST[np.searchsorted(self.rows, row), part][..., index[2]]
+
+        return jax.make_array_from_callback(self._shape, self._sharding, part)
+
+
+class _Source:
+    """The steps of a run as Grain reads them, by number."""
+
+    def __init__(self, read: RowReader, runs: Sequence[tuple[int, int, Stage]], layouts: Any, num_steps: int) -> None:
+        self._read, self._runs, self._layouts, self._num_steps = read, runs, layouts, num_steps
+        self._first_steps = [step for step, _, _ in runs]
+
+    def __len__(self) -> int:
+        return self._num_steps
+
+    def __getitem__(self, step: int) -> tuple[int, Stage, dict[str, np.ndarray]]:
+        first_step, first_row, stage = self._runs[bisect.bisect_right(self._first_steps, step) - 1]
+        row = first_row + (step - first_step) * stage.rows
+        return row, stage, self._read((row + self._layouts[stage].rows).tolist())
+
+
+class Loader:
+    """Iterates over the steps of a run.
+
+    A context manager: leaving it ends its threads, as `close` and garbage collection do. What a thread raises, such as
+    the ValueError of a damaged shard, is raised where the step was asked for, and closes the loader.
+
+    Args:
+      plan: the rows.
+      schedule: how many rows a step takes.
+      first_row: where to begin: the rows that the run has consumed before.
+      stop_row: no step begins here or later; default: without end.
+      sharding: of an array [M, B, T]; M is not divided.
+      threads: that read.
+      prefetch: steps that are read ahead, in the memory of the host.
+
+    Raises:
+      ValueError: plan and schedule differ in seq_len, or a batch does not divide among the devices.
+    """
+
+    def __init__(
+        self,
+        plan: Plan | SequentialPlan,
+        schedule: BatchSchedule,
+        *,
+        first_row: int = 0,
+        stop_row: int | None = None,
+        sharding: NamedSharding,
+        threads: int = 2,
+        prefetch: int = 4,
+    ) -> None:
+        import grain
+
+        if plan.seq_len != schedule.seq_len:
+            raise ValueError(f"rows of {plan.seq_len} tokens, but the batch schedule is for {schedule.seq_len}")
+        runs = schedule.runs(first_row)
+        self._layouts = {stage: _Layout(schedule, stage, sharding) for _, _, stage in runs}
+        source = _Source(RowReader(plan), runs, self._layouts, _num_steps(runs, stop_row))
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, prefetch))
+        self._steps = iter(grain.MapDataset.source(source).to_iter_dataset(options))
+
+    def __iter__(self) -> Iterator[Step]:
+        return self
+
+    def __next__(self) -> Step:
+        before = time.perf_counter()
+        try:
+            row, stage, arrays = next(self._steps)
+        except BaseException:  # Grain would go on after it, without the step
+            self.close()
+            raise
+        waited = time.perf_counter() - before
+        layout = self._layouts[stage]
+        return Step(row, stage.rows, {name: layout.place(array) for name, array in arrays.items()}, waited)
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the threads, each after what it is reading; may be called twice."""
+        self._steps.close()
+
+
+def _num_steps(runs: Sequence[tuple[int, int, Stage]], stop_row: int | None) -> int:
+    if stop_row is None:
+        return sys.maxsize
+    step, row, stage = next(run for run in reversed(runs) if run[1] < stop_row or run is runs[0])
+    return step + max(0, -(-(stop_row - row) // stage.rows))

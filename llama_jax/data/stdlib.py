@@ -1,0 +1,122 @@
+"""A corpus that needs no download: the source code of the standard library of the Python that runs this.
+
+About 30 MB in 1,700 files. Some packages are held out for validation, each with its own tests, so that no file of a
+package is trained on and another one validated on.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import re
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+
+from llama_jax.data.corpus import read_manifest
+from llama_jax.data.documents import Piece
+from llama_jax.data.prepare import Request, prepare
+from llama_jax.weights.hub import cache_folder
+
+VOCAB_SIZE = 4096
+HELD_OUT = 0.04  # of the bytes, at least
+LARGEST_HELD_OUT = 0.01  # of the bytes: a larger package is trained on
+SMALLEST = 1 << 20  # bytes; with less there is no source code, as in embedded Pythons
+SHARD_BYTES = 1 << 22
+VERSION = 1  # of this file's choices: another number prepares anew
+GZIP_ALONE, GZIP_JOINED = "gzip -9, each file alone", "gzip -9, all files joined"
+
+
+def stdlib_corpus(
+    folder: str | Path | None = None, vocab_size: int = VOCAB_SIZE, *, workers: int | None = None
+) -> tuple[Path, Path]:
+    """Prepares the standard library as two corpora, or finds them where they were prepared before.
+
+    The validation corpus's manifest has `reference`: bits per byte that gzip -9 needs for its files, each on its own and
+    all of them joined.
+
+    Args:
+        folder: Holds the folders `train` and `validation`; None takes one in the cache.
+        vocab_size: Of the tokenizer, which is trained on the training corpus.
+        workers: Processes; None takes one for each CPU.
+
+    Returns:
+        The folders of the training and the validation corpus.
+
+    Raises:
+        ValueError: This Python has no source code of its standard library.
+    """
+    import filelock
+
+    train, validation = split(find_sources())
+    if folder is None:
+        key = "\n".join([f"{VERSION} {vocab_size}", *(f"{piece.name} {piece.version}" for piece in train + validation)])
+        folder = cache_folder() / "data" / f"stdlib-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    folder = Path(folder).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(folder / "lock"):  # of several processes of a run, one prepares
+        request = Request(train, SHARD_BYTES, vocab_size=vocab_size)
+        prepare(request, folder / "train", workers=workers)
+        request = Request(validation, SHARD_BYTES, tokenizer=folder / "train")
+        prepare(request, folder / "validation", workers=workers, reference=_Reference(validation))
+    return folder / "train", folder / "validation"
+
+
+def find_sources() -> list[Piece]:
+    """Finds the source files that are UTF-8, in the order of their names; some of the tests' files are not."""
+    root = Path(sysconfig.get_path("stdlib"))
+    pieces = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(set(folders) - {"site-packages", "dist-packages", "__pycache__"})
+        for path in (Path(folder, name) for name in sorted(names) if name.endswith(".py")):
+            data = path.read_bytes()
+            try:
+                data.decode()
+            except UnicodeDecodeError:
+                continue
+            if data:
+                version = (len(data), path.stat().st_mtime_ns)
+                name = path.relative_to(root).as_posix()
+                pieces.append(Piece("text", str(path), name, nbytes=len(data), version=version))
+    if sum(piece.nbytes for piece in pieces) < SMALLEST:
+        raise ValueError(f"{root}: has no source code of the standard library: use a complete Python, such as python.org's")
+    return sorted(pieces, key=lambda piece: piece.name)
+
+
+def split(pieces: Sequence[Piece]) -> tuple[list[Piece], list[Piece]]:
+    """Divides the files into training and validation, by package, in an order that the packages' names decide."""
+    names = {_top(piece.name) for piece in pieces}
+    packages: dict[str, int] = {}
+    for piece in pieces:
+        package = _package(piece.name, names)
+        packages[package] = packages.get(package, 0) + piece.nbytes
+    total, held_out, nbytes = sum(packages.values()), set(), 0
+    for package in sorted(packages, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        if nbytes < HELD_OUT * total and packages[package] <= LARGEST_HELD_OUT * total:
+            held_out.add(package)
+            nbytes += packages[package]
+    parts: tuple[list[Piece], list[Piece]] = ([], [])
+    for piece in pieces:
+        parts[_package(piece.name, names) in held_out].append(piece)
+    return parts
+
+
+def _top(name: str) -> str:
+    return name.partition("/")[0].removesuffix(".py")
+
+
+def _package(name: str, names: set[str]) -> str:
+    """Names the package of a file: json for json/decoder.py, _json.py, test/test_json.py and test/test_json/x.py."""
+    tests = re.match(r"test/(?:test_)?(\w+)", name)
+    own = tests[1] if tests and tests[1] in names else _top(name)
+    return own.lstrip("_") or own
+
+
+def gzip_bits_per_byte(pieces: Sequence[Piece]) -> dict[str, float]:
+    """Returns what gzip -9 needs, in bits per byte of text: each file on its own, and all of them joined."""
+    files = [Path(piece.path).read_bytes() for piece in pieces]
+    nbytes = sum(map(len, files))
+    alone = sum(len(gzip.compress(data, 9, mtime=0)) for data in files)
+    joined = len(gzip.compress(b"".join(files), 9, mtime=0))
+    return {GZIP_ALONE: 8 * alone / nbytes, GZIP_JOINED: 8 * joined / nbytes}

@@ -1,0 +1,156 @@
+"""How fast a training step is here, against transformers and torch's AdamW: SmolLM2-135M's shape, float32, one device.
+
+Machines are noisy, so all are timed in turn within one run, and medians and their ratios are what counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from llama_jax import sharding
+from llama_jax.config import ModelConfig
+from llama_jax.model import Llama
+from llama_jax.presets import PRESETS
+from llama_jax.train.losses import cross_entropy
+
+PRESET = "smollm2-135m"
+ROWS, LENGTH = 4, 256
+LEARNING_RATE, WEIGHT_DECAY, CLIP = 1e-4, 0.1, 1.0
+
+Step = Callable[[Any, jax.Array], tuple[Any, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """One line of the table.
+
+    Attributes:
+      what: of REMAT.
+      tokens_per_second: median.
+      temporary_bytes: what a step needs beside parameters, optimizer and batch, as the compiler says.
+      against_tokens_per_second: of transformers; None if not measured.
+    """
+
+    what: str
+    tokens_per_second: float
+    temporary_bytes: int
+    against_tokens_per_second: float | None = None
+
+    @property
+    def ratio(self) -> float | None:
+        """Ours over theirs."""
+        return self.tokens_per_second / self.against_tokens_per_second if self.against_tokens_per_second else None
+
+
+def measure(
+    *,
+    repeats: int,
+    against: str | None = "transformers",
+    remat: Sequence[str] = ("none", "full"),
+    progress: Callable[[str], None],
+) -> list[Measurement]:
+    """Times a step of 4 rows of 256 tokens: loss, gradient, clipping by its norm, AdamW.
+
+    Args:
+      repeats: how often each is timed; the median counts.
+      against: "transformers", or None.
+      remat: policies, each a measurement.
+      progress: called with a word about what is being timed.
+
+    Raises:
+      ValueError: `against` is something else.
+    """
+    if against not in (None, "transformers"):
+        raise ValueError(f"against must be 'transformers' or left out, got {against!r}")
+    config = PRESETS[PRESET]
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (ROWS, LENGTH + 1))
+    runs, temporary = [], []
+    for policy in remat:
+        progress(f"a training step, remat {policy}: compiling")
+        run, nbytes = our_step(config, tokens, remat=policy)
+        runs.append(run)
+        temporary.append(nbytes)
+    if against:
+        runs.append(transformers_step(config, tokens))
+    for run in runs:  # warm up
+        run()
+    times = []
+    for i in range(repeats):
+        progress(f"training steps, {i + 1} of {repeats}")
+        times.append([_seconds(run) for run in runs])
+    speeds = [tokens[:, 1:].size / statistics.median(column) for column in zip(*times, strict=True)]
+    theirs = speeds.pop() if against else None
+    return [Measurement(*row, theirs) for row in zip(remat, speeds, temporary, strict=True)]
+
+
+def our_step(config: ModelConfig, tokens: np.ndarray, *, remat: str) -> tuple[Callable[[], None], int]:
+    """What runs one step, and the bytes of temporary memory that it needs."""
+    mesh = sharding.make_mesh(config)
+    optimizer = optax.chain(optax.clip_by_global_norm(CLIP), optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY))
+    with jax.set_mesh(mesh):
+        rngs = _rngs()
+        model = Llama(config, dtype="float32", param_dtype="float32", stacked=True, remat=remat, rngs=rngs)
+        spec = model.rules.sharding(("batch", "seq"), (ROWS, LENGTH))
+        inputs, targets = (jax.device_put(x.astype(np.int32), spec) for x in (tokens[:, :-1], tokens[:, 1:]))
+        state = (model, jax.jit(optimizer.init)(model))
+
+        def loss(model, inputs_BT, targets_BT):
+            x_BTD, _ = model.hidden(inputs_BT)
+            return cross_entropy(model, x_BTD, targets_BT, jnp.ones_like(targets_BT, jnp.float32)).mean
+
+        def step(state, inputs_BT, targets_BT):
+            model, moments = state
+            value, gradients = jax.value_and_grad(loss)(model, inputs_BT, targets_BT)
+            updates, moments = optimizer.update(gradients, moments, model)
+            return (optax.apply_updates(model, updates), moments), value
+
+        program = jax.jit(step, donate_argnums=0).lower(state, inputs, targets).compile()
+
+    def run() -> None:
+        nonlocal state
+        state, value = program(state, inputs, targets)
+        value.block_until_ready()
+
+    return run, program.memory_analysis().temp_size_in_bytes
+
+
+def _rngs() -> Any:
+    from flax import nnx
+
+    return nnx.Rngs(0)
+
+
+def transformers_step(config: ModelConfig, tokens: np.ndarray) -> Callable[[], None]:
+    """The same by transformers (torch, CPU, float32, all cores) with torch's fused AdamW."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from llama_jax.presets import to_hf_config
+
+    model = LlamaForCausalLM(LlamaConfig(**to_hf_config(config, dtype="float32", transformers=5))).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
+    ids = torch.from_numpy(tokens)
+    inputs, targets = ids[:, :-1], ids[:, 1:].contiguous()
+
+    def run() -> None:
+        model(input_ids=inputs, labels=targets, shift_labels=targets).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start

@@ -1,0 +1,396 @@
+"""A training run from its recipe to its end: it can be killed at any moment, and goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from llama_jax import distributed, metrics
+from llama_jax.checkpoint import RunCheckpoints
+from llama_jax.config import ModelConfig
+from llama_jax.data.corpus import check_tokenizer
+from llama_jax.data.loader import Loader, Step
+from llama_jax.data.plan import sources
+from llama_jax.infer.generate import generate, with_model
+from llama_jax.train import setup
+from llama_jax.train.optim import adamw, learning_rate
+from llama_jax.train.recipe import Recipe
+from llama_jax.train.report import Reporter, draw_curves
+from llama_jax.train.state import TrainState, describe, from_named_arrays, named_arrays, new_state
+from llama_jax.train.step import compiled
+from llama_jax.train.stop import StopRequest, on_request
+from llama_jax.train.validation import Validator
+from llama_jax.weights.load import LoadedLlama, use_compilation_cache
+from llama_jax.weights.native import is_stacked
+from llama_jax.weights.open import Checkpoint
+from llama_jax.weights.writers import hf_texts
+
+log = logging.getLogger("llama_jax")
+
+CHECKPOINTS, RECIPE, SAMPLES = "checkpoints", "recipe.json", "samples.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+      output: its folder.
+      step: the last one that was done.
+      loss: of that step, nats a token.
+      validation: of `Validator`, or empty.
+      reference: bits a byte that something else needs for what is held out, by its name.
+      skipped: steps that changed nothing.
+      signal: what it was asked to stop by, or None where it is complete.
+    """
+
+    output: str
+    step: int
+    loss: float | None
+    validation: dict[str, float]
+    reference: dict[str, float]
+    skipped: int
+    signal: int | None
+
+
+def train(recipe: Recipe, *, name: str = "run") -> Outcome:
+    """Carries out a recipe; all processes call it alike.
+
+    Args:
+      recipe: the run.
+      name: of the default output folder, `runs/NAME`.
+
+    Returns:
+      How it ended; after SIGTERM or Ctrl-C too, its state saved.
+
+    Raises:
+      ValueError: the recipe does not fit the data, the devices or what is in the output folder; or too many steps in a
+        row were not finite.
+      OSError: a file cannot be read or written; the last good checkpoint is intact.
+    """
+    with on_request() as request:
+        run = _Run(recipe, Path(recipe.output or f"runs/{name}").expanduser(), request)
+        with contextlib.closing(run):
+            return run.go()
+
+
+@dataclasses.dataclass
+class _Pending:
+    """A step whose results are still on the devices."""
+
+    step: int
+    part: Step
+    results: dict[str, jax.Array]
+
+
+class _Run:
+    def __init__(self, recipe: Recipe, output: Path, request: StopRequest):
+        self.recipe, self.output, self.request = recipe, output, request
+        use_compilation_cache()
+        self.checkpoints = RunCheckpoints(output / CHECKPOINTS, **_kept(recipe), stacked=is_stacked)
+        steps = distributed.broadcast(self.checkpoints.steps())
+        if steps and recipe.resume == "never":
+            raise ValueError(
+                f"{output} holds a run, saved at step {steps[-1]}: go on with it by --resume auto, or give another"
+                " --output"
+            )
+        self.total = recipe.total_steps
+        self.optimizer, self.schedule = adamw(recipe.optimizer), learning_rate(recipe.optimizer.schedule)
+        self.corpora = setup.open_corpora(recipe)
+        self.plan = setup.make_plan(recipe, self.corpora)
+        self.batches = setup.batch_schedule(recipe.batch)
+        initial = None if steps else setup.open_initial(recipe, self.corpora)
+        self.config = self._config(initial)
+        check_tokenizer(self.corpora.train[0], vocab_size=self.config.vocab_size)
+        self.mesh = setup.make_mesh(recipe, self.config)
+        self.step = self.rows = 0
+        self.state = self._restored(steps[-1]) if steps else self._new(initial)
+        self.validation = self._validator()
+        self.files = self._files()
+        self.reporter = Reporter(
+            output, main=distributed.is_main(), total_steps=self.total, step=self.step,
+            tensorboard=recipe.tensorboard, wandb=recipe.wandb, recipe=dataclasses.asdict(recipe),
+        )  # fmt: skip
+        self.last: dict[str, Any] = {}
+        self.validated: dict[str, float] = {}
+        self._programs: dict[Any, Any] = {}
+        self._writer: LoadedLlama | None = None
+
+    # --- Before the first step ---
+
+    def _config(self, initial: Checkpoint | None) -> ModelConfig:
+        if initial:
+            return initial.config
+        if self.recipe.init_from:  # it goes on: what it began with need not be there any more
+            from llama_jax.weights.open import open_checkpoint
+
+            return open_checkpoint(self.output).config
+        return self.recipe.model
+
+    def _abstract(self) -> TrainState:
+        with jax.set_mesh(self.mesh):
+            state = jax.eval_shape(
+                lambda model: new_state(model, self.optimizer), setup.make_model(self.recipe, self.config)
+            )
+
+        def placed(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(self.mesh, x.sharding.spec))
+
+        return jax.tree.map(placed, state)
+
+    def _new(self, initial: Checkpoint | None) -> TrainState:
+        with jax.set_mesh(self.mesh):
+            if initial:
+                model = setup.read_initial(self.recipe, initial, self.mesh)
+                return jax.jit(lambda model: new_state(model, self.optimizer), donate_argnums=0)(model)
+
+            def init() -> TrainState:
+                model = setup.make_model(self.recipe, self.config, seed=self.recipe.seed)
+                return new_state(model, self.optimizer)
+
+            return jax.jit(init)()
+
+    def _restored(self, step: int) -> TrainState:
+        progress = self.checkpoints.progress(step)
+        before, now = progress["reads"], setup.what_is_read(self.recipe, self.corpora)
+        if changed := [key for key in now if before.get(key) != now[key]]:
+            raise ValueError(
+                f"{self.output}: its {progress['rows']} rows were counted with {changed[0]} ="
+                f" {before.get(changed[0])}, and now it is {now[changed[0]]}: give the same, or begin a new run from"
+                f" its weights: --output NEW --init-from {self.output}"
+            )
+        abstract = self._abstract()
+        items = self.checkpoints.restore(step, named_arrays(abstract))
+        self.step, self.rows = step, progress["rows"]
+        return from_named_arrays(abstract, items)
+
+    def _validator(self) -> Validator | None:
+        if not self.corpora.validation:
+            return None
+        recipe = self.recipe
+        return Validator(
+            self.corpora.validation, seq_len=recipe.batch.seq_len, documents=recipe.validation.documents, mesh=self.mesh
+        )
+
+    def _files(self) -> dict[str, bytes]:
+        """What makes a checkpoint of ours a model that `load` takes."""
+        files = self.corpora.tokenizer_files
+        tokenizer = self.corpora.train[0].tokenizer()
+        described = Checkpoint(self.output, "native", self.config, {}, tokenizer, lambda: files)
+        recipe = json.dumps(dataclasses.asdict(self.recipe), indent=1).encode()
+        return {**hf_texts(described, "float32"), RECIPE: recipe}
+
+    # --- The run ---
+
+    def go(self) -> Outcome:
+        """Does the steps that are left."""
+        recipe, pending = self.recipe, None
+        self._introduce()
+        self._clock = time.perf_counter()
+        spec = self.state.model.rules
+        with jax.set_mesh(self.mesh):
+            microbatch = self.batches.shape(self.batches.stages[-1])[1:]
+            sharding = jax.NamedSharding(self.mesh, jax.P(None, *spec.spec(("batch", "seq"), microbatch)))
+            loader = Loader(
+                self.plan, self.batches, first_row=self.rows, sharding=sharding, threads=recipe.data.threads,
+                prefetch=recipe.data.prefetch,
+            )  # fmt: skip
+            with loader, _profile(recipe.profile, self.output) as profile:
+                while self.step < self.total and not self._stopping():
+                    profile(self.step)
+                    part = next(loader)
+                    program = self._program(part)
+                    self.state, results = program(self.state, part.batch, self._stop_flags())
+                    self.step += 1
+                    self.rows = part.first_row + part.rows
+                    if pending:
+                        self._report(pending)
+                    pending = _Pending(self.step, part, results)
+                    if self._due(recipe.validation.every) or self._due(recipe.samples.every) or self.step == self.total:
+                        self._report(pending)
+                        pending = None
+                    self.checkpoints.check()
+                    if self._due(recipe.checkpoints.every) and self.step < self.total:
+                        self._save()
+                if pending:
+                    self._report(pending)
+            self._save()
+            self.checkpoints.wait()
+        if distributed.is_main():
+            draw_curves(self.output)
+        signal_ = (self.request.signal or signal.SIGTERM) if self.step < self.total else None
+        reference = self.corpora.validation[0].manifest.reference if len(self.corpora.validation) == 1 else {}
+        return Outcome(
+            str(self.output), self.step, self.last.get("loss"), self.validated, dict(reference),
+            int(self.last.get("skipped", 0)), signal_,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Ends its threads; what is being saved is finished first."""
+        self.reporter.close()
+        if sys.exc_info()[0] is None:
+            self.checkpoints.close()
+
+    def _introduce(self) -> None:
+        config, recipe = self.config, self.recipe
+        stage = self.batches.stage_at(self.rows)
+        where = f" from step {self.step}" if self.step else ""
+        tokens = sum(corpus.manifest.tokens for corpus in self.corpora.train)
+        self.reporter.say(
+            f"{config.param_count() / 1e6:,.1f}M parameters on {describe(self.mesh)},"
+            f" {self.state.model.dtype}, {tokens / 1e6:,.1f}M tokens in {len(self.corpora.train)} corpora,"
+            f" {stage.rows * recipe.batch.seq_len:,} tokens a step; {self.output}: steps to {self.total}{where}"
+        )
+
+    def _due(self, every: int) -> bool:
+        return bool(every) and self.step % every == 0
+
+    def _stopping(self) -> bool:
+        if distributed.process_count() == 1:
+            return self.request.signal is not None
+        return bool(self.last.get("stop"))  # of a step that all have done
+
+    def _stop_flags(self) -> jax.Array:
+        """One number a device: whether its process has been asked to stop."""
+        everywhere = jax.NamedSharding(self.mesh, jax.P(self.mesh.axis_names))
+        asked = self.request.signal is not None
+        return jax.make_array_from_callback((self.mesh.size,), everywhere, lambda index: np.full(1, asked), dtype=bool)
+
+    def _program(self, part: Step) -> Any:
+        """The step compiled for batches of this shape."""
+        shape = part.batch["tokens"].shape
+        if shape not in self._programs:
+            start = time.perf_counter()
+            step = compiled(self.optimizer, self.schedule, self.recipe.optimizer.z_weight)
+            self._programs[shape] = step.lower(self.state, part.batch, self._stop_flags()).compile()
+            self.reporter.say(
+                f"compiled for {' x '.join(map(str, shape))} tokens in {time.perf_counter() - start:.1f} s"
+            )
+            self._clock += time.perf_counter() - start
+        return self._programs[shape]
+
+    def _report(self, pending: _Pending) -> None:
+        """Waits for a step, and reports it with what is due after it; ends the run if too many were not finite."""
+        part = pending.part
+        results = {
+            key: value.item()
+            for key, value in zip(pending.results, distributed.fetch(*pending.results.values()), strict=True)
+        }
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        rate = results["tokens"] / seconds
+        devices = self.mesh.devices
+        seq_len = part.batch["tokens"].shape[-1]
+        self.last = results
+        values = {
+            "step": pending.step,
+            **{key: results[key] for key in ("loss", "grad_norm", "learning_rate")},
+            "tokens_per_second": rate,
+            "mfu": metrics.mfu(self.config, seq_len, rate, devices.size, devices.flat[0].device_kind),
+            "step_seconds": seconds,
+            "data_wait_seconds": part.wait_seconds,
+            "tokens": results["tokens"],
+            "rows": part.first_row + part.rows,
+            "epoch": self.plan.epoch(part.first_row),
+            "skipped": results["skipped"],
+        }
+        if pending.step == self.step:
+            values |= self._measure()
+        self.reporter.step(values)
+        if results["skipped_in_a_row"] >= self.recipe.non_finite_limit:
+            rows = range(part.first_row, part.first_row + part.rows)
+            first = "; ".join(sources(self.plan, rows[:8])[:8])
+            raise ValueError(
+                f"step {pending.step}: loss or gradient was not finite {results['skipped_in_a_row']} times in a row."
+                f" These steps changed nothing, and every checkpoint is as good as before. The batch came from {first},"
+                " ...: look for damaged texts there, or lower the learning rate"
+            )
+
+    def _measure(self) -> dict[str, float]:
+        """Validation and samples, where they are due after the latest step."""
+        recipe, last, start = self.recipe, self.step == self.total, time.perf_counter()
+        found = {}
+        if self.validation and (last or self._due(recipe.validation.every)):
+            self.validated = found = self.validation(self.state.model)
+            self.validated_step = self.step
+        if recipe.samples.prompts and (last or self._due(recipe.samples.every)):
+            self._sample()
+        self._clock += time.perf_counter() - start
+        return found
+
+    def _sample(self) -> None:
+        """Continues the prompts, from the weights as they lie."""
+        options, model = self.recipe.samples, self.state.model
+        if self._writer is None:
+            with jax.set_mesh(self.mesh):
+                abstract = setup.make_model(self.recipe, self.config)
+            self._writer = LoadedLlama(self.config, abstract, self.corpora.train[0].tokenizer(), self.mesh)
+        completions = generate(
+            with_model(self._writer, model), options.prompts, max_new_tokens=options.new_tokens,
+            temperature=options.temperature, seed=self.recipe.seed,
+        )  # fmt: skip
+        texts = [completion.text for completion in completions]
+        for prompt, text in zip(options.prompts, texts, strict=True):
+            self.reporter.say(f"--- sample at step {self.step}\n{prompt}{text}")
+        if distributed.is_main():
+            with (self.output / SAMPLES).open("a", encoding="utf-8") as file:
+                for prompt, text in zip(options.prompts, texts, strict=True):
+                    file.write(json.dumps({"step": self.step, "prompt": prompt, "text": text}) + "\n")
+
+    def _save(self) -> None:
+        progress = {
+            "step": self.step,
+            "rows": self.rows,
+            "tokens": self.rows * self.recipe.batch.seq_len,
+            "reads": setup.what_is_read(self.recipe, self.corpora),
+        }
+        new = self.validated and self.validated_step == self.step
+        loss = self.validated["validation_loss"] if new else None
+        self.checkpoints.save(self.step, named_arrays(self.state), progress, self.files, loss=loss)
+
+
+def _kept(recipe: Recipe) -> dict[str, int]:
+    kept = recipe.checkpoints
+    return {"keep_last": kept.keep_last, "keep_every": kept.keep_every, "keep_best": kept.keep_best}
+
+
+@contextlib.contextmanager
+def _profile(window: str, output: Path):
+    """Traces the steps FIRST:LAST into OUTPUT/profile; gives a function to call before each step.
+
+    Raises:
+      ValueError: not two numbers.
+    """
+    first, last = -1, -1
+    if window:
+        parts = window.split(":")
+        if len(parts) != 2 or not all(part.isdecimal() for part in parts) or not 0 < int(parts[0]) <= int(parts[1]):
+            raise ValueError(f"profile must be FIRST:LAST, two steps such as 10:13, got {window!r}")
+        first, last = map(int, parts)
+    running = False
+
+    def before(step: int) -> None:
+        """`step` have been done."""
+        nonlocal running
+        if step + 1 == first:
+            jax.profiler.start_trace(str(output / "profile"))
+            running = True
+        elif running and step == last:
+            jax.profiler.stop_trace()
+            running = False
+
+    try:
+        yield before
+    finally:
+        if running:
+            jax.profiler.stop_trace()

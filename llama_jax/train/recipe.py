@@ -1,0 +1,176 @@
+"""A run in words: what `configs/` return and the command line overrides. Every field is `--path.to.field value`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from llama_jax.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Prepared corpora (`scripts/prepare_data.py`), or "stdlib:VOCABULARY": Python's standard library, made at once."""
+
+    train: tuple[str, ...]
+    """Folders of the corpora."""
+    weights: tuple[float, ...] = ()
+    """The share of each in the tokens; without, each counts as much as it is long."""
+    validation: tuple[str, ...] = ()
+    """Folders of what is held out."""
+    threads: int = 4
+    """Of each process, that read."""
+    prefetch: int = 4
+    """Steps that are read ahead."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """An early part of a run, with a smaller batch."""
+
+    until_tokens: int
+    """Where it ends, in tokens of the whole run."""
+    sequences: int
+    """As of `Batch`: of its full length."""
+    split: int = 1
+    """Parts that each sequence is cut into: 2 trains at half the length."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """What one step trains on."""
+
+    seq_len: int
+    """Tokens in a sequence, in which documents are packed."""
+    sequences: int
+    """Of a step, over all devices."""
+    microbatches: int = 1
+    """Parts that are computed one after the other, their gradients summed in float32."""
+    stages: tuple[Stage, ...] = ()
+    """What comes before, with smaller batches (Llama 3)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """The learning rate."""
+
+    peak: float
+    """Its largest value."""
+    steps: int
+    """Updates from the first to the last: where it has fallen to `final`."""
+    kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """How it falls: wsd stays at the peak, and falls in a straight line in the last `decay_steps`."""
+    warmup_steps: int = 0
+    """In which it rises from 0 in a straight line."""
+    final: float = 0.1
+    """Its last value, as a share of the peak."""
+    decay_steps: int = 0
+    """Of wsd only; 0 is a tenth of `steps`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """AdamW; gradients are clipped by their global norm, and norms (the layers') do not decay."""
+
+    schedule: Schedule
+    b1: float = 0.9
+    """Decay of the mean gradient."""
+    b2: float = 0.95
+    """Decay of the mean squared gradient."""
+    eps: float = 1e-8
+    """Added to the root of the latter."""
+    weight_decay: float = 0.1
+    """Times the learning rate, of every matrix."""
+    clip_norm: float = 1.0
+    """Largest global norm of the gradient; 0 does not clip."""
+    z_weight: float = 0.0
+    """Of the z-loss, which keeps the softmax's denominator near 1; PaLM used 1e-4."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoints:
+    """When the state is saved, beside the end and SIGTERM, and what is kept of it."""
+
+    every: int = 1000
+    """Steps from one to the next."""
+    keep_last: int = 2
+    """How many of the newest are kept ..."""
+    keep_every: int = 0
+    """... beside those of every so many steps ..."""
+    keep_best: int = 1
+    """... and so many with the lowest validation loss."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Validation:
+    """The loss on what is held out."""
+
+    every: int = 1000
+    """Steps from one to the next; 0 is at the end only."""
+    documents: int = 0
+    """How many are used, the first ones; 0 is all."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """Text that the model writes during the run."""
+
+    prompts: tuple[str, ...] = ()
+    """What it continues."""
+    every: int = 1000
+    """Steps from one to the next; 0 is at the end only."""
+    new_tokens: int = 64
+    """For each prompt."""
+    temperature: float = 0.0
+    """0 takes the most likely token."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """One training run."""
+
+    model: ModelConfig
+    """The architecture; that of `init_from`, where it is given."""
+    data: Data
+    """What it reads."""
+    batch: Batch
+    """What a step trains on."""
+    optimizer: Optimizer
+    """How it updates."""
+    checkpoints: Checkpoints = Checkpoints()
+    """What it saves."""
+    validation: Validation = Validation()
+    """What it is measured on."""
+    samples: Samples = Samples()
+    """What it shows."""
+    init_from: str = ""
+    """A checkpoint to continue from: whatever `load` takes. Empty: random weights."""
+    seed: int = 0
+    """Of the initial weights, and of the order of the documents."""
+    steps: int = 0
+    """Stops after so many, whatever the schedule; 0 is the schedule's."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Of the computation; auto is float32 on CPU and bfloat16 elsewhere. Parameters are float32."""
+    remat: Literal["none", "matmuls", "attention", "full", "offload"] = "full"
+    """What the gradient keeps of a block: all, the outputs of products, of attention, its input, that on the host."""
+    attention: str = "auto"
+    """Its implementation: auto, splash, cudnn, xla, cpu or reference."""
+    mesh: str = "auto"
+    """Devices, such as fsdp=8,tensor=2 (axes data, fsdp, context, tensor); auto puts all on fsdp."""
+    non_finite_limit: int = 5
+    """Steps in a row without a finite loss and gradient, which change nothing, until the run stops."""
+    tensorboard: bool = True
+    """Writes OUTPUT/tensorboard."""
+    wandb: str = ""
+    """A project of Weights & Biases to log to (needs `pip install wandb`)."""
+    output: str = ""
+    """The folder of metrics, checkpoints and plots; empty: runs/NAME."""
+    resume: Literal["never", "auto"] = "never"
+    """auto goes on from the newest checkpoint in the output folder, if there is one."""
+    profile: str = ""
+    """Steps to trace, such as 10:13, into OUTPUT/profile (xprof, Perfetto)."""
+
+    @property
+    def total_steps(self) -> int:
+        """How many steps the run has."""
+        return self.steps or self.optimizer.schedule.steps

@@ -1,0 +1,190 @@
+"""What a run tells: a line of progress, `metrics.jsonl`, TensorBoard, Weights & Biases, and a picture of its curves."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+METRICS = "metrics.jsonl"
+CURVES = "curves.png"
+EVERY = 10.0  # seconds between lines where stderr is no terminal
+SHOWN = ("loss", "learning_rate", "tokens_per_second", "mfu")
+
+
+class Reporter:
+    """Writes one object a step to `metrics.jsonl`, and shows some of it; on process 0 only.
+
+    Args:
+      output: the run's folder.
+      main: whether this is process 0; the others' reports go nowhere.
+      total_steps: of the run.
+      step: of the checkpoint that it goes on from: what was written of later steps is taken back.
+      tensorboard: whether to write event files too.
+      wandb: a project of Weights & Biases, or nothing.
+      recipe: for Weights & Biases.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        *,
+        main: bool,
+        total_steps: int,
+        step: int,
+        tensorboard: bool,
+        wandb: str,
+        recipe: Mapping[str, Any],
+    ):
+        self._main, self._file, self._events, self._wandb, self._bar = main, None, None, None, None
+        if not main:
+            return
+        output.mkdir(parents=True, exist_ok=True)
+        _keep_until(output / METRICS, step)
+        self._file = (output / METRICS).open("a", encoding="utf-8")
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._events = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1 if step else None)
+        if wandb:
+            self._wandb = _start_wandb(wandb, output, recipe)
+        self._total, self._last = total_steps, 0.0
+        if sys.stderr.isatty():
+            self._bar, self._task = _bar(total_steps, step)
+
+    def step(self, values: Mapping[str, Any]) -> None:
+        """Takes one step's metrics: `step` and numbers."""
+        if not self._main:
+            return
+        assert self._file
+        finite = {name: _finite(value) for name, value in values.items()}
+        self._file.write(json.dumps(finite) + "\n")
+        self._file.flush()
+        numbers = {name: value for name, value in finite.items() if isinstance(value, (int, float)) and name != "step"}
+        if self._events:
+            for name, value in numbers.items():
+                self._events.add_scalar(name, value, values["step"])
+        if self._wandb:
+            self._wandb.log(numbers, step=values["step"])
+        text = _text(values)
+        if self._bar:
+            self._bar.update(self._task, completed=values["step"], text=text)
+        elif time.monotonic() - self._last >= EVERY or values["step"] == self._total or "validation_loss" in values:
+            self._last = time.monotonic()
+            self.say(f"step {values['step']}/{self._total}  {text}")
+
+    def say(self, text: str) -> None:
+        """Shows a line."""
+        if self._bar:
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        elif self._main:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Ends the line of progress, and the files."""
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+        if self._file:
+            self._file.close()
+        if self._events:
+            self._events.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def read_metrics(output: Path) -> list[dict[str, Any]]:
+    """The objects of a run's `metrics.jsonl`, without a last line that was cut short by a kill."""
+    path, rows = output / METRICS, []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        rows.append(row)
+    return rows
+
+
+def draw_curves(output: Path) -> Path | None:
+    """Draws loss, learning rate, gradient norm and speed over the steps into `curves.png`; None without any step."""
+    from matplotlib.figure import Figure
+
+    rows = read_metrics(output)
+    if not rows:
+        return None
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    panels = figure.subplots(2, 2)
+    panels = panels.flat
+
+    def curve(panel: Any, name: str, label: str, **style: Any) -> None:
+        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        if points:
+            panel.plot(*zip(*points, strict=True), label=label, **style)
+
+    loss, rate, norm, speed = panels
+    curve(loss, "loss", "training", linewidth=0.8)
+    curve(loss, "validation_loss", "validation", marker="o", markersize=3)
+    loss.set_title("loss (nats a token)")
+    loss.legend()
+    for panel, name, title in (
+        (rate, "learning_rate", "learning rate"),
+        (norm, "grad_norm", "gradient norm"),
+        (speed, "tokens_per_second", "tokens a second"),
+    ):
+        curve(panel, name, title, linewidth=0.8)
+        panel.set_title(title)
+    for panel in (loss, rate, norm, speed):
+        panel.set_xlabel("step")
+        panel.grid(alpha=0.3)
+    figure.savefig(output / CURVES, dpi=100)
+    return output / CURVES
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Takes back what was written after `step`, which will be done again."""
+    if not path.exists():
+        return
+    kept = [row for row in read_metrics(path.parent) if row.get("step", 0) <= step]
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value  # JSON has no NaN
+
+
+def _text(values: Mapping[str, Any]) -> str:
+    loss = values["loss"]
+    text = f"loss {loss:.4f}" if math.isfinite(loss) else "loss not finite, step skipped"
+    text += f"  lr {values['learning_rate']:.2e}  {values['tokens_per_second']:,.0f} tokens/s"
+    if values.get("mfu") is not None:
+        text += f"  MFU {values['mfu']:.1%}"
+    if values.get("validation_loss") is not None:
+        text += f"  validation {values['validation_loss']:.4f}"
+    if values.get("validation_bits_per_byte") is not None:
+        text += f" ({values['validation_bits_per_byte']:.3f} bits a byte)"
+    return text
+
+
+def _bar(total: int, done: int) -> tuple[Any, Any]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
+    bar = Progress(*columns, console=Console(stderr=True))
+    bar.start()
+    return bar, bar.add_task("", total=total, completed=done, text="")
+
+
+def _start_wandb(project: str, output: Path, recipe: Mapping[str, Any]) -> Any:
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ValueError("--wandb needs the package: pip install wandb (or leave the option out)") from error
+    return wandb.init(project=project, dir=str(output), name=output.name, config=dict(recipe), resume="allow")

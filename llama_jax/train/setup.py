@@ -1,0 +1,189 @@
+"""What a run needs before its first step: corpora, the order of their rows, a mesh, a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from llama_jax import sharding
+from llama_jax.config import ModelConfig
+from llama_jax.data.corpus import Corpus, check_tokenizer, open_corpus
+from llama_jax.data.loader import BatchSchedule
+from llama_jax.data.loader import Stage as BatchStage
+from llama_jax.data.plan import Plan
+from llama_jax.model import Llama, random_keys
+from llama_jax.text.differences import differences
+from llama_jax.train.recipe import Batch, Recipe
+
+if TYPE_CHECKING:
+    from llama_jax.weights.open import Checkpoint
+
+log = logging.getLogger("llama_jax")
+
+STDLIB = "stdlib:"  # and the size of its vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpora:
+    """What a run reads.
+
+    Attributes:
+      train: the corpora that it trains on.
+      validation: those that are held out.
+    """
+
+    train: list[Corpus]
+    validation: list[Corpus]
+
+    @property
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """The tokenizer's files, the same in all corpora."""
+        from llama_jax.text.tokenizer import read_files
+
+        return read_files(self.train[0].path)
+
+
+def open_corpora(recipe: Recipe) -> Corpora:
+    """Opens the corpora of a recipe, and checks that they are of one tokenizer.
+
+    Raises:
+      FileNotFoundError: one is not there.
+      ValueError: one is damaged, or they do not go together.
+    """
+    if not recipe.data.train:
+        raise ValueError("data.train is empty: give folders that scripts/prepare_data.py wrote")
+    train = [open_corpus(_folder(name, 0)) for name in recipe.data.train]
+    validation = [open_corpus(_folder(name, 1)) for name in recipe.data.validation]
+    for corpus in (*train, *validation):
+        check_tokenizer(corpus, sha256=train[0].manifest.tokenizer_sha256)
+        if not corpus.manifest.documents:
+            raise ValueError(f"{corpus.path}: holds no document: prepare it from files that are not empty")
+    return Corpora(train, validation)
+
+
+def _folder(name: str, which: int) -> Path:
+    if not name.startswith(STDLIB):
+        return Path(name).expanduser()
+    from llama_jax.data.stdlib import stdlib_corpus
+    from llama_jax.weights.hub import cache_folder
+
+    size = name.removeprefix(STDLIB)
+    if not size.isdecimal():
+        raise ValueError(f"{name!r}: write stdlib: and the size of its vocabulary, such as stdlib:2048")
+    return stdlib_corpus(cache_folder() / "data", int(size))[which]
+
+
+def make_plan(recipe: Recipe, corpora: Corpora) -> Plan:
+    """The order of all rows.
+
+    Raises:
+      ValueError: the weights do not fit.
+    """
+    weights = recipe.data.weights or [float(corpus.manifest.tokens) for corpus in corpora.train]
+    if len(weights) != len(corpora.train):
+        raise ValueError(
+            f"data.weights has {len(weights)} numbers for {len(corpora.train)} corpora: give one each, or none"
+        )
+    return Plan(corpora.train, seq_len=recipe.batch.seq_len, seed=recipe.seed, weights=weights)
+
+
+def what_is_read(recipe: Recipe, corpora: Corpora) -> dict[str, Any]:
+    """What the order of the rows depends on: a run that goes on must have the same."""
+    return {
+        "seed": recipe.seed,
+        "seq_len": recipe.batch.seq_len,
+        "weights": list(recipe.data.weights),
+        "corpora": [
+            {
+                name: getattr(corpus.manifest, name)
+                for name in ("documents", "tokens", "tokenizer_sha256", "fingerprint")
+            }
+            for corpus in corpora.train
+        ],
+    }
+
+
+def batch_schedule(batch: Batch) -> BatchSchedule:
+    """How many rows each step takes.
+
+    Raises:
+      ValueError: sizes do not divide.
+    """
+    start, stages = 0, []
+    for stage in batch.stages:  # as many sequences in a microbatch as later
+        microbatches = max(1, batch.microbatches * stage.sequences // batch.sequences)
+        stages.append(BatchStage(start, stage.sequences, stage.split, microbatches))
+        start = stage.until_tokens
+    stages.append(BatchStage(start, batch.sequences, 1, batch.microbatches))
+    return BatchSchedule(batch.seq_len, tuple(stages))
+
+
+def make_mesh(recipe: Recipe, config: ModelConfig) -> jax.sharding.Mesh:
+    """The mesh of a recipe; "auto" puts all devices on fsdp, slices of TPUs on data.
+
+    Raises:
+      ValueError: it does not fit the devices or the batch.
+    """
+    if recipe.mesh == "auto":
+        devices = jax.devices()
+        slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"} or {0})
+        mesh = sharding.make_mesh(config, data=slices, fsdp=len(devices) // slices)
+    else:
+        mesh = sharding.mesh_of(config, recipe.mesh)
+    ways, batch = mesh.shape["data"] * mesh.shape["fsdp"], recipe.batch
+    for stage in batch_schedule(batch).stages:
+        rows = stage.rows * stage.split // stage.microbatches
+        if rows % ways:
+            raise ValueError(
+                f"a microbatch of {rows} sequences does not divide among {ways} devices (data x fsdp): make"
+                " batch.sequences / batch.microbatches a multiple of that, or put devices on tensor or context (--mesh)"
+            )
+    return mesh
+
+
+def make_model(recipe: Recipe, config: ModelConfig, *, seed: int | None = None) -> Llama:
+    """The model of a recipe, abstract without a seed of its weights; its mesh must be in use."""
+    dtype = recipe.dtype
+    if dtype == "auto":
+        device = jax.sharding.get_abstract_mesh().abstract_device
+        platform = device.platform if device else jax.default_backend()
+        dtype = "float32" if platform == "cpu" else "bfloat16"
+    rngs = None if seed is None else random_keys(seed)
+    attention = None if recipe.attention == "auto" else recipe.attention
+    return Llama(
+        config, dtype=dtype, param_dtype="float32", stacked=True, remat=recipe.remat, attention=attention, rngs=rngs
+    )
+
+
+def open_initial(recipe: Recipe, corpora: Corpora) -> Checkpoint | None:
+    """The checkpoint whose weights the run begins with, if there is one.
+
+    Raises:
+      CheckpointError: it cannot be read.
+      ValueError: its tokenizer is not that of the corpora.
+    """
+    if not recipe.init_from:
+        return None
+    from llama_jax.weights.open import open_checkpoint
+
+    checkpoint = open_checkpoint(recipe.init_from)
+    if found := differences(checkpoint.tokenizer, corpora.train[0].tokenizer()):
+        raise ValueError(
+            f"{corpora.train[0].path} was not prepared with the tokenizer of {recipe.init_from}: {found[0]}. Prepare it"
+            f" again: scripts/prepare_data.py ... --tokenizer {recipe.init_from}"
+        )
+    return checkpoint
+
+
+def read_initial(recipe: Recipe, checkpoint: Checkpoint, mesh: jax.sharding.Mesh) -> Llama:
+    """Its weights in float32, stacked, on the mesh."""
+    from llama_jax.weights.load import read_model
+
+    leaves = jax.tree.leaves(read_model(checkpoint, mesh, dtype="float32", stacked=True))
+    with jax.set_mesh(mesh):
+        like = make_model(recipe, checkpoint.config)
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)

@@ -1,0 +1,71 @@
+"""What a training run is at one moment: parameters, optimizer state, counts."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from llama_jax.model import Llama
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a step changes, on the devices.
+
+    Attributes:
+      model: float32 parameters, stacked over layers.
+      opt_state: of optax, sharded as the parameters.
+      step: int32, steps so far, skipped ones included.
+      skipped: int32, how many changed nothing, because loss or gradient were not finite.
+      skipped_in_a_row: int32, of these the latest ones.
+    """
+
+    model: Llama
+    opt_state: optax.OptState
+    step: jax.Array
+    skipped: jax.Array
+    skipped_in_a_row: jax.Array
+
+
+def new_state(model: Llama, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step; call it in `jax.jit`, or in `jax.eval_shape` for an abstract one.
+
+    Args:
+      model: its parameters may be abstract; its mesh must be in use.
+      optimizer: of `optim.adamw`.
+    """
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(model, optimizer.init(model), zero, zero, zero)  # pyright: ignore[reportArgumentType]
+
+
+def named_arrays(state: TrainState) -> dict[str, dict[str, jax.Array]]:
+    """The arrays of a state by item and name, as they are saved: `params` as in native checkpoints, and `optimizer`."""
+    items: dict[str, dict[str, jax.Array]] = {"params": {}, "optimizer": {}}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
+        item, name = _name(path)
+        items[item][name] = leaf
+    return items
+
+
+def from_named_arrays(like: TrainState, items: dict[str, dict[str, jax.Array]]) -> TrainState:
+    """The state with the structure of `like` and the arrays of `named_arrays`."""
+    paths, treedef = jax.tree_util.tree_flatten_with_path(like)
+    found = [items[item][name] for item, name in (_name(path) for path, _ in paths)]
+    return jax.tree_util.tree_unflatten(treedef, found)
+
+
+def _name(path: tuple) -> tuple[str, str]:
+    name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+    return ("params", name.removeprefix("model.")) if name.startswith("model.") else ("optimizer", name)
+
+
+def describe(mesh: Mesh) -> str:
+    """The mesh in words, such as "8 devices (TPU v5 lite, fsdp=4,tensor_kv=2)"."""
+    sizes = ",".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1)
+    kind = mesh.devices.flat[0].device_kind
+    return f"{mesh.size} devices ({kind}, {sizes})" if sizes else f"one device ({kind})"

@@ -1,0 +1,103 @@
+"""One step of training, and one of validation: pure functions of the state and a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from llama_jax.model import Llama
+from llama_jax.train.losses import Loss, cross_entropy
+from llama_jax.train.state import TrainState
+
+Batch = Mapping[str, jax.Array]
+BATCH = ("tokens", "targets", "positions", "segment_ids")
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    stop: jax.Array,
+    *,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    z_weight: float = 0.0,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update of the mean loss over all tokens of the batch, microbatch after microbatch.
+
+    Args:
+      state: donate it.
+      batch: int32 [M, B, T] each: `tokens`, `targets`, `positions`, `segment_ids` (0 is padding, which does not count).
+      stop: bool, one number a device: whether its process has been asked to stop.
+      optimizer: of `optim.adamw`.
+      schedule: of `optim.learning_rate`; reported only.
+      z_weight: of the z-loss.
+
+    Returns:
+      The new state, and float32 and bool scalars: `loss` (nats a token, without the z-loss), `grad_norm` (before
+      clipping), `learning_rate`, `tokens`, `finite` (else nothing has changed), `skipped`, `skipped_in_a_row` and
+      `stop` (of any process, so that all know it after the same step).
+    """
+    M = batch["tokens"].shape[0]
+    count = jnp.maximum((batch["segment_ids"] > 0).sum(dtype=jnp.float32), 1)
+
+    def loss_of(model: Llama, part: Batch) -> tuple[jax.Array, Loss]:
+        loss = _loss(model, part, z_weight)
+        return (loss.nll + z_weight * loss.z) / count, loss
+
+    gradient_of = jax.grad(loss_of, has_aux=True)
+
+    def accumulate(carry, part):
+        return jax.tree.map(jnp.add, carry, gradient_of(state.model, part)), None
+
+    if M == 1:  # without sums, which would be a second copy of the gradient
+        gradient, loss = gradient_of(state.model, {name: x[0] for name, x in batch.items()})
+    else:
+        zero = jnp.float32(0)
+        start = jax.tree.map(jnp.zeros_like, state.model), Loss(zero, zero, zero, z_weight)
+        (gradient, loss), _ = jax.lax.scan(accumulate, start, dict(batch))
+
+    with jax.named_scope("optimizer"):
+        norm = optax.global_norm(gradient)
+        finite = jnp.isfinite(norm) & jnp.isfinite(loss.nll)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.model)  # pyright: ignore
+        model = optax.apply_updates(state.model, updates)  # pyright: ignore[reportArgumentType]
+        model, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (model, opt_state), (state.model, state.opt_state)
+        )
+    skipped = state.skipped + ~finite
+    new = TrainState(model, opt_state, state.step + 1, skipped, jnp.where(finite, 0, state.skipped_in_a_row + 1))  # pyright: ignore
+    return new, {
+        "loss": loss.nll / count,
+        "grad_norm": norm,
+        "learning_rate": jnp.asarray(schedule(state.step - state.skipped), jnp.float32),
+        "tokens": loss.tokens,
+        "finite": finite,
+        "skipped": new.skipped,
+        "skipped_in_a_row": new.skipped_in_a_row,
+        "stop": jnp.any(stop),
+    }
+
+
+def validation_step(model: Llama, batch: Batch) -> Loss:
+    """The loss of one batch, [B, T] each of the arrays of `train_step`."""
+    return _loss(model, batch, 0.0)
+
+
+def compiled(
+    optimizer: optax.GradientTransformation, schedule: optax.Schedule, z_weight: float = 0.0
+) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
+    """`train_step` as one jitted program, its state donated."""
+
+    def step(state: TrainState, batch: Batch, stop: jax.Array):
+        return train_step(state, batch, stop, optimizer=optimizer, schedule=schedule, z_weight=z_weight)
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def _loss(model: Llama, batch: Batch, z_weight: float) -> Loss:
+    segments_BT = batch["segment_ids"]
+    x_BTD, _ = model.hidden(batch["tokens"], positions_BT=batch["positions"], segment_ids_BT=segments_BT)
+    return cross_entropy(model, x_BTD, batch["targets"], segments_BT > 0, z_weight=z_weight)

@@ -1,0 +1,84 @@
+"""The loss on documents that are held out, in nats a token and in bits a byte."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+
+from llama_jax import distributed
+from llama_jax.data.corpus import Corpus
+from llama_jax.data.loader import BatchSchedule, Loader, Stage
+from llama_jax.data.plan import SequentialPlan
+from llama_jax.model import Llama
+from llama_jax.sharding import pad_batch
+from llama_jax.train.step import validation_step
+
+ROWS = 8  # of a batch, or as many as the mesh has parts
+
+
+class Validator:
+    """Measures a model on the first documents of some corpora, each document whole.
+
+    Args:
+      corpora: what is held out.
+      seq_len: tokens in a sequence; a longer document is cut.
+      documents: how many of each corpus; 0 is all.
+      mesh: the devices.
+      rows: sequences of a batch; at least as many as the mesh divides a batch into.
+    """
+
+    def __init__(
+        self, corpora: Sequence[Corpus], *, seq_len: int, documents: int, mesh: jax.sharding.Mesh, rows: int = ROWS
+    ):
+        self._corpora, self._seq_len, self._documents, self._mesh = corpora, seq_len, documents, mesh
+        with jax.set_mesh(mesh):
+            self._rows = pad_batch(rows)
+
+        def sums(model: Llama, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            loss = validation_step(model, {name: x[0] for name, x in batch.items()})
+            return loss.nll, loss.tokens
+
+        self._sums = jax.jit(sums)
+
+    def __call__(self, model: Llama) -> dict[str, float]:
+        """`validation_loss` (nats a token) and `validation_bits_per_byte`, and of each of several corpora by name.
+
+        A byte is one of the documents' UTF-8; what ends a document counts as loss, not as a byte.
+        """
+        found, totals = {}, [0.0, 0.0, 0.0]
+        for corpus in self._corpora:
+            sums = self._of(model, corpus)
+            totals = [a + b for a, b in zip(totals, sums, strict=True)]
+            if len(self._corpora) > 1:
+                found |= {f"{name}/{corpus.name}": value for name, value in _values(*sums).items()}
+        return _values(*totals) | found
+
+    def _of(self, model: Llama, corpus: Corpus) -> tuple[float, float, float]:
+        """Nats, tokens and bytes."""
+        count = min(self._documents or len(corpus), len(corpus))
+        plan = SequentialPlan(corpus, seq_len=self._seq_len, documents=range(count))
+        schedule = BatchSchedule(self._seq_len, (Stage(0, self._rows),))
+        sums = []
+        with jax.set_mesh(self._mesh):
+            sharding = model.rules.sharding(("batch", "seq"), (self._rows, self._seq_len))
+            sharding = jax.NamedSharding(sharding.mesh, jax.P(None, *sharding.spec))
+            with Loader(plan, schedule, stop_row=len(plan), sharding=sharding) as loader:
+                for step in loader:
+                    sums.append(self._sums(model, step.batch))
+                    if len(sums) % 16 == 0:
+                        jax.block_until_ready(sums[-1])  # so that batches do not pile up on the devices
+            nats, tokens = (math.fsum(float(x) for x in column) for column in zip(*map(_host, sums), strict=True))
+        return nats, tokens, float(corpus.nbytes[:count].sum())
+
+
+def _host(pair: tuple[jax.Array, jax.Array]) -> tuple[float, ...]:
+    return tuple(float(x) for x in distributed.fetch(*pair))
+
+
+def _values(nats: float, tokens: float, nbytes: float) -> dict[str, float]:
+    return {
+        "validation_loss": nats / tokens,
+        "validation_bits_per_byte": nats / math.log(2) / nbytes if nbytes else math.nan,
+    }
