@@ -129,9 +129,7 @@ def open_arrays(path: Path) -> dict[str, SavedArray]:
 
     path = path.absolute()
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            metadata = checkpointer.metadata(path)
-        tree = metadata.item_metadata.tree  # pyright: ignore[reportOptionalMemberAccess]
+        tree = ocp.PyTreeCheckpointHandler().metadata(path).tree  # pyright: ignore[reportArgumentType]
         store = {"driver": "ocdbt", "base": path.as_uri()}
         # Nothing is gained from holding what was read: each part is read once.
         context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 0}})

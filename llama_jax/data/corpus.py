@@ -1,123 +1,21 @@
-"""A prepared corpus on disk: tokenised documents in ArrayRecord shards, their lengths, and a manifest.
-
-    manifest.json                  what the corpus is; written last, so that a folder with it is complete
-    00000-of-00004.array_record    one record a document: its token ids, little endian
-    00000-of-00004.index           uint32 [documents, 2], little endian: tokens and bytes of each document
-    00000-of-00004.sources         one line a document: where it came from
-    tokenizer.model, ...           the tokenizer's files
-
-Documents are numbered through all shards, in the order of the input.
-"""
+"""A prepared corpus, opened for random access: documents as token ids, their lengths, where they came from."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import itertools
-import json
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llama_jax.text.tokenizer import TOKENIZER_FILES, VOCABULARY_FILES, Tokenizer, load_tokenizer
+from llama_jax.data.manifest import AGAIN, INDEX_DTYPE, Shard, read_manifest
+from llama_jax.data.manifest import Manifest as Manifest
+from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
 
-FORMAT = 1
-MANIFEST = "manifest.json"
-UNFINISHED = "unfinished"  # a folder in the corpus's own while it is being prepared
-INDEX_DTYPE = np.dtype("<u4")
 TOKENS, BYTES = 0, 1  # columns of the index
 OPEN_SHARDS = 512  # a process may often have 1024 files open
-AGAIN = "prepare the corpus again, into a new folder"
-
-
-@dataclasses.dataclass(frozen=True)
-class Shard:
-    """One shard of a corpus.
-
-    Attributes:
-        name: Of its files, without the suffix.
-        documents: Number of records.
-        tokens: Of all documents, BOS and EOS included.
-        bytes: UTF-8 of all texts.
-        record_bytes: Size of the `.array_record` file; a truncated one shows.
-    """
-
-    name: str
-    documents: int
-    tokens: int
-    bytes: int
-    record_bytes: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Manifest:
-    """What a corpus is.
-
-    Attributes:
-        vocab_size: Of the tokenizer; every id is below it.
-        bos: Whether each document begins with the tokenizer's BOS.
-        eos_id: The id that ends each document.
-        tokenizer_file: Name of the vocabulary's file in the corpus.
-        tokenizer_sha256: Of that file, in hexadecimal.
-        token_dtype: Of the records, `uint16` or `uint32`.
-        documents: Number of them.
-        tokens: Of all documents, BOS and EOS included.
-        bytes: UTF-8 of all texts.
-        shards: In the order of the documents.
-        skipped: What was left out, such as `{"empty": 3}` documents.
-        reference: Bits per byte that something else needs for the texts, by its name.
-        fingerprint: Of the input and the options that it was prepared from.
-        format: Version of this layout.
-    """
-
-    vocab_size: int
-    bos: bool
-    eos_id: int
-    tokenizer_file: str
-    tokenizer_sha256: str
-    token_dtype: str
-    documents: int
-    tokens: int
-    bytes: int
-    shards: tuple[Shard, ...]
-    skipped: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    reference: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    fingerprint: str = ""
-    format: int = FORMAT
-
-    def to_json(self) -> str:
-        """Writes the manifest as JSON."""
-        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str | bytes, source: str) -> Manifest:
-        """Reads a manifest.
-
-        Args:
-            text: JSON.
-            source: Where it comes from, for error messages.
-
-        Raises:
-            ValueError: It is none, is of another format, or its counts do not match.
-        """
-        try:
-            values: dict[str, Any] = json.loads(text)
-            version = values.get("format")
-            if version != FORMAT:
-                raise ValueError(f"format {version!r}, this llama_jax reads format {FORMAT}")
-            manifest = cls(**{**values, "shards": tuple(Shard(**shard) for shard in values["shards"])})
-            for field in ("documents", "tokens", "bytes"):
-                total = sum(getattr(shard, field) for shard in manifest.shards)
-                if total != getattr(manifest, field):
-                    raise ValueError(f"{getattr(manifest, field)} {field}, but the shards have {total}")
-            if manifest.token_dtype not in ("uint16", "uint32"):
-                raise ValueError(f"token_dtype {manifest.token_dtype!r}")
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{source}: is not the manifest of a corpus ({error}): {AGAIN}") from error
-        return manifest
 
 
 class Column:
@@ -292,20 +190,6 @@ def open_corpus(path: str | Path) -> Corpus:
     return Corpus(path, manifest, indices)
 
 
-def read_manifest(path: Path) -> Manifest:
-    """Reads the manifest of a corpus, and checks no other file; raises as `open_corpus`."""
-    try:
-        return Manifest.from_json((path / MANIFEST).read_bytes(), str(path / MANIFEST))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: no such corpus; make it with scripts/prepare_data.py") from error
-        if (path / UNFINISHED).is_dir():
-            raise ValueError(
-                f"{path}: its preparation did not finish: run scripts/prepare_data.py again as before, it resumes"
-            ) from error
-        raise ValueError(f"{path}: has no {MANIFEST}: give a folder that scripts/prepare_data.py wrote") from error
-
-
 def check_tokenizer(corpus: Corpus, *, sha256: str | None = None, vocab_size: int | None = None) -> None:
     """Checks that a corpus was prepared with the tokenizer of a model, or of another corpus.
 
@@ -320,37 +204,14 @@ def check_tokenizer(corpus: Corpus, *, sha256: str | None = None, vocab_size: in
     manifest = corpus.manifest
     if sha256 is not None and sha256 != manifest.tokenizer_sha256:
         raise ValueError(
-            f"{corpus.path}: was prepared with another tokenizer ({manifest.tokenizer_file} {manifest.tokenizer_sha256[:12]}"
-            f", here it is {sha256[:12]}): prepare it again with scripts/prepare_data.py --tokenizer"
+            f"{corpus.path}: was prepared with another tokenizer (SHA-256 {manifest.tokenizer_sha256[:12]}..., here it"
+            f" is {sha256[:12]}...): prepare it again with scripts/prepare_data.py --tokenizer"
         )
     if vocab_size is not None and vocab_size < manifest.vocab_size:
         raise ValueError(
-            f"{corpus.path}: its tokenizer has {manifest.vocab_size} ids, the model has room for {vocab_size}: prepare the"
-            " corpus with the model's tokenizer, or give the model a larger vocab_size"
+            f"{corpus.path}: its tokenizer has {manifest.vocab_size} ids, the model has room for {vocab_size}: prepare"
+            " the corpus with the model's tokenizer, or give the model a larger vocab_size"
         )
-
-
-def tokenizer_sha256(files: Mapping[str, bytes]) -> tuple[str, str]:
-    """Returns name and SHA-256 of the vocabulary among a tokenizer's files (`text.tokenizer.read_files`)."""
-    name = next((name for name in VOCABULARY_FILES if name in files), None)
-    if name is None:
-        raise ValueError(
-            f"there is no vocabulary among {sorted(files)}: one of {', '.join(VOCABULARY_FILES)} is needed"
-        )
-    return name, hashlib.sha256(files[name]).hexdigest()
-
-
-def shard_files(name: str) -> list[str]:
-    """Names the files of a shard."""
-    return [f"{name}.{suffix}" for suffix in ("array_record", "index", "sources")]
-
-
-def is_corpus_file(name: str) -> bool:
-    """Tells whether a file's name is one that a corpus has."""
-    shard, _, suffix = name.partition(".")
-    numbers = shard.split("-of-")
-    is_shard = len(numbers) == 2 and all(number.isdecimal() for number in numbers)
-    return name in (MANIFEST, UNFINISHED, *TOKENIZER_FILES) or (is_shard and name in shard_files(shard))
 
 
 def _open_index(path: Path, shard: Shard) -> np.ndarray:

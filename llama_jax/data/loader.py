@@ -15,11 +15,10 @@ import bisect
 import collections
 import dataclasses
 import itertools
-import math
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -48,6 +47,14 @@ class Stage:
     rows: int
     split: int = 1
     microbatches: int = 1
+
+
+class Run(NamedTuple):
+    """Steps of one stage: the number of the first, the row that it starts at, and the stage."""
+
+    step: int
+    row: int
+    stage: Stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,17 +96,15 @@ class BatchSchedule:
         """Of a step's arrays: microbatches, sequences of each, tokens of a sequence."""
         return stage.microbatches, stage.rows * stage.split // stage.microbatches, self.seq_len // stage.split
 
-    def runs(self, first_row: int) -> list[tuple[int, int, Stage]]:
-        """Steps of equal size: the number of the first one, counted from `first_row`, its row, and the stage."""
-        found, step, row = [], 0, first_row
-        stage = self.stage_at(row)
-        for following in (*self.stages[self.stages.index(stage) + 1 :], None):
-            found.append((step, row, stage))
-            if following is None:
-                break
-            steps = max(0, -(-(-(-following.from_tokens // self.seq_len) - row) // stage.rows))
-            step, row, stage = step + steps, row + steps * stage.rows, following
-        return found
+    def runs(self, first_row: int) -> list[Run]:
+        """The steps of a run that begins at a row, by stages; a stage that no step falls into has none."""
+        at = self.stages.index(self.stage_at(first_row))
+        runs = [Run(0, first_row, self.stages[at])]
+        for stage in self.stages[at + 1 :]:
+            step, row, before = runs[-1]
+            steps = max(0, -((row * self.seq_len - stage.from_tokens) // (before.rows * self.seq_len)))
+            runs.append(Run(step + steps, row + steps * before.rows, stage))
+        return runs
 
 
 class Step(NamedTuple):
@@ -177,7 +182,7 @@ class _Layout:
     """Where the rows of a step lie, and which of them this process needs."""
 
     def __init__(self, schedule: BatchSchedule, stage: Stage, sharding: NamedSharding) -> None:
-        self._stage, self._sharding, self._shape = stage, sharding, schedule.shape(stage)
+        self._split, self._sharding, self._shape = stage.split, sharding, schedule.shape(stage)
         try:
             sharding.shard_shape(self._shape)
         except ValueError as error:
@@ -186,36 +191,45 @@ class _Layout:
                 f" {self._shape[2]} tokens do not divide among the devices of {sharding.spec} on mesh"
                 f" {dict(sharding.mesh.shape)}: change rows, microbatches or the mesh"
             ) from error
-        self._row_MB = np.arange(math.prod(self._shape[:2])).reshape(self._shape[:2]) // stage.split
-        needed = sharding.addressable_devices_indices_map(self._shape).values()
-        self.rows = np.unique(np.concatenate([self._row_MB[index[:2]].ravel() for index in needed if index]))
+        microbatches, sequences, self._length = self._shape
+        self._sequence_MB = np.arange(microbatches * sequences).reshape(microbatches, sequences)
+        indices = sharding.addressable_devices_indices_map(self._shape).values()
+        self.rows = np.unique(np.concatenate([self._rows(index).ravel() for index in indices]))
 
-    def place(self, read: np.ndarray) -> jax.Array:
+    def place(self, read_RT: np.ndarray) -> jax.Array:
         """The global array [M, B, T] of the rows [rows, seq_len] that this process has read."""
-        microbatches, sequences, length = self._shape
-        sequence_MB = np.arange(microbatches * sequences).reshape(microbatches, sequences)
-        parts_RST = read.reshape(len(read), self._stage.split, length)
+        sequences_RST = read_RT.reshape(len(read_RT), self._split, self._length)
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
-            row, part = np.divmod(sequence_MB[index[:2]], self._stage.split)
-            return parts_RST[np.searchsorted(self.rows, row), part][..., index[2]]
+        def part(index: Any) -> np.ndarray:
+            row_MB, place_MB = np.searchsorted(self.rows, self._rows(index)), self._sequence_MB[index[:2]] % self._split
+            return sequences_RST[row_MB, place_MB][..., index[2]]
 
         return jax.make_array_from_callback(self._shape, self._sharding, part)
+
+    def _rows(self, index: Any) -> np.ndarray:
+        """The row, from 0, that each sequence of a part is from."""
+        return self._sequence_MB[index[:2]] // self._split
 
 
 class _Source:
     """The steps of a run as Grain reads them, by number."""
 
-    def __init__(self, read: RowReader, runs: Sequence[tuple[int, int, Stage]], layouts: Any, num_steps: int) -> None:
-        self._read, self._runs, self._layouts, self._num_steps = read, runs, layouts, num_steps
-        self._first_steps = [step for step, _, _ in runs]
+    def __init__(
+        self, read: RowReader, runs: Sequence[Run], layouts: Mapping[Stage, _Layout], stop_row: int | None
+    ) -> None:
+        self._read, self._runs, self._layouts = read, runs, layouts
+        self._first_steps = [run.step for run in runs]
+        self._num_steps = sys.maxsize
+        if stop_row is not None:
+            last = runs[max(0, bisect.bisect_left([run.row for run in runs], stop_row) - 1)]
+            self._num_steps = last.step + max(0, -((last.row - stop_row) // last.stage.rows))
 
     def __len__(self) -> int:
         return self._num_steps
 
-    def __getitem__(self, step: int) -> tuple[int, Stage, dict[str, np.ndarray]]:
-        first_step, first_row, stage = self._runs[bisect.bisect_right(self._first_steps, step) - 1]
-        row = first_row + (step - first_step) * stage.rows
+    def __getitem__(self, index: int) -> tuple[int, Stage, dict[str, np.ndarray]]:
+        step, row, stage = self._runs[bisect.bisect_right(self._first_steps, index) - 1]
+        row += (index - step) * stage.rows
         return row, stage, self._read((row + self._layouts[stage].rows).tolist())
 
 
@@ -254,20 +268,24 @@ class Loader:
         if plan.seq_len != schedule.seq_len:
             raise ValueError(f"rows of {plan.seq_len} tokens, but the batch schedule is for {schedule.seq_len}")
         runs = schedule.runs(first_row)
-        self._layouts = {stage: _Layout(schedule, stage, sharding) for _, _, stage in runs}
-        source = _Source(RowReader(plan), runs, self._layouts, _num_steps(runs, stop_row))
+        self._layouts = {run.stage: _Layout(schedule, run.stage, sharding) for run in runs}
+        source = _Source(RowReader(plan), runs, self._layouts, stop_row)
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, prefetch))
+        self._closed = False
         self._steps = iter(grain.MapDataset.source(source).to_iter_dataset(options))
 
     def __iter__(self) -> Iterator[Step]:
         return self
 
     def __next__(self) -> Step:
+        if self._closed:
+            raise ValueError("the loader is closed: make another that begins at the row which the run has reached")
         before = time.perf_counter()
         try:
             row, stage, arrays = next(self._steps)
-        except BaseException:  # Grain would go on after it, without the step
-            self.close()
+        except BaseException as error:
+            if not isinstance(error, StopIteration):  # Grain would go on after it, without this step
+                self.close()
             raise
         waited = time.perf_counter() - before
         layout = self._layouts[stage]
@@ -281,11 +299,5 @@ class Loader:
 
     def close(self) -> None:
         """Ends the threads, each after what it is reading; may be called twice."""
+        self._closed = True
         self._steps.close()
-
-
-def _num_steps(runs: Sequence[tuple[int, int, Stage]], stop_row: int | None) -> int:
-    if stop_row is None:
-        return sys.maxsize
-    step, row, stage = next(run for run in reversed(runs) if run[1] < stop_row or run is runs[0])
-    return step + max(0, -(-(stop_row - row) // stage.rows))

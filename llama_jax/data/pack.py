@@ -11,7 +11,7 @@ import numpy as np
 
 
 class Piece(NamedTuple):
-    """A range of the pairs (token i, token i + 1) of a document: inputs [start, stop), targets [start + 1, stop + 1)."""
+    """A range of a document's pairs (token i, token i + 1): inputs [start, stop), targets [start + 1, stop + 1)."""
 
     document: int
     start: int

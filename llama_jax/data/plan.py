@@ -16,8 +16,8 @@ import itertools
 import math
 import os
 import threading
-from concurrent import futures
 from collections.abc import Callable, Hashable, Sequence
+from concurrent import futures
 from typing import Any, Protocol
 
 import numpy as np
@@ -42,11 +42,22 @@ class Corpus(Protocol):
     """What a plan and its reader need of `data.corpus.Corpus`."""
 
     @property
-    def path(self) -> str | os.PathLike[str]: ...
+    def path(self) -> str | os.PathLike[str]:
+        """Its folder, for messages."""
+        ...
+
     @property
-    def lengths(self) -> Lengths: ...
-    def read(self, documents: Sequence[int], /) -> list[np.ndarray]: ...
-    def source(self, document: int, /) -> str: ...
+    def lengths(self) -> Lengths:
+        """Tokens of each document."""
+        ...
+
+    def read(self, documents: Sequence[int], /) -> list[np.ndarray]:
+        """The token ids of documents, int32 [tokens] each."""
+        ...
+
+    def source(self, document: int, /) -> str:
+        """Where a document came from."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,13 +104,12 @@ class CorpusRows:
         self._lengths, self._seq_len, self._window = lengths, seq_len, window
         self._key = (seed, corpus)
         self._num_documents = self._count()
-        self._windows = -(-self._num_documents // window)  # an epoch
+        self._windows = max(1, -(-self._num_documents // window))  # an epoch
         self._ends = array.array("q")  # rows up to the end of each window, as far as anybody asked
         self._lock = threading.Lock()
-        self._packed = _Recent(self._pack, 4)
+        self._packed = _Recent(self._pack, 2)
         self._orders = _Recent(self._order, 2)
-        if not self._num_documents or not self._reach(0):
-            raise ValueError("no document has two tokens, so there is nothing to predict: prepare it from other texts")
+        self._reach(0)
 
     def pieces(self, k: int) -> list[Piece]:
         """What the k-th row is made of."""
@@ -132,18 +142,19 @@ class CorpusRows:
         packed = pack(*self._documents(number), self._seq_len)
         return packed, self._row_order(number, len(packed))
 
-    def _reach(self, k: int) -> bool:
-        """Counts rows until the k-th is among them; False where an epoch has none."""
+    def _reach(self, k: int) -> None:
+        """Counts rows until the k-th is among them."""
         ends = self._ends
+        if ends and ends[-1] > k:
+            return
         with self._lock, futures.ThreadPoolExecutor() as pool:
             while not ends or ends[-1] <= k:
-                # Ever more at a time, as a run that resumes far on has millions to count, one that begins not.
+                # Ever more at a time: a run that resumes far on has millions of documents to count, a new one has not.
                 numbers = range(len(ends), len(ends) + min(len(ends) + 1, COUNTED_TOGETHER))
                 for rows in pool.map(self._count_rows, numbers):
                     ends.append(rows + (ends[-1] if ends else 0))
                 if len(ends) >= self._windows and not ends[-1]:
-                    return False
-        return True
+                    raise ValueError("no document has two tokens, so there is nothing to predict: prepare other texts")
 
     def _count_rows(self, number: int) -> int:
         return count_rows(self._documents(number)[1], self._seq_len)
@@ -171,26 +182,26 @@ class Mixture:
     """
 
     def __init__(self, weights: Sequence[float], *, seed: int, names: Sequence[str] = ()) -> None:
-        total = math.fsum(weights)
-        for i, weight in enumerate(weights):
-            name = names[i] if names else f"corpus {i}"
+        named = [*zip(names or [f"corpus {i}" for i in range(len(weights))], weights, strict=True)]
+        for name, weight in named:
             if not (math.isfinite(weight) and weight >= 0):
                 raise ValueError(f"mixing weight {weight} of {name}: it must be 0 (left out) or a positive number")
+        # Exact, so that no sum of rounded numbers can lose a row.
+        sums = [*itertools.accumulate(map(fractions.Fraction, map(float, weights)), initial=fractions.Fraction(0))]
+        total = sums[-1]
+        for name, weight in named:
             if 0 < weight < SMALLEST_SHARE * total:
                 raise ValueError(
                     f"mixing weight {weight} of {name} is less than a millionth of all weights: make it 0 or larger"
                 )
         if not total:
             raise ValueError("all mixing weights are 0: give one corpus a weight above 0")
-        # Exact, so that no sum of rounded numbers can lose a row.
-        sums = [*itertools.accumulate(map(fractions.Fraction, weights), initial=fractions.Fraction(0))]
-        self._shares = [part / sums[-1] for part in sums]
-        self._seed = seed
+        self._seed, self._bounds = seed, [part / total for part in sums]
         used = [i for i, weight in enumerate(weights) if weight]
         self._only = used[0] if len(used) == 1 else None
-        # Each bound below is rounded down at both ends of a block, so a quota may be almost two rows short.
-        self.block = max(BLOCK, math.ceil(2 * total / min(weights[i] for i in used)))
-        self._dealt = _Recent(self._deal, 4)
+        # A quota is the difference of two differences, each rounded down: it may be almost two rows short.
+        self.block = max(BLOCK, math.ceil(2 * total / fractions.Fraction(float(min(weights[i] for i in used)))))
+        self._dealt = _Recent(self._deal, 2)
 
     def locate(self, row: int) -> tuple[int, int]:
         """The corpus of a row, and which of that corpus's rows it is."""
@@ -198,11 +209,11 @@ class Mixture:
             return self._only, row
         block, slot = divmod(row, self.block)
         corpora, rows = self._dealt(block)
-        return int(corpora[slot]), int(rows[slot])
+        return corpora.item(slot), rows.item(slot)
 
     def used(self, rows: int) -> list[int]:
         """How many of the first rows, whole blocks of them, are of each corpus."""
-        bounds = [math.floor(share * rows) for share in self._shares]
+        bounds = [math.floor(bound * rows) for bound in self._bounds]
         return [b - a for a, b in itertools.pairwise(bounds)]
 
     def _deal(self, block: int) -> tuple[np.ndarray, np.ndarray]:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import hashlib
-import json
 import os
 import shutil
 import sys
@@ -15,8 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from llama_jax.data import workers as worker_processes
-from llama_jax.data.corpus import (
-    FORMAT,
+from llama_jax.data.manifest import (
     MANIFEST,
     UNFINISHED,
     Manifest,
@@ -25,95 +21,13 @@ from llama_jax.data.corpus import (
     shard_files,
     tokenizer_sha256,
 )
-from llama_jax.data.documents import Format, InvalidUtf8, Piece, Reading, find_pieces, group_pieces
+from llama_jax.data.request import Request, make_tasks, read_tokenizer, tokenizer_id
+from llama_jax.data.request import make_request as make_request
 from llama_jax.data.shards import Done, Encoder, ShardWork, Task, disk_full, is_full, load_from_files, write_whole
-from llama_jax.data.train_tokenizer import SAMPLE_BYTES, sample_texts, train_tokenizer
-from llama_jax.text.tokenizer import TOKENIZER_FILES, VOCABULARY_FILES, read_files
+from llama_jax.data.train_tokenizer import TrainingWork
+from llama_jax.text.tokenizer import TOKENIZER_FILES
 
-SHARDS = 256  # about as many, unless that makes them smaller or larger than these:
-SMALLEST_SHARD, LARGEST_SHARD = 1 << 24, 1 << 30  # bytes of input
 REPORT_EVERY = 10.0  # seconds between lines where stderr is a file
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What a corpus is made from, and how.
-
-    Attributes:
-        pieces: Of the input.
-        shard_bytes: About how much input makes a shard.
-        reading: How documents are read.
-        tokenizer: Folder or vocabulary file of the tokenizer; None trains one.
-        vocab_size: Of the tokenizer to train.
-        sample_bytes: About how much text to train it on.
-        bos: Whether BOS begins each document; None as the tokenizer says.
-    """
-
-    pieces: Sequence[Piece]
-    shard_bytes: int
-    reading: Reading = Reading()
-    tokenizer: Path | None = None
-    vocab_size: int | None = None
-    sample_bytes: int = SAMPLE_BYTES
-    bos: bool | None = None
-
-    def __post_init__(self):
-        if (self.tokenizer is None) == (self.vocab_size is None):
-            raise ValueError("give either a tokenizer or the size of a vocabulary to train (--tokenizer, --train-tokenizer)")
-
-    def fingerprint(self, *more: object) -> str:
-        """Hashes all that the corpus depends on; of the input, names, sizes and times of the last change."""
-        pieces = [[piece.kind, piece.name, piece.start, piece.stop, piece.version] for piece in self.pieces]
-        return _hash(FORMAT, pieces, self.shard_bytes, dataclasses.astuple(self.reading), self.bos, *more)
-
-
-def make_request(
-    inputs: Iterable[str | Path],
-    *,
-    tokenizer: str | Path | None = None,
-    vocab_size: int | None = None,
-    sample_bytes: int = SAMPLE_BYTES,
-    field: str = "text",
-    format: Format = "auto",
-    glob: str = "*",
-    invalid_utf8: InvalidUtf8 = "error",
-    shard_bytes: int | None = None,
-    bos: bool | None = None,
-) -> Request:
-    """Looks at the input, without reading it.
-
-    Args:
-        inputs: Files, folders and `hf:` datasets, as `documents.find_pieces` takes.
-        tokenizer: A folder with a tokenizer, such as a checkpoint, or its `tokenizer.json` or `tokenizer.model`.
-        vocab_size: Instead of a tokenizer: train one of this size on the input.
-        sample_bytes: About how much of the input it is trained on.
-        field: Which field of JSON lines, Parquet files and datasets holds the text.
-        format: Of the files; `auto` goes by their names.
-        glob: Which files of a folder.
-        invalid_utf8: What to do with a document that is not valid UTF-8: error, skip or replace.
-        shard_bytes: About how much input makes a shard; None makes some 256 shards of 16 MiB to 1 GiB.
-        bos: Whether BOS begins each document; None as the tokenizer says.
-
-    Raises:
-        FileNotFoundError: An input is not there.
-        ValueError: An input's type is unknown, or options contradict each other.
-    """
-    inputs = list(inputs)
-    pieces = find_pieces(inputs, format=format, glob=glob)
-    if shard_bytes is None:
-        shard_bytes = min(max(sum(piece.nbytes for piece in pieces) // SHARDS, SMALLEST_SHARD), LARGEST_SHARD)
-    if shard_bytes < 1:
-        raise ValueError(f"a shard needs at least one byte of input, got {shard_bytes}")
-    pieces = find_pieces(inputs, format=format, glob=glob, cut_bytes=shard_bytes)
-    return Request(
-        pieces,
-        shard_bytes,
-        Reading(field, invalid_utf8),
-        None if tokenizer is None else Path(tokenizer).expanduser(),
-        vocab_size,
-        sample_bytes,
-        bos,
-    )
 
 
 def prepare(
@@ -124,7 +38,7 @@ def prepare(
     Args:
         request: What `make_request` returns.
         out: Folder of the corpus: new, empty, or one where the same preparation has begun or is finished.
-        workers: Processes; None takes one for each CPU that this process may use.
+        workers: Processes; None takes one for each CPU that this process may use, 0 works in this process.
         reference: For the manifest: bits per byte that something else needs for the texts, by its name.
 
     Returns:
@@ -138,9 +52,10 @@ def prepare(
 
     def run(work: ShardWork, tasks: Sequence[Task]) -> Iterator[Done]:
         with _progress("Preparing", sum(task.nbytes for task in tasks)) as advance:
-            yield from worker_processes.run(work, tasks, workers=workers or cpu_count(), advance=advance)
+            yield from worker_processes.run(work, tasks, workers=processes, advance=advance)
 
-    return prepare_with(run, request, out, reference=reference)
+    processes = cpu_count() if workers is None else workers
+    return prepare_with(run, request, out, reference=reference, training_workers=min(1, processes))
 
 
 def prepare_with(
@@ -149,17 +64,18 @@ def prepare_with(
     out: str | Path,
     *,
     reference: Mapping[str, float] | None = None,
+    training_workers: int = 1,
 ) -> Manifest:
     """Prepares a corpus with a given way to run the work for each shard; else as `prepare`."""
     out = Path(out).expanduser()
-    wanted = request.fingerprint(_tokenizer_id(request))
+    wanted = request.fingerprint(tokenizer_id(request))
     if (manifest := _finished(out, wanted)) is not None:
         return manifest
     try:
         with _only_one(out):
             if (manifest := _finished(out, wanted)) is not None:  # by another process meanwhile
                 return manifest
-            files = _tokenizer_files(request, out)
+            files = tokenizer_files(request, out / UNFINISHED, workers=training_workers)
             encoder = make_encoder(files, request)
             tasks = make_tasks(request, tokenizer_sha256(files)[1])
             done = _resume(out, tasks, files)
@@ -184,19 +100,6 @@ def make_encoder(files: Mapping[str, bytes], request: Request) -> Encoder:
     encoder = Encoder(files, tokenizer.add_bos if request.bos is None else request.bos)
     assert encoder.eos_id is not None  # raises where there is none, before any work
     return encoder
-
-
-def make_tasks(request: Request, sha256: str) -> list[Task]:
-    """Divides a request into shards; the tokenizer's SHA-256 is part of their fingerprints."""
-    groups = group_pieces(list(request.pieces), request.shard_bytes)
-    return [
-        Task(
-            f"{i:05d}-of-{len(groups):05d}",
-            group,
-            dataclasses.replace(request, pieces=group).fingerprint(sha256, i, len(groups)),
-        )
-        for i, group in enumerate(groups)
-    ]
 
 
 def make_manifest(
@@ -233,6 +136,16 @@ def cpu_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def check_same(manifest: Manifest, fingerprint: str, out: object) -> Manifest:
+    """Returns the manifest if it is of a finished preparation of the same; else raises FileExistsError."""
+    if manifest.fingerprint != fingerprint:
+        raise FileExistsError(
+            f"{out}: holds a corpus that was prepared from other files or with other options: give another folder, or"
+            " remove it"
+        )
+    return manifest
+
+
 def _finished(out: Path, fingerprint: str) -> Manifest | None:
     """The manifest of a finished preparation of the same; refuses a folder with anything else."""
     if not out.exists():
@@ -240,13 +153,7 @@ def _finished(out: Path, fingerprint: str) -> Manifest | None:
     if not out.is_dir():
         raise FileExistsError(f"{out}: is a file: give a folder for the corpus")
     if (out / MANIFEST).exists():
-        manifest = read_manifest(out)
-        if manifest.fingerprint != fingerprint:
-            raise FileExistsError(
-                f"{out}: holds a corpus that was prepared from other files or with other options: give another folder, or"
-                " remove it"
-            )
-        return manifest
+        return check_same(read_manifest(out), fingerprint, out)
     other = sorted(path.name for path in out.iterdir() if not is_corpus_file(path.name))
     if other or (any(out.iterdir()) and not (out / UNFINISHED).is_dir()):
         raise FileExistsError(
@@ -268,51 +175,27 @@ def _only_one(out: Path) -> Iterator[None]:
         raise FileExistsError(f"{out}: another process is preparing this corpus: wait for it, or end it") from error
 
 
-def _tokenizer_id(request: Request) -> object:
-    if request.tokenizer is None:
-        return [request.vocab_size, request.sample_bytes]
-    return tokenizer_sha256(read_tokenizer(request.tokenizer))[1]
-
-
-def read_tokenizer(path: Path) -> dict[str, bytes]:
-    """Reads the files of a tokenizer.
+def tokenizer_files(request: Request, scratch: Path, *, workers: int = 1) -> dict[str, bytes]:
+    """Reads the tokenizer of a request, or trains it.
 
     Args:
-        path: A folder, or the vocabulary's file in one.
+        request: What `make_request` returns.
+        scratch: A folder in which a trained one stays for the next call.
+        workers: 0 trains in this process.
 
-    Raises:
-        FileNotFoundError: There is none.
+    Returns:
+        The tokenizer's files, by name.
     """
-    files = read_files(path if path.is_dir() else path.parent)
-    if path.is_file():  # whatever its name, and of two vocabularies in a folder this one
-        name = "tokenizer.json" if path.suffix == ".json" else "tokenizer.model"
-        files = {other: data for other, data in files.items() if other not in VOCABULARY_FILES}
-        files[name] = path.read_bytes()
-    if not any(name in files for name in VOCABULARY_FILES):
-        raise FileNotFoundError(
-            f"{path}: has no tokenizer.json or tokenizer.model: give a checkpoint's folder or such a file, or train one"
-            " with --train-tokenizer"
-        )
-    return files
-
-
-def _tokenizer_files(request: Request, out: Path) -> dict[str, bytes]:
     if request.tokenizer is not None:
         return read_tokenizer(request.tokenizer)
     assert request.vocab_size is not None
-    trained = out / UNFINISHED / f"trained-{request.fingerprint(_tokenizer_id(request))[:16]}.model"
+    trained = scratch / f"trained-{request.fingerprint(tokenizer_id(request))[:16]}.model"
     if not trained.exists():
-        texts = sample_texts(request.pieces, request.reading, request.sample_bytes)
-        with _progress("Training the tokenizer: reading", 0) as advance:
-            model = train_tokenizer(_counted(texts, advance), request.vocab_size)
+        work = TrainingWork(request.vocab_size, request.reading, request.sample_bytes)
+        with _progress("Training the tokenizer: read", 0) as advance:
+            (model,) = worker_processes.run(work, [request.pieces], workers=workers, advance=advance)
         write_whole(trained, model)
     return {"tokenizer.model": trained.read_bytes()}
-
-
-def _counted(texts: Iterable[str], advance: Callable[[int], None]) -> Iterator[str]:
-    for text in texts:
-        yield text
-        advance(len(text))
 
 
 def _resume(out: Path, tasks: Sequence[Task], files: Mapping[str, bytes]) -> dict[str, Done]:
@@ -340,16 +223,19 @@ def _resume(out: Path, tasks: Sequence[Task], files: Mapping[str, bytes]) -> dic
     return done
 
 
-def _hash(*values: object) -> str:
-    return hashlib.sha256(json.dumps(values).encode("utf-8", "surrogatepass")).hexdigest()
-
-
 @contextlib.contextmanager
 def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """Shows on stderr how much is done: a bar, or a line now and then where stderr is a file; total 0 is unknown."""
     if sys.stderr.isatty():
         from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
 
         columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.data.corpus import INDEX_DTYPE, UNFINISHED, Shard, shard_files
-from llama_jax.data.documents import Document, Piece, Reading, read_piece
+from llama_jax.data.documents import Document, Reading, read_piece
+from llama_jax.data.manifest import INDEX_DTYPE, UNFINISHED, Shard, shard_files
+from llama_jax.data.pieces import Piece
 from llama_jax.text.tokenizer import Tokenizer, tokenizer_from_files
 from llama_jax.weights.sink import sync
 
@@ -236,8 +237,8 @@ def disk_full(folder: Path) -> OSError:
     """Makes the error that says so."""
     free = shutil.disk_usage(folder).free
     return OSError(
-        f"{folder}: the disk is full ({free / 1e9:.1f} GB free): make room and run the same again, the finished shards are"
-        " kept; or prepare it in another folder"
+        f"{folder}: the disk is full ({free / 1e9:.1f} GB free): make room and run the same again, the finished shards"
+        " are kept; or prepare it in another folder"
     )
 
 

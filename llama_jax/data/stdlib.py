@@ -14,9 +14,10 @@ import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
-from llama_jax.data.corpus import read_manifest
-from llama_jax.data.documents import Piece
-from llama_jax.data.prepare import Request, prepare
+from llama_jax.data.manifest import MANIFEST
+from llama_jax.data.pieces import Piece
+from llama_jax.data.prepare import prepare
+from llama_jax.data.request import Request
 from llama_jax.weights.hub import cache_folder
 
 VOCAB_SIZE = 4096
@@ -33,11 +34,13 @@ def stdlib_corpus(
 ) -> tuple[Path, Path]:
     """Prepares the standard library as two corpora, or finds them where they were prepared before.
 
-    The validation corpus's manifest has `reference`: bits per byte that gzip -9 needs for its files, each on its own and
-    all of them joined.
+    They lie in a folder of their own for each version of Python and each size of the vocabulary.
+
+    The validation corpus's manifest has `reference`: bits per byte that gzip -9 needs for its files, each on its own
+    and all of them joined.
 
     Args:
-        folder: Holds the folders `train` and `validation`; None takes one in the cache.
+        folder: Where that folder is made; None takes the cache's `data`.
         vocab_size: Of the tokenizer, which is trained on the training corpus.
         workers: Processes; None takes one for each CPU.
 
@@ -50,16 +53,16 @@ def stdlib_corpus(
     import filelock
 
     train, validation = split(find_sources())
-    if folder is None:
-        key = "\n".join([f"{VERSION} {vocab_size}", *(f"{piece.name} {piece.version}" for piece in train + validation)])
-        folder = cache_folder() / "data" / f"stdlib-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    folder = Path(folder).expanduser()
+    key = "\n".join([f"{VERSION} {vocab_size}", *(f"{piece.name} {piece.version}" for piece in train + validation)])
+    parent = cache_folder() / "data" if folder is None else Path(folder).expanduser()
+    folder = parent / f"stdlib-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder / "lock"):  # of several processes of a run, one prepares
         request = Request(train, SHARD_BYTES, vocab_size=vocab_size)
         prepare(request, folder / "train", workers=workers)
         request = Request(validation, SHARD_BYTES, tokenizer=folder / "train")
-        prepare(request, folder / "validation", workers=workers, reference=_Reference(validation))
+        reference = {} if (folder / "validation" / MANIFEST).exists() else gzip_bits_per_byte(validation)
+        prepare(request, folder / "validation", workers=workers, reference=reference)
     return folder / "train", folder / "validation"
 
 
@@ -80,7 +83,9 @@ def find_sources() -> list[Piece]:
                 name = path.relative_to(root).as_posix()
                 pieces.append(Piece("text", str(path), name, nbytes=len(data), version=version))
     if sum(piece.nbytes for piece in pieces) < SMALLEST:
-        raise ValueError(f"{root}: has no source code of the standard library: use a complete Python, such as python.org's")
+        raise ValueError(
+            f"{root}: has no source code of the standard library: use a complete Python, such as python.org's"
+        )
     return sorted(pieces, key=lambda piece: piece.name)
 
 

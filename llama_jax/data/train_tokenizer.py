@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from llama_jax.data.documents import Piece, Reading, read_piece
+from llama_jax.data.documents import Reading, read_piece
+from llama_jax.data.pieces import Piece
 
 SAMPLE_BYTES = 1 << 28
 SMALLEST = 3 + 256 + 1  # <unk>, <s>, </s>, the bytes and one piece more
@@ -57,6 +59,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
+        if counted.error is not None:
+            raise counted.error from None
         raise ValueError(
             f"no vocabulary of {vocab_size} tokens can be learned from {counted.texts} documents ({counted.characters}"
             f" characters): give more text or a smaller vocabulary ({str(error).strip()})"
@@ -93,14 +97,44 @@ def sample_texts(pieces: Sequence[Piece], reading: Reading, nbytes: int = SAMPLE
             return
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainingWork:
+    """Trains a tokenizer on pieces: what a worker process does, as the trainer does not listen to Ctrl-C.
+
+    Attributes:
+        vocab_size: As of `train_tokenizer`.
+        reading: As of `sample_texts`.
+        nbytes: As of `sample_texts`.
+    """
+
+    vocab_size: int
+    reading: Reading
+    nbytes: int
+
+    def __call__(self, task: Sequence[Piece], advance: Callable[[int], None]) -> bytes:
+        """Returns the content of a `tokenizer.model`; `advance` is called with the bytes of text just read."""
+
+        def texts() -> Iterator[str]:
+            for text in sample_texts(task, self.reading, self.nbytes):
+                yield text
+                advance(len(text))
+
+        return train_tokenizer(texts(), self.vocab_size)
+
+
 class _Counted:
-    """Counts the texts that pass."""
+    """Counts the texts that pass, and keeps the error that ends them: the trainer makes another one of it."""
 
     def __init__(self, texts: Iterable[str]):
         self.texts = self.characters = 0
+        self.error: BaseException | None = None
         self._texts = texts
 
     def __iter__(self) -> Iterator[str]:
-        for text in self._texts:
-            self.texts, self.characters = self.texts + 1, self.characters + len(text)
-            yield text
+        try:
+            for text in self._texts:
+                self.texts, self.characters = self.texts + 1, self.characters + len(text)
+                yield text
+        except BaseException as error:
+            self.error = error
+            raise

@@ -27,14 +27,14 @@ class Work(Protocol[Task, Result]):
 
 
 def run(work: Work[Task, Result], tasks: Sequence[Task], *, workers: int, advance: Advance) -> Iterator[Result]:
-    """Does tasks in parallel, in this process where one worker is enough.
+    """Does tasks in parallel.
 
     Closing the iterator, an error or Ctrl-C ends the workers at once. They ignore Ctrl-C themselves.
 
     Args:
         work: What to do.
         tasks: What to do it with, begun in this order.
-        workers: Most processes.
+        workers: Most processes; 0 does everything in this one, which a long call out of Python keeps from Ctrl-C.
         advance: Called here with what the workers' `advance` is called with, summed up over a moment.
 
     Yields:
@@ -44,8 +44,7 @@ def run(work: Work[Task, Result], tasks: Sequence[Task], *, workers: int, advanc
         OSError: A worker was killed.
         Exception: What `work` raises.
     """
-    workers = min(workers, len(tasks))
-    if workers <= 1:
+    if workers <= 0:
         for task in tasks:
             yield work(task, advance)
         return
@@ -53,7 +52,7 @@ def run(work: Work[Task, Result], tasks: Sequence[Task], *, workers: int, advanc
     waiting = list(reversed(tasks))
     processes: dict[Connection, Any] = {}
     try:
-        for _ in range(workers):
+        for _ in range(min(workers, len(tasks))):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, work), daemon=True)
             with _interrupts_held():

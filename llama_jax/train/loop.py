@@ -144,7 +144,8 @@ class _Run:
             )
 
         def placed(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(self.mesh, x.sharding.spec))
+            spec = x.sharding.spec if x.sharding else jax.P()  # counts
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(self.mesh, spec))
 
         return jax.tree.map(placed, state)
 
