@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import json
 import zlib
 from collections import Counter
@@ -60,8 +59,17 @@ def read_piece(piece: Piece, reading: Reading, skipped: Counter[str] | None = No
     read = {"text": _read_text, "jsonl": _read_lines, "parquet": _read_parquet, "hf": _read_dataset}[piece.kind]
     try:
         yield from read(piece, reading, skipped)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{piece.path}: is damaged or truncated ({error}): get it again") from error
+    except Exception as error:
+        if _is_damage(error):
+            raise ValueError(f"{piece.path}: is damaged or truncated ({error}): get it again") from error
+        raise
+
+
+def _is_damage(error: Exception) -> bool:
+    """Tells whether an error comes from the content of a compressed or Parquet file."""
+    if isinstance(error, (EOFError, zlib.error)) or (isinstance(error, OSError) and error.errno is None):
+        return True
+    return type(error).__module__.partition(".")[0] in ("zstd", "zstandard", "pyarrow")
 
 
 def _read_text(piece: Piece, reading: Reading, skipped: Counter[str]) -> Iterator[Document]:
@@ -182,8 +190,8 @@ def _read_parquet(piece: Piece, reading: Reading, skipped: Counter[str]) -> Iter
                 values = column.cast(pa.large_binary()).to_pylist()
             except pa.ArrowException as error:
                 raise ValueError(
-                    f"{piece.path}: its field {reading.field!r} is {column.type}, not a text: name another with --field; it"
-                    f" has {_list(names)}"
+                    f"{piece.path}: its field {reading.field!r} is {column.type}, not a text: name another with"
+                    f" --field; it has {_list(names)}"
                 ) from error
             for i, value in enumerate(values, row):
                 where = f"{piece.name}#{i}"

@@ -172,8 +172,10 @@ def _kind(path: str, format: Format) -> str:
 def open_binary(path: str) -> Iterator[IO[bytes]]:
     """Opens a file, and decompresses it by its name."""
     with contextlib.ExitStack() as stack:
-        file: Any = beam_files().open(path, compression_type="uncompressed") if "://" in path else open(path, "rb")
-        stack.enter_context(file)
+        if "://" in path:
+            file: Any = stack.enter_context(beam_files().open(path, compression_type="uncompressed"))
+        else:
+            file = stack.enter_context(open(path, "rb"))
         if path.lower().endswith(".gz"):
             file = stack.enter_context(io.BufferedReader(gzip.GzipFile(fileobj=file), 1 << 20))  # type: ignore[arg-type]
         if path.lower().endswith(".zst"):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from llama_jax.data import workers as worker_processes
 from llama_jax.data.manifest import (
+    INDEX_DTYPE,
     MANIFEST,
     UNFINISHED,
     Manifest,
@@ -205,8 +206,9 @@ def _resume(out: Path, tasks: Sequence[Task], files: Mapping[str, bytes]) -> dic
         mark = out / UNFINISHED / f"{task.name}.json"
         with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
             result = Done.from_json(mark.read_bytes())
-            size = (out / shard_files(task.name)[0]).stat().st_size
-            if result.fingerprint == task.fingerprint and size == result.shard.record_bytes:
+            records, index, _ = [(out / name).stat().st_size for name in shard_files(task.name)]
+            expected = result.shard.record_bytes, result.shard.documents * 2 * INDEX_DTYPE.itemsize
+            if result.fingerprint == task.fingerprint and (records, index) == expected:
                 done[task.name] = result
     kept = {name for task in done for name in shard_files(task)}
     for path in out.iterdir():

@@ -27,7 +27,7 @@ class Permutation:
         bits = max((n - 1).bit_length(), 2)  # each half needs a bit
         self._low_bits = bits // 2
         self._masks = ((1 << (bits - bits // 2)) - 1, (1 << (bits // 2)) - 1)  # high half, low half
-        digest = hashlib.blake2b(repr(key).encode(), digest_size=4 * ROUNDS).digest()
+        digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=4 * ROUNDS).digest()
         self._keys = np.frombuffer(digest, "<u4").tolist()
 
     def __call__(self, position: int) -> int:

@@ -60,7 +60,7 @@ def train_step(
         (gradient, loss), _ = jax.lax.scan(accumulate, start, dict(batch))
 
     with jax.named_scope("optimizer"):
-        norm = optax.global_norm(gradient)
+        norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss.nll)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.model)  # pyright: ignore
         model = optax.apply_updates(state.model, updates)  # pyright: ignore[reportArgumentType]

@@ -192,7 +192,7 @@ def test_long_documents_are_read_once():
     corpus.reads.clear()
     for row in range(60):
         read([row])
-    assert 2 < len(corpus.reads) < 60
+    assert 10 < corpus.reads.count(0) + corpus.reads.count(1) < 60
 
 
 # On disk
