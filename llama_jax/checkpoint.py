@@ -195,6 +195,7 @@ class RunCheckpoints:
         )  # fmt: skip
         self.folder, self._stacked, self._options = folder.absolute(), stacked, options
         self._manager: Any = None
+        self._begun: int | None = None
 
     def steps(self) -> list[int]:
         """Those that are whole, in order."""
@@ -257,16 +258,18 @@ class RunCheckpoints:
           loss: by which the best are chosen.
 
         Raises:
-          OSError: the disk is full, now or during the save before; older checkpoints are as they were.
+          OSError: the disk is full, or cannot be written, now or during the save before; older checkpoints are as they
+            were.
         """
         import orbax.checkpoint as ocp
 
-        if step in self.steps():
+        if step in (*self.steps(), self._begun):
             return
-        manager = self._open(items)
+        manager, self._begun = self._open(items), step
         self._delete()
+        self._check_room(items)
         args = {item: _save(arrays, self._stacked) for item, arrays in items.items()}
-        with _full_disk_in_words():
+        with self._failure_in_words():
             manager.save(
                 step,
                 args=ocp.args.Composite(**args, run=_run_files().Save(progress, dict(files))),
@@ -274,16 +277,39 @@ class RunCheckpoints:
                 force=True,
             )
 
+    @contextlib.contextmanager
+    def _failure_in_words(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of Orbax, tensorstore, the file system
+            whole = self.steps()
+            good = f"the newest good one is of step {whole[-1]}" if whole else "there is none yet"
+            raise OSError(
+                f"{self.folder / str(self._begun)}: this checkpoint could not be saved ({_cause(error)}); {good}, and it is"
+                " as it was. Mend the cause and go on with --resume auto"
+            ) from error
+
+    def _check_room(self, items: Mapping[str, Mapping[str, jax.Array]]) -> None:
+        """Raises OSError where this process's part of the arrays does not fit on the disk."""
+        arrays = [x for item in items.values() for x in item.values()]
+        needed = sum(s.data.nbytes for x in arrays for s in x.addressable_shards if s.replica_id == 0)
+        with self._failure_in_words():
+            free = shutil.disk_usage(self.folder).free
+            if free < needed:
+                raise OSError(
+                    errno.ENOSPC, f"the disk is full: it needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free"
+                )
+
     def check(self) -> None:
         """Raises OSError if the save that goes on has failed."""
         if self._manager:
-            with _full_disk_in_words():
+            with self._failure_in_words():
                 self._manager.check_for_errors()
 
     def wait(self) -> None:
         """Returns when all is on disk; raises OSError if it is not."""
         if self._manager:
-            with _full_disk_in_words():
+            with self._failure_in_words():
                 self._manager.wait_until_finished()
             self._delete()
 
@@ -307,6 +333,17 @@ class RunCheckpoints:
                 self.folder, options=self._options, item_handlers=handlers | {"run": _run_files().Handler()}
             )
         return self._manager
+
+
+def _cause(error: BaseException) -> str:
+    """What is the matter, in a few words."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = str(error)
+    for words in ("No space left on device", "File too large", "Disk quota exceeded", "Permission denied"):
+        if words in text:
+            return words
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
 
 
 def run_steps(folder: Path) -> list[int]:

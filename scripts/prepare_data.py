@@ -4,8 +4,8 @@
     python scripts/prepare_data.py c4/*.json.gz corpus --train-tokenizer 32000             # a vocabulary of its own
     python scripts/prepare_data.py src/ corpus --format text --glob '*.py' --train-tokenizer 8192
     python scripts/prepare_data.py hf:HuggingFaceFW/fineweb-edu:sample-10BT:train corpus --tokenizer Llama-3.2-1B
-    python scripts/prepare_data.py gs://bucket/c4/ gs://bucket/corpus --tokenizer Llama-3.2-1B \\
-        --runner DataflowRunner --beam-options project=P region=R temp_location=gs://bucket/tmp
+    python scripts/prepare_data.py gs://b/c4/ gs://b/corpus --tokenizer Llama-3.2-1B --runner DataflowRunner \\
+        --beam-options project=P region=R temp_location=gs://b/tmp
 
 A text file is one document; so is a line of JSON lines, or a row. Ctrl-C, a full disk or a lost machine costs the
 shards that were being written: the same command goes on with the others. scripts/train.py trains on the folder.
@@ -44,7 +44,7 @@ class Args:
     bos: bool | None = None
     """Whether BOS begins each document; default: as the tokenizer says. EOS always ends one."""
     shard_bytes: int | None = None
-    """About how much input makes a shard; default: some 256 shards of 16 MiB to 1 GiB."""
+    """About how much input makes a shard; default: some 256 shards of 4 MiB to 1 GiB."""
     workers: int | None = None
     """Processes; default: one for each CPU."""
     runner: str = "local"
@@ -58,9 +58,7 @@ class Args:
 def main(args: Args) -> None:
     from llama_jax.data import prepare as p
 
-    if len(args.paths) < 2:
-        raise ValueError("give the input, and after it the new folder of the corpus (--help has examples)")
-    *inputs, out = args.paths
+    *inputs, out = args.paths or [""]
     request = p.make_request(
         inputs, tokenizer=args.tokenizer, vocab_size=args.train_tokenizer, sample_bytes=args.tokenizer_sample_bytes,
         field=args.field, format=args.format, glob=args.glob, invalid_utf8=args.invalid_utf8,
@@ -74,9 +72,8 @@ def main(args: Args) -> None:
         manifest = prepare_on_beam(request, out, runner=args.runner, options=args.beam_options)
     for why, count in manifest.skipped.items():
         print(f"warning: {count} {why} documents were left out", file=sys.stderr)
-    text = f"{manifest.documents} documents, {manifest.tokens} tokens, {manifest.bytes} bytes"
-    rate = f"{manifest.bytes / manifest.tokens:.2f} bytes a token, {len(manifest.shards)} shards"
-    print(json.dumps(dataclasses.asdict(manifest)) if args.json else f"{out}: {text}, {rate}")
+    text = f"{manifest.documents} documents, {manifest.bytes} bytes, {manifest.tokens} tokens"
+    print(json.dumps(dataclasses.asdict(manifest)) if args.json else f"{out}: {text}, {len(manifest.shards)} shards")
 
 
 if __name__ == "__main__":

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.data.manifest import AGAIN, INDEX_DTYPE, Shard, read_manifest
+from llama_jax.data.manifest import AGAIN, INDEX_DTYPE, Shard, array_record, read_manifest
 from llama_jax.data.manifest import Manifest as Manifest
 from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 TOKENS, BYTES = 0, 1  # columns of the index
+READ_OPTIONS = "readahead_buffer_size:0"  # a read fetches its records only
 OPEN_SHARDS = 512  # a process may often have 1024 files open
 
 
@@ -158,10 +159,7 @@ class Corpus:
     def _reader(self, shard: int) -> Any:
         with self._lock:
             if shard not in self._readers:
-                from array_record.python.array_record_module import ArrayRecordReader
-
-                # Without readahead, a read fetches its records only.
-                reader = ArrayRecordReader(str(self._file(shard, "array_record")), "readahead_buffer_size:0")
+                reader = array_record().ArrayRecordReader(str(self._file(shard, "array_record")), READ_OPTIONS)
                 expected = self.manifest.shards[shard].documents
                 if reader.num_records() != expected:
                     raise ValueError(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
+import itertools
 import json
 import zlib
 from collections import Counter
@@ -13,7 +15,7 @@ from llama_jax.data.pieces import Piece, file_version, open_binary, open_dataset
 
 InvalidUtf8 = Literal["error", "skip", "replace"]
 
-LARGEST_DOCUMENT = 1 << 28  # bytes; SentencePiece needs some 60 times as much memory
+LARGEST_DOCUMENT = 1 << 27  # bytes; SentencePiece needs some 40 times as much memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,14 +62,14 @@ def read_piece(piece: Piece, reading: Reading, skipped: Counter[str] | None = No
     try:
         yield from read(piece, reading, skipped)
     except Exception as error:
-        if _is_damage(error):
+        if piece.kind != "hf" and _is_damage(error):
             raise ValueError(f"{piece.path}: is damaged or truncated ({error}): get it again") from error
         raise
 
 
 def _is_damage(error: Exception) -> bool:
     """Tells whether an error comes from the content of a compressed or Parquet file."""
-    if isinstance(error, (EOFError, zlib.error)) or (isinstance(error, OSError) and error.errno is None):
+    if isinstance(error, (EOFError, zlib.error, gzip.BadGzipFile)) or (type(error) is OSError and error.errno is None):
         return True
     return type(error).__module__.partition(".")[0] in ("zstd", "zstandard", "pyarrow")
 
@@ -205,12 +207,16 @@ def _read_parquet(piece: Piece, reading: Reading, skipped: Counter[str]) -> Iter
 
 
 def _read_dataset(piece: Piece, reading: Reading, skipped: Counter[str]) -> Iterator[Document]:
-    shard = open_dataset(piece.path).shard(num_shards=piece.stop, index=piece.start)
-    name = piece.name if piece.stop == 1 else f"{piece.name}[{piece.start}/{piece.stop}]"
-    for row, record in enumerate(shard):
-        where = f"{name}#{row}"
-        text = _valid(
-            _text(record, lambda where=where: where, reading.field), lambda where=where: where, reading, skipped
-        )
-        if text is not None:
+    source = piece.name if piece.stop == 1 else f"{piece.name}[{piece.start}/{piece.stop}]"
+    rows = iter(open_dataset(piece.path).shard(num_shards=piece.stop, index=piece.start))
+    for row in itertools.count():
+        try:
+            record = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:
+            raise OSError(f"{source}#{row}: cannot be read ({error}): run it again, it resumes") from error
+        where = f"{source}#{row}"
+        text = _text(record, lambda where=where: where, reading.field)
+        if (text := _valid(text, lambda where=where: where, reading, skipped)) is not None:
             yield Document(text, where)

@@ -150,3 +150,14 @@ def is_corpus_file(name: str) -> bool:
     numbers = name.partition(".")[0].split("-of-")
     is_shard = len(numbers) == 2 and all(number.isdecimal() for number in numbers)
     return name in (MANIFEST, UNFINISHED, *TOKENIZER_FILES) or (is_shard and name in shard_files("-of-".join(numbers)))
+
+
+def array_record() -> Any:
+    """ArrayRecord's module with the reader and the writer."""
+    try:
+        from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
+    except ImportError as error:
+        raise ValueError(
+            f"prepared corpora need the package array_record ({error}): pip install 'llama_jax[data]'"
+        ) from error
+    return array_record_module

@@ -71,7 +71,9 @@ def find_pieces(inputs: Iterable[str | Path], *, format: Format = "auto", glob: 
             kind = _kind(path, format)
             pieces.append(Piece(kind, path, path, nbytes=version[0], version=version))
     if not pieces:
-        raise ValueError("there is no input: give text, JSON lines or Parquet files, folders, or hf:NAME:SPLIT")
+        raise ValueError(
+            "there is no input: give text, JSON lines or Parquet files, folders, or hf:NAME:SPLIT, and then the corpus"
+        )
     return pieces
 
 
@@ -135,7 +137,11 @@ def _remote_files(item: str, glob: str) -> Iterator[tuple[str, tuple[int, int]]]
     if not files:
         raise FileNotFoundError(f"{item}: no such file: check the path (a folder ends with /)")
     for file in files:
-        yield file.path, (file.size_in_bytes, int(file.last_updated_in_seconds * 1e9))
+        yield file.path, _remote_version(file)
+
+
+def _remote_version(file: Any) -> tuple[int, int]:
+    return file.size_in_bytes, int(file.last_updated_in_seconds * 1e9)
 
 
 def beam_files() -> Any:
@@ -150,8 +156,7 @@ def beam_files() -> Any:
 def file_version(path: str) -> tuple[int, int]:
     """Returns size in bytes and time of the last change in nanoseconds."""
     if "://" in path:
-        ((_, version),) = _remote_files(path, "*")
-        return version
+        return _remote_version(beam_files().get_filesystem(path).metadata(path))
     stat = os.stat(path)
     return stat.st_size, stat.st_mtime_ns
 
@@ -218,7 +223,12 @@ def open_dataset(spec: str) -> Any:
     name, *rest = spec.split(":")
     split = rest[-1] if rest else "train"
     config = rest[0] if len(rest) > 1 else None
-    return datasets.load_dataset(name, config, split=split, streaming=True)
+    try:
+        return datasets.load_dataset(name, config, split=split, streaming=True)
+    except Exception as error:
+        raise ValueError(
+            f"hf:{spec}: cannot be opened ({error}): check its name, configuration and split, and the connection"
+        ) from error
 
 
 def _dataset_pieces(spec: str) -> list[Piece]:

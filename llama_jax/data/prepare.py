@@ -68,6 +68,8 @@ def prepare_with(
     training_workers: int = 1,
 ) -> Manifest:
     """Prepares a corpus with a given way to run the work for each shard; else as `prepare`."""
+    if "://" in str(out):
+        raise ValueError(f"{out}: is not on a disk of this machine: give a folder, or a runner of Beam (--runner)")
     out = Path(out).expanduser()
     wanted = request.fingerprint(tokenizer_id(request))
     if (manifest := _finished(out, wanted)) is not None:

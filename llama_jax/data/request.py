@@ -16,7 +16,7 @@ from llama_jax.data.train_tokenizer import SAMPLE_BYTES
 from llama_jax.text.tokenizer import VOCABULARY_FILES, read_files
 
 SHARDS = 256  # about as many, unless that makes them smaller or larger than these:
-SMALLEST_SHARD, LARGEST_SHARD = 1 << 24, 1 << 30  # bytes of input
+SMALLEST_SHARD, LARGEST_SHARD = 1 << 22, 1 << 30  # bytes of input
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,7 @@ def make_request(
         format: Of the files; `auto` goes by their names.
         glob: Which files of a folder.
         invalid_utf8: What to do with a document that is not valid UTF-8: error, skip or replace.
-        shard_bytes: About how much input makes a shard; None makes some 256 shards of 16 MiB to 1 GiB.
+        shard_bytes: About how much input makes a shard; None makes some 256 shards of 4 MiB to 1 GiB.
         bos: Whether BOS begins each document; None as the tokenizer says.
 
     Raises:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from llama_jax.data.documents import Document, Reading, read_piece
-from llama_jax.data.manifest import INDEX_DTYPE, UNFINISHED, Shard, shard_files
+from llama_jax.data.manifest import INDEX_DTYPE, UNFINISHED, Shard, array_record, shard_files
 from llama_jax.data.pieces import Piece
 from llama_jax.text.tokenizer import Tokenizer, tokenizer_from_files
 from llama_jax.weights.sink import sync
@@ -152,11 +152,10 @@ def write_shard(path: Path, documents: Iterator[Document], encoder: Encoder) -> 
     Returns:
         Number of documents, of tokens, and of bytes of text.
     """
-    from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
-
+    module = array_record()
     records, index, sources = shard_files(path.name)
     count = tokens = nbytes = 0
-    writer = ArrayRecordWriter(str(path.with_name(records)), "group_size:1")  # one document is read at a time
+    writer = module.ArrayRecordWriter(str(path.with_name(records)), "group_size:1")  # one document is read at a time
     try:
         with (
             open(path.with_name(index), "wb") as index_file,
@@ -170,7 +169,7 @@ def write_shard(path: Path, documents: Iterator[Document], encoder: Encoder) -> 
                 count, tokens, nbytes = count + 1, tokens + len(ids), nbytes + size
     finally:
         writer.close()
-    reader = ArrayRecordReader(str(path.with_name(records)), "readahead_buffer_size:0")
+    reader = module.ArrayRecordReader(str(path.with_name(records)))
     if reader.num_records() != count:
         raise OSError(f"{path.with_name(records)}: only {reader.num_records()} of {count} documents came to the disk")
     return count, tokens, nbytes

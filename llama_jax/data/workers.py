@@ -1,14 +1,22 @@
-"""Worker processes for long independent tasks: none outlives its parent, and none dies in silence."""
+"""Worker processes for long independent tasks: none outlives its parent, and none dies in silence.
+
+They are new interpreters that import what their work needs and nothing else: `multiprocessing` would fork this process
+with its threads, or run the caller's main module again in each worker.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
+import json
 import os
+import pickle
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol, TypeVar
 
@@ -16,10 +24,14 @@ Task = TypeVar("Task", contravariant=True)
 Result = TypeVar("Result", covariant=True)
 Advance = Callable[[int], None]
 REPORT_EVERY = 0.2  # seconds
+START = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]);"
+    "from llama_jax.data.workers import serve; serve(int(sys.argv[2]))"
+)
 
 
 class Work(Protocol[Task, Result]):
-    """What a worker does; it is pickled once for each worker."""
+    """What a worker does; it is pickled, and so are tasks and results."""
 
     def __call__(self, task: Task, advance: Advance) -> Result:
         """Does one task, and calls `advance` with how much it has just done as it goes."""
@@ -34,7 +46,7 @@ def run(work: Work[Task, Result], tasks: Sequence[Task], *, workers: int, advanc
     Args:
         work: What to do.
         tasks: What to do it with, begun in this order.
-        workers: Most processes; 0 does everything in this one, which a long call out of Python keeps from Ctrl-C.
+        workers: Most processes; 0 does everything in this one, where a long call out of Python does not hear Ctrl-C.
         advance: Called here with what the workers' `advance` is called with, summed up over a moment.
 
     Yields:
@@ -48,68 +60,48 @@ def run(work: Work[Task, Result], tasks: Sequence[Task], *, workers: int, advanc
         for task in tasks:
             yield work(task, advance)
         return
-    context = multiprocessing.get_context("spawn")  # threads of this process, such as JAX's, forbid a fork
     waiting = list(reversed(tasks))
-    processes: dict[Connection, Any] = {}
+    processes: dict[Connection, subprocess.Popen[bytes]] = {}
     try:
         for _ in range(min(workers, len(tasks))):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, work), daemon=True)
-            with _interrupts_held():
-                process.start()
-            theirs.close()
-            processes[ours] = process
-            _send(ours, waiting.pop())
+            connection, process = _start()
+            processes[connection] = process
+            _send(connection, work)
+            _send(connection, waiting.pop())
         while processes:
             for connection in wait(list(processes)):
                 assert isinstance(connection, Connection)
                 try:
                     kind, value = connection.recv()
                 except (EOFError, ConnectionResetError) as error:
-                    process = processes[connection]
-                    process.join()
                     raise OSError(
-                        f"a worker process ended with code {process.exitcode}; if the machine ran out of memory, take"
-                        " fewer --workers; what is finished is kept"
+                        f"a worker process ended with code {processes[connection].wait()}; if the machine ran out of"
+                        " memory, take fewer --workers; what is finished is kept"
                     ) from error
                 if kind == "advance":
                     advance(value)
-                    continue
-                if kind == "error":
+                elif kind == "error":
                     raise value
-                if waiting:
-                    _send(connection, waiting.pop())
                 else:
-                    _send(connection, None)
-                    processes.pop(connection).join()
-                yield value
+                    if waiting:
+                        _send(connection, waiting.pop())
+                    else:
+                        _end(connection, processes.pop(connection))
+                    yield value
     finally:
-        for process in processes.values():
+        for connection, process in processes.items():
             process.kill()
-        for process in processes.values():
-            process.join()
+            _end(connection, process)
 
 
-def _send(connection: Connection, task: Any) -> None:
-    with contextlib.suppress(BrokenPipeError):  # that the worker has ended is seen where it is heard
-        connection.send(task)
+def serve(number: int) -> None:
+    """Does the tasks that come over a connection: the main function of a worker.
 
-
-@contextlib.contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Holds Ctrl-C back; a process that starts meanwhile never gets it."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _serve(connection: Connection, work: Work[Any, Any]) -> None:
+    Args:
+        number: File descriptor of the connection.
+    """
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    connection = Connection(number)
     pending, last = 0, time.monotonic()
 
     def advance(done: int, *, now: bool = False) -> None:
@@ -119,18 +111,60 @@ def _serve(connection: Connection, work: Work[Any, Any]) -> None:
             connection.send(("advance", pending))
             pending, last = 0, time.monotonic()
 
-    while (task := connection.recv()) is not None:
-        try:
-            result = work(task, advance)
+    with contextlib.suppress(EOFError):  # there is no more to do
+        work: Work[Any, Any] = connection.recv()
+        while True:
+            task = connection.recv()
+            try:
+                result = work(task, advance)
+            except Exception as error:
+                connection.send(("error", _portable(error)))
+                return
             advance(0, now=True)
             connection.send(("result", result))
-        except Exception as error:
-            connection.send(("error", error))
-            return
+
+
+def _start() -> tuple[Connection, subprocess.Popen[bytes]]:
+    """Starts a worker; its standard input ends with this process, however that ends."""
+    ours, theirs = Pipe()
+    command = [sys.executable, "-c", START, json.dumps(sys.path), str(theirs.fileno())]
+    with theirs, _interrupts_held():
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[theirs.fileno()])
+    return ours, process
+
+
+def _end(connection: Connection, process: subprocess.Popen[bytes]) -> None:
+    connection.close()
+    assert process.stdin is not None
+    process.stdin.close()
+    process.wait()
+
+
+def _send(connection: Connection, value: Any) -> None:
+    with contextlib.suppress(BrokenPipeError):  # that the worker has ended is seen where it is heard
+        connection.send(value)
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Holds Ctrl-C back; a process that starts meanwhile never gets it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
+    while os.read(0, 1):  # nothing is ever written; it ends with the parent
+        pass
     os._exit(1)
+
+
+def _portable(error: Exception) -> Exception:
+    """Replaces an error that cannot be pickled, as some libraries' own cannot."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return OSError(f"{type(error).__name__}: {error}")
+    return error

@@ -137,18 +137,6 @@ class _Run:
             return open_checkpoint(self.output).config
         return self.recipe.model
 
-    def _abstract(self) -> TrainState:
-        with jax.set_mesh(self.mesh):
-            state = jax.eval_shape(
-                lambda model: new_state(model, self.optimizer), setup.make_model(self.recipe, self.config)
-            )
-
-        def placed(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            spec = x.sharding.spec if x.sharding else jax.P()  # counts
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(self.mesh, spec))
-
-        return jax.tree.map(placed, state)
-
     def _new(self, initial: Checkpoint | None) -> TrainState:
         with jax.set_mesh(self.mesh):
             if initial:
@@ -170,7 +158,7 @@ class _Run:
                 f" {before.get(changed[0])}, and now it is {now[changed[0]]}: give the same, or begin a new run from"
                 f" its weights: --output NEW --init-from {self.output}"
             )
-        abstract = self._abstract()
+        abstract = setup.abstract_state(self.recipe, self.config, self.mesh, self.optimizer)
         items = self.checkpoints.restore(step, named_arrays(abstract))
         self.step, self.rows = step, progress["rows"]
         return from_named_arrays(abstract, items)

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
+import optax
 
 from llama_jax import sharding
 from llama_jax.config import ModelConfig
@@ -17,7 +19,10 @@ from llama_jax.data.loader import Stage as BatchStage
 from llama_jax.data.plan import Plan
 from llama_jax.model import Llama, random_keys
 from llama_jax.text.differences import differences
+from llama_jax.train.optim import adamw, learning_rate
 from llama_jax.train.recipe import Batch, Recipe
+from llama_jax.train.state import TrainState, new_state
+from llama_jax.train.step import BATCH, compiled
 
 if TYPE_CHECKING:
     from llama_jax.weights.open import Checkpoint
@@ -157,6 +162,34 @@ def make_model(recipe: Recipe, config: ModelConfig, *, seed: int | None = None) 
     return Llama(
         config, dtype=dtype, param_dtype="float32", stacked=True, remat=recipe.remat, attention=attention, rngs=rngs
     )
+
+
+def abstract_state(
+    recipe: Recipe, config: ModelConfig, mesh: jax.sharding.Mesh, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """Shapes, dtypes and shardings of a state; the mesh may be of machines that are not there."""
+
+    def placed(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        spec = x.sharding.spec if x.sharding else jax.P()  # counts
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec))
+
+    with jax.set_mesh(mesh):
+        model = make_model(recipe, config)
+        return jax.tree.map(placed, jax.eval_shape(lambda model: new_state(model, optimizer), model))
+
+
+def abstract_step(recipe: Recipe, mesh: jax.sharding.Mesh) -> tuple[Any, tuple[Any, ...]]:
+    """The jitted step of a recipe's last stage, and its abstract arguments: to lower, and to compile ahead of time."""
+    optimizer, config = adamw(recipe.optimizer), recipe.model
+    state = abstract_state(recipe, config, mesh, optimizer)
+    schedule = batch_schedule(recipe.batch)
+    shape = schedule.shape(schedule.stages[-1])
+    with jax.set_mesh(mesh):
+        spec = state.model.rules.spec(("batch", "seq"), shape[1:])
+    batch = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=jax.NamedSharding(mesh, jax.P(None, *spec)))
+    stop = jax.ShapeDtypeStruct((mesh.size,), jnp.bool_, sharding=jax.NamedSharding(mesh, jax.P(mesh.axis_names)))
+    program = compiled(optimizer, learning_rate(recipe.optimizer.schedule), recipe.optimizer.z_weight)
+    return program, (state, dict.fromkeys(BATCH, batch), stop)
 
 
 def open_initial(recipe: Recipe, corpora: Corpora) -> Checkpoint | None:

@@ -103,7 +103,14 @@ def test_storage_that_is_no_disk(tmp_path, inputs, vocabulary):
         def _list(self, prefix):
             for file in sorted(path for path in tmp_path.rglob("*") if path.is_file()):
                 if (name := f"test://{file.relative_to(tmp_path)}").startswith(prefix):
-                    yield FileMetadata(name, file.stat().st_size, file.stat().st_mtime)
+                    yield self.metadata(name)
+
+        def exists(self, path):
+            return Path(self._real(path)).is_file()
+
+        def metadata(self, path):
+            stat = Path(self._real(path)).stat()
+            return FileMetadata(path, stat.st_size, stat.st_mtime)
 
         def has_dirs(self):
             return False
@@ -116,7 +123,8 @@ def test_storage_that_is_no_disk(tmp_path, inputs, vocabulary):
             return super().open(self._real(path), mime_type, compression_type)
 
         def delete(self, paths):
-            super().delete([self._real(path) for path in paths])
+            for path in paths:
+                Path(self._real(path)).unlink()
 
     def request(place):
         return make_request([place], tokenizer=vocabulary, shard_bytes=20_000)

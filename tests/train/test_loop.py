@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from llama_jax.train.report import read_metrics
 from tests.test_distributed import ROOT, Start, outputs, start  # noqa: F401 (fixture)
 from tests.test_scripts import environment  # noqa: F401 (fixture)
 from tests.train.corpora import random_documents, write_corpus
+from tests.train.forks import Fork, Forks
 
 STEPS, ROWS = 20, 8  # of the recipe
 
@@ -56,28 +54,28 @@ def recipe(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def forks(environment):  # noqa: F811
+    forks = Forks(ROOT, environment | {"JAX_PLATFORMS": "cpu"})
+    yield forks
+    forks.close()
+
+
 @pytest.fixture
-def train(recipe, environment, tmp_path):  # noqa: F811
+def start_run(forks, recipe, tmp_path):
     """Starts scripts/train.py on the recipe, with an output folder of that name."""
-    processes = []
 
-    def train(name: str, *options: str, devices: int = 1, wait: bool = True, limit: int | None = None) -> Any:
-        command = [sys.executable, "scripts/train.py", recipe, "--output", tmp_path / name, "--json", *options]
-        variables = environment | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
-        pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
-        if limit:  # bytes of a file
-            command = ["bash", "-c", f'ulimit -f {limit // 1024}; exec "$@"', "bash", *command]
-        process = subprocess.Popen(command, env=variables, cwd=ROOT, text=True, **pipes)
-        processes.append(process)
-        if not wait:
-            return process
-        out, err = process.communicate(timeout=120)
-        return process.returncode, out, err
+    def start(name: str, *options: str, devices: int = 1) -> Fork:
+        command = ["scripts/train.py", str(recipe), "--output", str(tmp_path / name), "--json", *options]
+        return forks.start(command, tmp_path, JAX_NUM_CPU_DEVICES=str(devices))
 
-    yield train
-    for process in processes:
-        process.kill()
-        process.communicate()
+    return start
+
+
+@pytest.fixture
+def train(start_run):
+    """The same, to its end: exit code, standard output and error."""
+    return lambda *args, **options: start_run(*args, **options).wait()
 
 
 def steps_of(output: Path) -> list[tuple[Any, ...]]:
@@ -95,10 +93,10 @@ def arrays_of(output: Path, step: int) -> dict[str, np.ndarray]:
     return found
 
 
-def assert_same_run(output: Path, other: Path) -> None:
+def assert_same_run(output: Path, other: Path, steps: int = STEPS) -> None:
     assert steps_of(output) == steps_of(other)
-    assert [row[:2] for row in steps_of(output)] == [(i, i * ROWS) for i in range(1, STEPS + 1)]
-    one, two = arrays_of(output, STEPS), arrays_of(other, STEPS)
+    assert [row[:2] for row in steps_of(output)] == [(i, i * ROWS) for i in range(1, steps + 1)]
+    one, two = arrays_of(output, steps), arrays_of(other, steps)
     assert one.keys() == two.keys()
     assert len(one) > 20
     for name, array in one.items():
@@ -112,7 +110,7 @@ def wait_for_step(output: Path, step: int) -> None:
         time.sleep(0.01)
 
 
-def test_runs_are_the_same_whole_killed_or_asked_to_stop(train, tmp_path):
+def test_runs_are_the_same_whole_killed_or_asked_to_stop(train, start_run, tmp_path):
     """20 steps == 20 steps == 7 + SIGTERM + 13 == 7 + kill -9 + 15 from the checkpoint at 5."""
     code, out, err = train("whole")
     assert code == 0, err
@@ -125,15 +123,15 @@ def test_runs_are_the_same_whole_killed_or_asked_to_stop(train, tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "again")
 
     for name, number, saved in (("terminated", signal.SIGTERM, None), ("killed", signal.SIGKILL, 5)):
-        process = train(name, wait=False)
+        process = start_run(name)
         wait_for_step(tmp_path / name, 7)
         if saved:
             deadline = time.monotonic() + 30
             while not run_steps(tmp_path / name / "checkpoints") and time.monotonic() < deadline:
                 time.sleep(0.005)
-        process.send_signal(number)
-        _, err = process.communicate(timeout=60)
-        assert process.returncode == (0 if number == signal.SIGTERM else -number), err
+        process.kill(number)
+        code, _, err = process.wait()
+        assert code == (0 if number == signal.SIGTERM else -number), err
         code, _, err = train(name, "--resume", "auto")
         assert code == 0, err
         assert "from step" in err
@@ -150,28 +148,43 @@ def test_runs_are_the_same_whole_killed_or_asked_to_stop(train, tmp_path):
     assert "holds a run, saved at step 20: go on with it by --resume auto" in err
 
 
-def test_ten_kills_at_random_moments(train, tmp_path):
+def test_ten_kills_at_random_moments(train, start_run, tmp_path):
     """However often: every checkpoint that is there loads, and no document is lost or repeated."""
-    assert train("whole", "--checkpoints.every", "1")[0] == 0
+    steps = 80
+    longer = ("--optimizer.schedule.steps", str(steps), "--validation.every", "0")
+    assert train("whole", *longer)[0] == 0
     rng, name, resumed = random.Random(0), "killed", 0
     output = tmp_path / name
     for _ in range(10):
-        process = train(name, "--resume", "auto", "--checkpoints.every", "1", wait=False)
-        before = len(steps_of(output))
+        process = start_run(name, *longer, "--resume", "auto", "--checkpoints.every", "1")
         deadline = time.monotonic() + 60
-        while len(steps_of(output)) == before and process.poll() is None and time.monotonic() < deadline:
+        while "compiled for" not in (said := process.err.read_text()):
+            assert time.monotonic() < deadline, said
             time.sleep(0.01)
-        time.sleep(rng.random() * 0.15)
+        resumed += "from step" in said
+        time.sleep(rng.uniform(0, 0.5))  # a step and its checkpoint take about 0.1 s
         process.kill()
-        process.communicate()
-        steps = run_steps(output / "checkpoints")
-        resumed += bool(steps)
-        for step in steps:
+        assert process.wait()[0] == -signal.SIGKILL
+        for step in run_steps(output / "checkpoints"):
             assert len(arrays_of(output, step)) > 20
-            assert json.loads((output / "checkpoints" / str(step) / "run" / "progress.json").read_text())["rows"] == (
-                step * ROWS
-            )
-    assert resumed
-    code, _, err = train(name, "--resume", "auto", "--checkpoints.every", "1")
+            progress = json.loads((output / "checkpoints" / str(step) / "run" / "progress.json").read_text())
+            assert progress["rows"] == step * ROWS
+    assert resumed > 2
+    code, _, err = train(name, *longer, "--resume", "auto", "--checkpoints.every", "1")
     assert code == 0, err
-    assert_same_run(tmp_path / "whole", output)
+    assert_same_run(tmp_path / "whole", output, steps)
+
+
+def test_it_goes_on_with_other_processes_and_another_mesh(train, start, tmp_path, recipe):  # noqa: F811
+    """7 steps on 1 process x 8 devices, 13 on 2 processes x 4: the same documents, and the same numbers to rounding."""
+    whole = ("--mesh", "fsdp=4,tensor=2")
+    assert train("whole", *whole, devices=8)[0] == 0
+    assert train("moved", *whole, "--steps", "7", devices=8)[0] == 0
+    options = ("--output", tmp_path / "moved", "--resume", "auto", "--mesh", "data=2,fsdp=2,tensor=2", "--json")
+    (out, err), (nothing, _) = outputs(start("scripts/train.py", recipe, *options, devices=4))
+    assert json.loads(out)["step"] == STEPS, err
+    assert not nothing
+    one, two = (np.array(steps_of(tmp_path / name)) for name in ("whole", "moved"))
+    np.testing.assert_array_equal(one[:, :2], two[:, :2])
+    np.testing.assert_allclose(one[:, 2:], two[:, 2:], rtol=1e-5)
+    assert run_steps(tmp_path / "moved" / "checkpoints") == run_steps(tmp_path / "whole" / "checkpoints")
