@@ -17,6 +17,7 @@ import logging
 import math
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -177,8 +178,7 @@ class RunCheckpoints:
         import orbax.checkpoint as ocp
         from orbax.checkpoint import checkpoint_managers as managers
 
-        for quiet in ("absl", "orbax"):
-            logging.getLogger(quiet).setLevel(logging.ERROR)
+        _be_quiet()
         policies: list[Any] = [managers.LatestN(max(1, keep_last))]
         if keep_every:
             policies.append(managers.EveryNSteps(keep_every))
@@ -265,8 +265,8 @@ class RunCheckpoints:
 
         if step in (*self.steps(), self._begun):
             return
+        self.wait()
         manager, self._begun = self._open(items), step
-        self._delete()
         self._check_room(items)
         args = {item: _save(arrays, self._stacked) for item, arrays in items.items()}
         with self._failure_in_words():
@@ -283,10 +283,10 @@ class RunCheckpoints:
             yield
         except Exception as error:  # of Orbax, tensorstore, the file system
             whole = self.steps()
-            good = f"the newest good one is of step {whole[-1]}" if whole else "there is none yet"
+            good = f"the newest good one is of step {whole[-1]}, and it is as it was" if whole else "there is none yet"
             raise OSError(
-                f"{self.folder / str(self._begun)}: this checkpoint could not be saved ({_cause(error)}); {good}, and it is"
-                " as it was. Mend the cause and go on with --resume auto"
+                f"{self.folder / str(self._begun)}: this checkpoint could not be saved ({_cause(error)}); {good}. Mend"
+                " the cause and go on with --resume auto"
             ) from error
 
     def _check_room(self, items: Mapping[str, Mapping[str, jax.Array]]) -> None:
@@ -333,6 +333,20 @@ class RunCheckpoints:
                 self.folder, options=self._options, item_handlers=handlers | {"run": _run_files().Handler()}
             )
         return self._manager
+
+
+@functools.cache
+def _be_quiet() -> None:
+    """Leaves out what Orbax and tensorstore print about a failed save, which comes as an exception too."""
+    for name in ("absl", "orbax"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    excepthook, unraisablehook = sys.excepthook, sys.unraisablehook
+
+    def late(error: object) -> bool:
+        return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+
+    sys.excepthook = lambda kind, error, trace: None if late(error) else excepthook(kind, error, trace)
+    sys.unraisablehook = lambda found: None if late(found.exc_value) else unraisablehook(found)
 
 
 def _cause(error: BaseException) -> str:

@@ -9,6 +9,7 @@ import logging
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ class _Run:
                 f"{output} holds a run, saved at step {steps[-1]}: go on with it by --resume auto, or give another"
                 " --output"
             )
-        self.total = recipe.total_steps
+        self.total, self.window = recipe.total_steps, _window(recipe.profile)
         self.optimizer, self.schedule = adamw(recipe.optimizer), learning_rate(recipe.optimizer.schedule)
         self.corpora = setup.open_corpora(recipe)
         self.plan = setup.make_plan(recipe, self.corpora)
@@ -158,7 +159,8 @@ class _Run:
                 f" {before.get(changed[0])}, and now it is {now[changed[0]]}: give the same, or begin a new run from"
                 f" its weights: --output NEW --init-from {self.output}"
             )
-        abstract = setup.abstract_state(self.recipe, self.config, self.mesh, self.optimizer)
+        with jax.set_mesh(self.mesh):
+            abstract = setup.abstract_state(self.recipe, self.config, self.optimizer)
         items = self.checkpoints.restore(step, named_arrays(abstract))
         self.step, self.rows = step, progress["rows"]
         return from_named_arrays(abstract, items)
@@ -194,7 +196,9 @@ class _Run:
                 self.plan, self.batches, first_row=self.rows, sharding=sharding, threads=recipe.data.threads,
                 prefetch=recipe.data.prefetch,
             )  # fmt: skip
-            with loader, _profile(recipe.profile, self.output) as profile:
+            # Elsewhere the host prepares the next step while the devices compute this one.
+            synchronous = self.mesh.devices.flat[0].platform == "cpu"
+            with loader, _profile(self.window, self.output) as profile:
                 while self.step < self.total and not self._stopping():
                     profile(self.step)
                     part = next(loader)
@@ -205,7 +209,7 @@ class _Run:
                     if pending:
                         self._report(pending)
                     pending = _Pending(self.step, part, results)
-                    if self._due(recipe.validation.every) or self._due(recipe.samples.every) or self.step == self.total:
+                    if synchronous or self._measure_is_due():
                         self._report(pending)
                         pending = None
                     self.checkpoints.check()
@@ -243,6 +247,10 @@ class _Run:
 
     def _due(self, every: int) -> bool:
         return bool(every) and self.step % every == 0
+
+    def _measure_is_due(self) -> bool:
+        recipe = self.recipe
+        return self.step == self.total or self._due(recipe.validation.every) or self._due(recipe.samples.every)
 
     def _stopping(self) -> bool:
         if distributed.process_count() == 1:
@@ -353,23 +361,22 @@ def _kept(recipe: Recipe) -> dict[str, int]:
     return {"keep_last": kept.keep_last, "keep_every": kept.keep_every, "keep_best": kept.keep_best}
 
 
-@contextlib.contextmanager
-def _profile(window: str, output: Path):
-    """Traces the steps FIRST:LAST into OUTPUT/profile; gives a function to call before each step.
+def _window(text: str) -> tuple[int, int]:
+    """The first and the last step to trace; (-1, -1) is none."""
+    if not text:
+        return -1, -1
+    parts = text.split(":")
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts) or not 0 < int(parts[0]) <= int(parts[1]):
+        raise ValueError(f"profile must be FIRST:LAST, two steps such as 10:13, got {text!r}")
+    return int(parts[0]), int(parts[1])
 
-    Raises:
-      ValueError: not two numbers.
-    """
-    first, last = -1, -1
-    if window:
-        parts = window.split(":")
-        if len(parts) != 2 or not all(part.isdecimal() for part in parts) or not 0 < int(parts[0]) <= int(parts[1]):
-            raise ValueError(f"profile must be FIRST:LAST, two steps such as 10:13, got {window!r}")
-        first, last = map(int, parts)
-    running = False
+
+@contextlib.contextmanager
+def _profile(window: tuple[int, int], output: Path) -> Iterator[Callable[[int], None]]:
+    """Traces steps into OUTPUT/profile; gives a function to call before each step with the number of those done."""
+    (first, last), running = window, False
 
     def before(step: int) -> None:
-        """`step` have been done."""
         nonlocal running
         if step + 1 == first:
             jax.profiler.start_trace(str(output / "profile"))

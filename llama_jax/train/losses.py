@@ -1,7 +1,7 @@
 """The loss of next-token prediction, in chunks: float32 logits [B, T, V] never exist at once.
 
-For Llama 3 8B they would be 4.2 GB for each row of 8192 tokens. A chunk's logits are computed, used and dropped, and
-computed again for the gradient.
+For Llama 3 8B they would be 4.2 GB for each row of 8192 tokens. A chunk's logits are computed, used for the loss and
+its gradient at once, and dropped: three products with the head, where computing them again would cost four.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def cross_entropy(
       tokens: most positions of one device in a chunk.
 
     Returns:
-      Sums and their number; `.mean` is the loss.
+      Sums and their number; `.mean` is the loss. Gradients pass from it, and from any other multiple of
+      `nll + z_weight * z`; of another sum of the two they are NaN.
 
     Raises:
       ValueError: `tokens` is not positive.
@@ -83,9 +84,9 @@ def cross_entropy(
         x = jnp.moveaxis(x, 2, 0)
         return x.reshape(chunks, B, devices * size, *inner, out_sharding=jax.P(None, batch, seq, *rest))
 
-    @jax.checkpoint
-    def chunk(model: Llama, x_BtD, targets_Bt, mask_Bt):
-        logits_BtV = model.logits(x_BtD)
+    def chunk(x_BtD, weights, targets_Bt, mask_Bt):
+        """What is minimised, and the sums that are reported."""
+        logits_BtV = logits(x_BtD, *weights)
         lse_Bt = jax.nn.logsumexp(logits_BtV, axis=-1)
         # A comparison instead of a gather: the vocabulary may be split over the mesh.
         V = logits_BtV.shape[-1]
@@ -93,15 +94,40 @@ def cross_entropy(
         nll_Bt = lse_Bt - jnp.sum(jnp.where(chosen_BtV, logits_BtV, 0), axis=-1)
         nll_Bt += jnp.where((targets_Bt >= 0) & (targets_Bt < V), 0, jnp.nan)
         nll, z = (jnp.sum(jnp.where(mask_Bt != 0, x, 0) * mask_Bt) for x in (nll_Bt, lse_Bt**2))
-        return nll, z, jnp.sum(mask_Bt)
+        return nll + z_weight * z, (nll, z, jnp.sum(mask_Bt))
 
-    def step(sums, parts):
-        return jax.tree.map(jnp.add, sums, chunk(model, *parts)), None
+    no_sums = (jnp.float32(0),) * 3
 
-    parts = (split(x_BTD, embed), split(targets_BT), split(jnp.asarray(mask_BT, jnp.float32)))
-    zero = jnp.float32(0)
-    (nll, z, count), _ = jax.lax.scan(step, (zero, zero, zero), parts)
-    return Loss(nll, z, count, z_weight)
+    @jax.custom_vjp
+    def sums(x_nBtD, weights, *rest):
+        def step(total, parts):
+            return jax.tree.map(jnp.add, total, chunk(parts[0], weights, *parts[1:])[1]), None
+
+        return jax.lax.scan(step, no_sums, (x_nBtD, *rest))[0]
+
+    def sums_and_gradients(x_nBtD, weights, *rest):
+        gradient = jax.value_and_grad(chunk, argnums=(0, 1), has_aux=True)
+
+        def step(carry, parts):
+            (_, new), (dx_BtD, dw) = gradient(parts[0], weights, *parts[1:])
+            return jax.tree.map(jnp.add, carry, (new, [d.astype(jnp.float32) for d in dw])), dx_BtD
+
+        start = (no_sums, [jnp.zeros_like(w, jnp.float32) for w in weights])
+        (total, dw), dx_nBtD = jax.lax.scan(step, start, (x_nBtD, *rest))
+        return total, (dx_nBtD, dw)
+
+    def scaled(gradients, cotangents):
+        d_nll, d_z, _ = cotangents
+        known = jnp.abs(d_z - z_weight * d_nll) <= 1e-5 * jnp.abs(d_z)
+        scale = jnp.where(known, d_nll, jnp.nan)
+        dx_nBtD, dw = gradients
+        dw = [(scale * d).astype(w.dtype) for d, w in zip(dw, weights, strict=True)]
+        return (scale * dx_nBtD).astype(x_BTD.dtype), dw, None, None
+
+    sums.defvjp(sums_and_gradients, scaled)
+    x_nBtD, *rest = split(x_BTD, embed), split(targets_BT), split(jnp.asarray(mask_BT, jnp.float32))
+    logits, weights = jax.closure_convert(model.logits, x_nBtD[0])  # its weights as arguments, to have their gradients
+    return Loss(*sums(x_nBtD, weights, *rest), z_weight)
 
 
 def _vocab(logits_BtV: jax.Array) -> str | tuple[str, ...] | None:

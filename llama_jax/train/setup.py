@@ -164,32 +164,37 @@ def make_model(recipe: Recipe, config: ModelConfig, *, seed: int | None = None) 
     )
 
 
-def abstract_state(
-    recipe: Recipe, config: ModelConfig, mesh: jax.sharding.Mesh, optimizer: optax.GradientTransformation
-) -> TrainState:
-    """Shapes, dtypes and shardings of a state; the mesh may be of machines that are not there."""
+def abstract_state(recipe: Recipe, config: ModelConfig, optimizer: optax.GradientTransformation) -> TrainState:
+    """Shapes, dtypes and shardings of a state on the mesh in use, which may be of machines that are not there."""
+    mesh = _mesh_in_use()
 
     def placed(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         spec = x.sharding.spec if x.sharding else jax.P()  # counts
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec))
 
-    with jax.set_mesh(mesh):
-        model = make_model(recipe, config)
-        return jax.tree.map(placed, jax.eval_shape(lambda model: new_state(model, optimizer), model))
+    state = jax.eval_shape(lambda model: new_state(model, optimizer), make_model(recipe, config))
+    return jax.tree.map(placed, state)
 
 
-def abstract_step(recipe: Recipe, mesh: jax.sharding.Mesh) -> tuple[Any, tuple[Any, ...]]:
-    """The jitted step of a recipe's last stage, and its abstract arguments: to lower, and to compile ahead of time."""
-    optimizer, config = adamw(recipe.optimizer), recipe.model
-    state = abstract_state(recipe, config, mesh, optimizer)
+def abstract_step(recipe: Recipe) -> tuple[Any, tuple[Any, ...]]:
+    """The jitted step of a recipe's last stage on the mesh in use, and its abstract arguments.
+
+    To trace, to lower, and to compile for machines that are not there.
+    """
+    optimizer, mesh = adamw(recipe.optimizer), _mesh_in_use()
+    state = abstract_state(recipe, recipe.model, optimizer)
     schedule = batch_schedule(recipe.batch)
     shape = schedule.shape(schedule.stages[-1])
-    with jax.set_mesh(mesh):
-        spec = state.model.rules.spec(("batch", "seq"), shape[1:])
+    spec = state.model.rules.spec(("batch", "seq"), shape[1:])
     batch = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=jax.NamedSharding(mesh, jax.P(None, *spec)))
     stop = jax.ShapeDtypeStruct((mesh.size,), jnp.bool_, sharding=jax.NamedSharding(mesh, jax.P(mesh.axis_names)))
     program = compiled(optimizer, learning_rate(recipe.optimizer.schedule), recipe.optimizer.z_weight)
     return program, (state, dict.fromkeys(BATCH, batch), stop)
+
+
+def _mesh_in_use() -> Any:
+    mesh = jax.sharding.get_mesh()
+    return jax.sharding.get_abstract_mesh() if mesh.empty else mesh
 
 
 def open_initial(recipe: Recipe, corpora: Corpora) -> Checkpoint | None:

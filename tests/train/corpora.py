@@ -12,8 +12,10 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 
-def write_corpus(folder: Path, documents: Sequence[Sequence[int]], *, reference: dict[str, float] | None = None) -> Path:
-    """A corpus of documents of byte ids (below 256); the tokenizer has a token for each byte, and BOS and EOS of none."""
+def write_corpus(
+    folder: Path, documents: Sequence[Sequence[int]], *, reference: dict[str, float] | None = None
+) -> Path:
+    """A corpus of documents of byte ids (below 256), which are all that its tokenizer has."""
     folder.mkdir(parents=True)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import runpy
 import signal
 import subprocess
@@ -39,6 +40,8 @@ def serve() -> None:
         for number, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(task[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         os.environ.update(task["environment"])
+        if limit := task["environment"].get("LARGEST_FILE"):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
         jax.config.update("jax_num_cpu_devices", int(task["environment"]["JAX_NUM_CPU_DEVICES"]))
         sys.argv = task["command"]
         runpy.run_path(sys.argv[0], run_name="__main__")

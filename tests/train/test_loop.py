@@ -65,11 +65,11 @@ def forks(environment):  # noqa: F811
 def start_run(forks, recipe, tmp_path):
     """Starts scripts/train.py on the recipe, with an output folder of that name."""
 
-    def start(name: str, *options: str, devices: int = 1) -> Fork:
+    def begin(name: str, *options: str, devices: int = 1, **variables: str) -> Fork:
         command = ["scripts/train.py", str(recipe), "--output", str(tmp_path / name), "--json", *options]
-        return forks.start(command, tmp_path, JAX_NUM_CPU_DEVICES=str(devices))
+        return forks.start(command, tmp_path, JAX_NUM_CPU_DEVICES=str(devices), **variables)
 
-    return start
+    return begin
 
 
 @pytest.fixture
@@ -173,6 +173,21 @@ def test_ten_kills_at_random_moments(train, start_run, tmp_path):
     code, _, err = train(name, *longer, "--resume", "auto", "--checkpoints.every", "1")
     assert code == 0, err
     assert_same_run(tmp_path / "whole", output, steps)
+
+
+def test_a_disk_that_fills_up_during_a_save(train, tmp_path):
+    """Files of more than 20 kB cannot be written: a checkpoint fails half-way, and the one before is whole."""
+    assert train("whole")[0] == 0
+    assert train("full", "--steps", "7")[0] == 0
+    code, _, err = train("full", "--resume", "auto", LARGEST_FILE="20000")
+    assert code == 1
+    assert (
+        "checkpoints/10: this checkpoint could not be saved (File too large); the newest good one is of step 7" in err
+    )
+    assert "--resume auto" in err
+    assert run_steps(tmp_path / "full" / "checkpoints") == [5, 7]
+    assert train("full", "--resume", "auto")[0] == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "full")
 
 
 def test_it_goes_on_with_other_processes_and_another_mesh(train, start, tmp_path, recipe):  # noqa: F811

@@ -154,6 +154,25 @@ def test_the_mean_is_that_of_the_logits(batch):
         assert float(cross_entropy(llama.model, x_BTD, targets, mask).mean) == pytest.approx(expected, rel=1e-6)
 
 
+def test_which_sums_have_a_gradient(batch):
+    """Any multiple of what is minimised; another sum is loud. The head's products are three, not four."""
+    _, targets, mask, _ = batch
+    llama = random_llama(UNTIED, stacked=True)
+    x = jnp.asarray(np.random.default_rng(2).standard_normal((B, T, 64)), jnp.float32)
+    with jax.set_mesh(llama.mesh):
+
+        def gradient(of):
+            return jax.grad(lambda x: of(cross_entropy(llama.model, x, targets, mask, z_weight=Z)))(x)
+
+        expected = gradient(lambda loss: loss.mean)
+        ours = gradient(lambda loss: loss.nll / mask.sum() + Z * (loss.z / mask.sum()))
+        assert np.isnan(gradient(lambda loss: loss.nll)).all()
+        loss = jax.grad(lambda model: cross_entropy(model, x, targets, mask).mean)
+        text = jax.jit(loss).lower(llama.model).as_text()
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-9)
+    assert text.count("stablehlo.dot_general") == 3
+
+
 def test_an_unknown_remat():
     with pytest.raises(ValueError, match="remat 'some' is unknown; there are none, full"):
         llama_jax.model.Llama(UNTIED, dtype="float32", param_dtype="float32", remat="some", rngs=None)
