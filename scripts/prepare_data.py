@@ -28,7 +28,7 @@ class Args:
     paths: tyro.conf.Positional[list[str]]
     """Files, folders, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT datasets; the last one is the new folder."""
     tokenizer: str | None = None
-    """A folder with a tokenizer, such as a checkpoint, or its tokenizer.json or tokenizer.model."""
+    """A checkpoint, as for --model elsewhere, or a tokenizer.json or tokenizer.model."""
     train_tokenizer: int | None = None
     """Instead: train a SentencePiece vocabulary of this size on the input."""
     tokenizer_sample_bytes: int = 1 << 28

@@ -124,11 +124,16 @@ def read_tokenizer(path: Path) -> dict[str, bytes]:
     """Reads the files of a tokenizer.
 
     Args:
-        path: A folder, or the vocabulary's file in one.
+        path: A folder, or the vocabulary's file in one; or what else `load` takes.
 
     Raises:
         FileNotFoundError: There is none.
+        CheckpointError: There is no such checkpoint.
     """
+    if path.suffix == ".gguf" or not path.exists():
+        from llama_jax.weights.open import open_checkpoint
+
+        return dict(open_checkpoint(str(path)).tokenizer_files())
     files = read_files(path if path.is_dir() else path.parent)
     if path.is_file():  # whatever its name, and of two vocabularies in a folder this one
         name = "tokenizer.json" if path.suffix == ".json" else "tokenizer.model"

@@ -63,6 +63,19 @@ class Outcome:
     skipped: int
     signal: int | None
 
+    def __str__(self) -> str:
+        """In words, a line each."""
+        lines = [f"{'stopped' if self.signal else 'done'} at step {self.step}: {self.output}/{CHECKPOINTS}/{self.step}"]
+        if self.validation:
+            loss, bits = (self.validation[f"validation_{name}"] for name in ("loss", "bits_per_byte"))
+            lines.append(f"validation: {loss:.4f} nats a token, {bits:.4f} bits a byte")
+            lines += [f"{name}: {bits:.4f} bits a byte" for name, bits in self.reference.items()]
+        if self.skipped:
+            lines.append(f"{self.skipped} steps were skipped: their loss or gradient was not finite")
+        if self.signal:
+            lines.append("go on with --resume auto")
+        return "\n".join(lines)
+
 
 def train(recipe: Recipe, *, name: str = "run") -> Outcome:
     """Carries out a recipe; all processes call it alike.
