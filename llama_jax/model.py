@@ -30,7 +30,7 @@ _POLICIES = jax.checkpoint_policies
 # What is kept of a block for the gradient; the rest is computed again. From the most memory to the least:
 REMAT = {
     "none": _POLICIES.everything_saveable,
-    "matmuls": _POLICIES.save_only_these_names("qkv", "attention", "mlp"),  # what LLaMA 1 kept: outputs of products
+    "matmuls": _POLICIES.save_only_these_names("qkv", "attention", "out", "mlp"),  # of products, as LLaMA 1 did
     "attention": _POLICIES.save_only_these_names("qkv", "attention"),
     "full": _POLICIES.nothing_saveable,  # but the block's input
     "offload": _POLICIES.save_and_offload_only_these_names(  # and that in the host's memory
@@ -101,7 +101,7 @@ class Attention(nnx.Module):
             )  # fmt: skip
         with jax.named_scope("out"):
             spec = self.rules.spec(("batch", "seq", "act_embed"), (B, T, D))
-            return einsum("BTKGH,KGHD->BTD", out_BTKGH, self.wo, out_sharding=spec), new
+            return checkpoint_name(einsum("BTKGH,KGHD->BTD", out_BTKGH, self.wo, out_sharding=spec), "out"), new
 
 
 class MLP(nnx.Module):

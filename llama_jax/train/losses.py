@@ -127,7 +127,8 @@ def cross_entropy(
     sums.defvjp(sums_and_gradients, scaled)
     x_nBtD, *rest = split(x_BTD, embed), split(targets_BT), split(jnp.asarray(mask_BT, jnp.float32))
     logits, weights = jax.closure_convert(model.logits, x_nBtD[0])  # its weights as arguments, to have their gradients
-    return Loss(*sums(x_nBtD, weights, *rest), z_weight)
+    nll, z, count = sums(x_nBtD, weights, *rest)
+    return Loss(nll, z, count, z_weight)
 
 
 def _vocab(logits_BtV: jax.Array) -> str | tuple[str, ...] | None:
