@@ -17,9 +17,9 @@ def recipe() -> Recipe:
         ),
         data=Data(train=(f"stdlib:{vocabulary}",), validation=(f"stdlib:{vocabulary}",)),
         batch=Batch(seq_len=256, sequences=8),
-        optimizer=Optimizer(Schedule(peak=3e-3, steps=1500, kind="wsd", warmup_steps=50, final=0.0, decay_steps=500)),
+        optimizer=Optimizer(Schedule(peak=4e-3, steps=1500, kind="wsd", warmup_steps=100, final=0.0, decay_steps=600)),
         checkpoints=Checkpoints(every=250),
-        validation=Validation(every=250),
+        validation=Validation(every=500),
         samples=Samples(prompts=("def ",), every=500),
-        remat="none",
+        remat="matmuls",
     )  # fmt: skip

@@ -3,6 +3,7 @@
     python scripts/bench.py                                  # decode at batch 1 and 8, prefill of 512 tokens
     python scripts/bench.py --against transformers           # the same weights in transformers, timed in turn
     python scripts/bench.py --startup                        # seconds from the command to the first character
+    python scripts/bench.py --training --against transformers  # a training step, with and without remat; 4 minutes
     python scripts/bench.py --convert llama3.2-3b            # conversion HF <-> Meta against cp; needs 26 GB of disk
 
 Times vary with what else the machine does: compare ratios of one run. --json prints one object.
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import tyro
 
-from llama_jax.cli import ModelArgs, ProcessArgs, fail_clearly
+from llama_jax.cli import ModelArgs, ProcessArgs, fail_clearly, import_jax
 
 
 @dataclasses.dataclass
@@ -34,6 +35,8 @@ class Args:
     """How often each is timed; the median counts."""
     against: str | None = None
     """transformers (needs the test extra), or nothing."""
+    training: bool = False
+    """Time a training step of SmolLM2's shape, 4 x 256 tokens, under several --remat policies instead."""
     startup: bool = False
     """Time the start of chat.py and the imports instead."""
     convert: str | None = None
@@ -61,6 +64,9 @@ def main(args: Args) -> None:
         return
     if args.convert:
         conversions(args, say)
+        return
+    if args.training:
+        training(args, say)
         return
     llama = args.model.load()
     bandwidth = bench.read_bandwidth()
@@ -100,6 +106,21 @@ def conversions(args: Args, say: Callable[[str], None]) -> None:
             f" ({r.write_seconds:.1f} s and {r.copy_seconds:.1f} s), verified in {r.verify_seconds:.1f} s;"
             f" memory {r.peak / 1e9:.2f} GB in all, {(r.peak - r.before) / r.largest:.2f}x the largest tensor above jax"
         )
+
+
+def training(args: Args, say: Callable[[str], None]) -> None:
+    import_jax()
+    from llama_jax.train import bench
+
+    results = bench.measure(repeats=args.repeats, against=args.against, progress=say)
+    if args.json:
+        print(json.dumps([dataclasses.asdict(r) | {"ratio": r.ratio} for r in results]))
+        return
+    for r in results:
+        line = f"remat {r.what:10} {r.tokens_per_second:7.1f} tokens/s, {r.temporary_bytes / 1e9:.2f} GB of temporaries"
+        if r.ratio and r.against_tokens_per_second:
+            line += f"  {args.against} {r.against_tokens_per_second:7.1f}, ratio {r.ratio:.2f}"
+        print(line)
 
 
 if __name__ == "__main__":

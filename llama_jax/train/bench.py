@@ -12,21 +12,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
 from llama_jax import sharding
 from llama_jax.config import ModelConfig
-from llama_jax.model import Llama, random_keys
 from llama_jax.presets import PRESETS
-from llama_jax.train.losses import cross_entropy
+from llama_jax.train import setup
+from llama_jax.train.optim import adamw
+from llama_jax.train.recipe import Batch, Data, Optimizer, Recipe, Remat, Schedule
+from llama_jax.train.state import new_state
 
 PRESET = "smollm2-135m"
 ROWS, LENGTH = 4, 256
 LEARNING_RATE, WEIGHT_DECAY, CLIP = 1e-4, 0.1, 1.0
-
-Step = Callable[[Any, jax.Array], tuple[Any, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +53,7 @@ def measure(
     *,
     repeats: int,
     against: str | None = "transformers",
-    remat: Sequence[str] = ("none", "matmuls", "full"),
+    remat: Sequence[Remat] = ("none", "matmuls", "full"),
     progress: Callable[[str], None],
 ) -> list[Measurement]:
     """Times a step of 4 rows of 256 tokens: loss, gradient, clipping by its norm, AdamW.
@@ -72,6 +70,7 @@ def measure(
     if against not in (None, "transformers"):
         raise ValueError(f"against must be 'transformers' or left out, got {against!r}")
     config = PRESETS[PRESET]
+    setup.keep_freed_memory()  # as the training loop does
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (ROWS, LENGTH + 1))
     runs, temporary = [], []
     for policy in remat:
@@ -92,33 +91,26 @@ def measure(
     return [Measurement(*row, theirs) for row in zip(remat, speeds, temporary, strict=True)]
 
 
-def our_step(config: ModelConfig, tokens: np.ndarray, *, remat: str) -> tuple[Callable[[], None], int]:
-    """What runs one step, and the bytes of temporary memory that it needs."""
-    mesh = sharding.make_mesh(config)
-    optimizer = optax.chain(optax.clip_by_global_norm(CLIP), optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY))
-    with jax.set_mesh(mesh):
-        rngs = random_keys(0)
-        model = Llama(config, dtype="float32", param_dtype="float32", stacked=True, remat=remat, rngs=rngs)
-        spec = model.rules.sharding(("batch", "seq"), (ROWS, LENGTH))
-        inputs, targets = (jax.device_put(x.astype(np.int32), spec) for x in (tokens[:, :-1], tokens[:, 1:]))
-        state = (model, jax.jit(optimizer.init)(model))
-
-        def loss(model, inputs_BT, targets_BT):
-            x_BTD, _ = model.hidden(inputs_BT)
-            return cross_entropy(model, x_BTD, targets_BT, jnp.ones_like(targets_BT, jnp.float32)).mean
-
-        def step(state, inputs_BT, targets_BT):
-            model, moments = state
-            value, gradients = jax.value_and_grad(loss)(model, inputs_BT, targets_BT)
-            updates, moments = optimizer.update(gradients, moments, model)
-            return (optax.apply_updates(model, updates), moments), value
-
-        program = jax.jit(step, donate_argnums=0).lower(state, inputs, targets).compile()
+def our_step(config: ModelConfig, tokens: np.ndarray, *, remat: Remat) -> tuple[Callable[[], None], int]:
+    """What runs one step of `scripts/train.py`, and the bytes of temporary memory that it needs."""
+    optimizer = Optimizer(Schedule(LEARNING_RATE, 1000), weight_decay=WEIGHT_DECAY, clip_norm=CLIP)
+    recipe = Recipe(config, Data(train=()), Batch(LENGTH, ROWS), optimizer, remat=remat, dtype="float32")
+    with jax.set_mesh(sharding.make_mesh(config)):
+        program, (like, batch, stop) = setup.abstract_step(recipe)
+        program = program.lower(like, batch, stop).compile()
+        optimizer = adamw(recipe.optimizer)
+        state = jax.jit(lambda: new_state(setup.make_model(recipe, config, seed=0), optimizer))()
+        values = {
+            "tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": np.ones((ROWS, LENGTH)),
+            "positions": np.broadcast_to(np.arange(LENGTH), (ROWS, LENGTH)),
+        }  # fmt: skip
+        batch = {name: jax.device_put(x[None].astype(np.int32), batch[name].sharding) for name, x in values.items()}
+        stop = jax.device_put(np.zeros(1, bool), stop.sharding)
 
     def run() -> None:
         nonlocal state
-        state, value = program(state, inputs, targets)
-        value.block_until_ready()
+        state, results = program(state, batch, stop)
+        results["loss"].block_until_ready()
 
     memory = program.memory_analysis()
     assert memory is not None, "a CPU's compiler says it"

@@ -127,6 +127,8 @@ class _Run:
         self.config = self._config(initial)
         check_tokenizer(self.corpora.train[0], vocab_size=self.config.vocab_size)
         self.mesh = setup.make_mesh(recipe, self.config)
+        if self.mesh.devices.flat[0].platform == "cpu":
+            setup.keep_freed_memory()
         self.step = self.rows = 0
         self.state = self._restored(steps[-1]) if steps else self._new(initial)
         self.validation = self._validator()

@@ -7,6 +7,8 @@ from typing import Literal
 
 from llama_jax.config import ModelConfig
 
+Remat = Literal["none", "matmuls", "attention", "full", "offload"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Data:
@@ -151,7 +153,7 @@ class Recipe:
     """Stops after so many, whatever the schedule; 0 is the schedule's."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Of the computation; auto is float32 on CPU and bfloat16 elsewhere. Parameters are float32."""
-    remat: Literal["none", "matmuls", "attention", "full", "offload"] = "full"
+    remat: Remat = "full"
     """What the gradient keeps of a block: all, the outputs of products, of attention, its input, that on the host."""
     attention: str = "auto"
     """Its implementation: auto, splash, cudnn, xla, cpu or reference."""

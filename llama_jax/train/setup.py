@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
 import logging
 from pathlib import Path
@@ -152,13 +154,14 @@ def make_mesh(recipe: Recipe, config: ModelConfig) -> jax.sharding.Mesh:
 
 def make_model(recipe: Recipe, config: ModelConfig, *, seed: int | None = None) -> Llama:
     """The model of a recipe, abstract without a seed of its weights; its mesh must be in use."""
-    dtype = recipe.dtype
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    on_cpu = (device.platform if device else jax.default_backend()) == "cpu"
+    dtype, attention = recipe.dtype, recipe.attention
     if dtype == "auto":
-        device = jax.sharding.get_abstract_mesh().abstract_device
-        platform = device.platform if device else jax.default_backend()
-        dtype = "float32" if platform == "cpu" else "bfloat16"
+        dtype = "float32" if on_cpu else "bfloat16"
+    if attention == "auto":  # "cpu" is for generation; a step of SmolLM2, 4 x 256 tokens: 5.5 s against 5.8
+        attention = "reference" if on_cpu else None
     rngs = None if seed is None else random_keys(seed)
-    attention = None if recipe.attention == "auto" else recipe.attention
     return Llama(
         config, dtype=dtype, param_dtype="float32", stacked=True, remat=recipe.remat, attention=attention, rngs=rngs
     )
@@ -195,6 +198,19 @@ def abstract_step(recipe: Recipe) -> tuple[Any, tuple[Any, ...]]:
 def _mesh_in_use() -> Any:
     mesh = jax.sharding.get_mesh()
     return jax.sharding.get_abstract_mesh() if mesh.empty else mesh
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to keep what is freed: for steps on a CPU.
+
+    Else each step's temporaries go back to the system and come again in pages of zeros: for SmolLM2, 4 x 256 tokens,
+    450,000 page faults, 0.9 of 11 seconds of processor time.
+    """
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def open_initial(recipe: Recipe, corpora: Corpora) -> Checkpoint | None:
