@@ -36,6 +36,7 @@ def recipe():
         optimizer=Optimizer(Schedule(peak=3e-3, steps=20, warmup_steps=3)),
         checkpoints=Checkpoints(every=5, keep_last=2, keep_best=1),
         validation=Validation(every=10),
+        samples=Samples(prompts=("ab", "c"), every=10, new_tokens=4),
         tensorboard=False,
     )
 """
@@ -119,6 +120,8 @@ def test_runs_are_the_same_whole_killed_or_asked_to_stop(train, start_run, tmp_p
     assert outcome["reference"] == {"gzip": 3.0}
     assert outcome["validation"]["validation_loss"] < 5.5
     assert (tmp_path / "whole" / "curves.png").stat().st_size > 10_000
+    samples = [json.loads(line) for line in (tmp_path / "whole" / "samples.jsonl").read_text().splitlines()]
+    assert [(sample["step"], sample["prompt"]) for sample in samples] == [(10, "ab"), (10, "c"), (20, "ab"), (20, "c")]
     assert train("again")[0] == 0
     assert_same_run(tmp_path / "whole", tmp_path / "again")
 
