@@ -4,6 +4,7 @@
     python scripts/bench.py --against transformers           # the same weights in transformers, timed in turn
     python scripts/bench.py --startup                        # seconds from the command to the first character
     python scripts/bench.py --training --against transformers  # a training step, with and without remat; 4 minutes
+    python scripts/bench.py --loader                         # tokens a second of the data loader alone
     python scripts/bench.py --convert llama3.2-3b            # conversion HF <-> Meta against cp; needs 26 GB of disk
 
 Times vary with what else the machine does: compare ratios of one run. --json prints one object.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import runpy
 import sys
 import tempfile
 from collections.abc import Callable
@@ -37,6 +39,8 @@ class Args:
     """transformers (needs the test extra), or nothing."""
     training: bool = False
     """Time a training step of SmolLM2's shape, 4 x 256 tokens, under several --remat policies instead."""
+    loader: bool = False
+    """Time the data loader on the standard library's corpus, and the tiny recipe that reads it, instead."""
     startup: bool = False
     """Time the start of chat.py and the imports instead."""
     convert: str | None = None
@@ -67,6 +71,9 @@ def main(args: Args) -> None:
         return
     if args.training:
         training(args, say)
+        return
+    if args.loader:
+        loader(args, say)
         return
     llama = args.model.load()
     bandwidth = bench.read_bandwidth()
@@ -121,6 +128,25 @@ def training(args: Args, say: Callable[[str], None]) -> None:
         if r.ratio and r.against_tokens_per_second:
             line += f"  {args.against} {r.against_tokens_per_second:7.1f}, ratio {r.ratio:.2f}"
         print(line)
+
+
+def loader(args: Args, say: Callable[[str], None]) -> None:
+    import_jax()
+    from llama_jax.data.bench import loader_speed, packing_efficiency
+    from llama_jax.train import bench, setup
+
+    recipe = runpy.run_path(str(Path(__file__).parents[1] / "configs" / "pretrain_tiny_cpu.py"))["recipe"]()
+    say("the tiny recipe's step")
+    step = bench.speed(recipe, repeats=max(args.repeats, 10))
+    say("the loader")
+    corpora = setup.open_corpora(recipe)
+    read = loader_speed(setup.make_plan(recipe, corpora), rows=recipe.batch.sequences)
+    packing = {length: packing_efficiency(corpora.train[0], length) for length in (256, 2048, 8192)}
+    if args.json:
+        print(json.dumps({"loader": read, "step": step, "ratio": read / step, "packing_efficiency": packing}))
+        return
+    print(f"loader {read:,.0f} tokens/s, the recipe's step {step:,.0f}: {read / step:.0f} times as many")
+    print("rows filled: " + ", ".join(f"{share:.3%} at {length}" for length, share in packing.items()))
 
 
 if __name__ == "__main__":

@@ -75,7 +75,9 @@ def measure(
     runs, temporary = [], []
     for policy in remat:
         progress(f"a training step, remat {policy}: compiling")
-        run, nbytes = our_step(config, tokens, remat=policy)
+        optimizer = Optimizer(Schedule(LEARNING_RATE, 1000), weight_decay=WEIGHT_DECAY, clip_norm=CLIP)
+        recipe = Recipe(config, Data(train=()), Batch(LENGTH, ROWS), optimizer, remat=policy, dtype="float32")
+        run, nbytes = our_step(recipe, tokens)
         runs.append(run)
         temporary.append(nbytes)
     if against:
@@ -91,18 +93,22 @@ def measure(
     return [Measurement(*row, theirs) for row in zip(remat, speeds, temporary, strict=True)]
 
 
-def our_step(config: ModelConfig, tokens: np.ndarray, *, remat: Remat) -> tuple[Callable[[], None], int]:
-    """What runs one step of `scripts/train.py`, and the bytes of temporary memory that it needs."""
-    optimizer = Optimizer(Schedule(LEARNING_RATE, 1000), weight_decay=WEIGHT_DECAY, clip_norm=CLIP)
-    recipe = Recipe(config, Data(train=()), Batch(LENGTH, ROWS), optimizer, remat=remat, dtype="float32")
-    with jax.set_mesh(sharding.make_mesh(config)):
+def our_step(recipe: Recipe, tokens: np.ndarray) -> tuple[Callable[[], None], int]:
+    """What runs one step of `scripts/train.py` on one device, and the bytes of temporary memory that it needs.
+
+    Args:
+      recipe: of one microbatch, with the sizes of `tokens`.
+      tokens: int [B, T + 1].
+    """
+    with jax.set_mesh(sharding.make_mesh(recipe.model)):
         program, (like, batch, stop) = setup.abstract_step(recipe)
         program = program.lower(like, batch, stop).compile()
         optimizer = adamw(recipe.optimizer)
-        state = jax.jit(lambda: new_state(setup.make_model(recipe, config, seed=0), optimizer))()
+        state = jax.jit(lambda: new_state(setup.make_model(recipe, recipe.model, seed=0), optimizer))()
+        rows, length = tokens[:, 1:].shape
         values = {
-            "tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": np.ones((ROWS, LENGTH)),
-            "positions": np.broadcast_to(np.arange(LENGTH), (ROWS, LENGTH)),
+            "tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": np.ones((rows, length)),
+            "positions": np.broadcast_to(np.arange(length), (rows, length)),
         }  # fmt: skip
         batch = {name: jax.device_put(x[None].astype(np.int32), batch[name].sharding) for name, x in values.items()}
         stop = jax.device_put(np.zeros(1, bool), stop.sharding)
@@ -115,6 +121,14 @@ def our_step(config: ModelConfig, tokens: np.ndarray, *, remat: Remat) -> tuple[
     memory = program.memory_analysis()
     assert memory is not None, "a CPU's compiler says it"
     return run, memory.temp_size_in_bytes
+
+
+def speed(recipe: Recipe, *, repeats: int) -> float:
+    """Tokens a second of a recipe's step on one device, the median."""
+    sizes = recipe.batch.sequences, recipe.batch.seq_len + 1
+    run, _ = our_step(recipe, np.random.default_rng(0).integers(0, recipe.model.vocab_size, sizes))
+    run()
+    return recipe.batch.sequences * recipe.batch.seq_len / statistics.median(_seconds(run) for _ in range(repeats))
 
 
 def transformers_step(config: ModelConfig, tokens: np.ndarray) -> Callable[[], None]:

@@ -9,7 +9,6 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import jax
 import numpy as np
 
 from llama_jax import distributed, metrics
-from llama_jax.checkpoint import RunCheckpoints
+from llama_jax.checkpoint.run import RunCheckpoints
 from llama_jax.config import ModelConfig
 from llama_jax.data.corpus import check_tokenizer
 from llama_jax.data.loader import Loader, Step
@@ -25,6 +24,7 @@ from llama_jax.data.plan import sources
 from llama_jax.infer.generate import generate, with_model
 from llama_jax.train import setup
 from llama_jax.train.optim import adamw, learning_rate
+from llama_jax.train.profile import tracing, window
 from llama_jax.train.recipe import Recipe
 from llama_jax.train.report import Reporter, draw_curves
 from llama_jax.train.state import TrainState, describe, from_named_arrays, named_arrays, new_state
@@ -118,7 +118,7 @@ class _Run:
                 f"{output} holds a run, saved at step {steps[-1]}: go on with it by --resume auto, or give another"
                 " --output"
             )
-        self.total, self.window = recipe.total_steps, _window(recipe.profile)
+        self.total, self.window = recipe.total_steps, window(recipe.profile)
         self.optimizer, self.schedule = adamw(recipe.optimizer), learning_rate(recipe.optimizer.schedule)
         self.corpora = setup.open_corpora(recipe)
         self.plan = setup.make_plan(recipe, self.corpora)
@@ -213,7 +213,7 @@ class _Run:
             )  # fmt: skip
             # Elsewhere the host prepares the next step while the devices compute this one.
             synchronous = self.mesh.devices.flat[0].platform == "cpu"
-            with loader, _profile(self.window, self.output) as profile:
+            with loader, tracing(self.window, self.output) as profile:
                 while self.step < self.total and not self._stopping():
                     profile(self.step)
                     part = next(loader)
@@ -374,34 +374,3 @@ class _Run:
 def _kept(recipe: Recipe) -> dict[str, int]:
     kept = recipe.checkpoints
     return {"keep_last": kept.keep_last, "keep_every": kept.keep_every, "keep_best": kept.keep_best}
-
-
-def _window(text: str) -> tuple[int, int]:
-    """The first and the last step to trace; (-1, -1) is none."""
-    if not text:
-        return -1, -1
-    parts = text.split(":")
-    if len(parts) != 2 or not all(part.isdecimal() for part in parts) or not 0 < int(parts[0]) <= int(parts[1]):
-        raise ValueError(f"profile must be FIRST:LAST, two steps such as 10:13, got {text!r}")
-    return int(parts[0]), int(parts[1])
-
-
-@contextlib.contextmanager
-def _profile(window: tuple[int, int], output: Path) -> Iterator[Callable[[int], None]]:
-    """Traces steps into OUTPUT/profile; gives a function to call before each step with the number of those done."""
-    (first, last), running = window, False
-
-    def before(step: int) -> None:
-        nonlocal running
-        if step + 1 == first:
-            jax.profiler.start_trace(str(output / "profile"))
-            running = True
-        elif running and step == last:
-            jax.profiler.stop_trace()
-            running = False
-
-    try:
-        yield before
-    finally:
-        if running:
-            jax.profiler.stop_trace()

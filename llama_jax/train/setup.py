@@ -18,7 +18,7 @@ from llama_jax.config import ModelConfig
 from llama_jax.data.corpus import Corpus, check_tokenizer, open_corpus
 from llama_jax.data.loader import BatchSchedule
 from llama_jax.data.loader import Stage as BatchStage
-from llama_jax.data.plan import Plan
+from llama_jax.data.plan import WINDOW, Plan
 from llama_jax.model import Llama, random_keys
 from llama_jax.text.differences import differences
 from llama_jax.train.optim import adamw, learning_rate
@@ -103,6 +103,7 @@ def what_is_read(recipe: Recipe, corpora: Corpora) -> dict[str, Any]:
     return {
         "seed": recipe.seed,
         "seq_len": recipe.batch.seq_len,
+        "window": WINDOW,
         "weights": list(recipe.data.weights),
         "corpora": [
             {

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llama_jax.checkpoint import DamagedError, SavedArray, open_arrays
+from llama_jax.checkpoint.arrays import DamagedError, SavedArray, open_arrays
 from llama_jax.config import ModelConfig
 from llama_jax.weights import names
 from llama_jax.weights.source import DOWNLOAD_AGAIN, CheckpointError, Index, Tensor

@@ -306,7 +306,7 @@ def write_native(folder: Path, checkpoint: Checkpoint, options: Options, advance
     import jax
 
     from llama_jax import sharding
-    from llama_jax.checkpoint import save_arrays
+    from llama_jax.checkpoint.arrays import save_arrays
     from llama_jax.weights.load import parameter_name, read_model
     from llama_jax.weights.native import PARAMS, is_stacked
 

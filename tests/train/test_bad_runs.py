@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from llama_jax.checkpoint import RunCheckpoints, run_steps
+from llama_jax.checkpoint.run import RunCheckpoints, run_steps
 from llama_jax.train.loop import train
 from llama_jax.train.optim import adamw, learning_rate
 from llama_jax.train.recipe import Batch, Checkpoints, Data, Optimizer, Recipe, Schedule, Stage

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 import llama_jax
-from llama_jax.checkpoint import open_arrays, run_steps
+from llama_jax.checkpoint.arrays import open_arrays
+from llama_jax.checkpoint.run import run_steps
 from llama_jax.train.report import read_metrics
 from tests.test_distributed import ROOT, Start, outputs, start  # noqa: F401 (fixture)
 from tests.test_scripts import environment  # noqa: F401 (fixture)

@@ -119,6 +119,30 @@ def test_fifty_steps_equal_torch(checkpoint, mesh, M):
         assert before.sharding == after.sharding
 
 
+@pytest.mark.parametrize("attention", ["reference", "xla", "cpu", "splash", "cudnn"])
+def test_documents_of_a_row_do_not_see_each_other(checkpoint, attention):
+    """Another first document changes nothing of the second one, to the last bit; without segments it does."""
+    opened, _ = checkpoint
+    mesh = one_device()
+    batch = packed_batch(0)
+    first, second = (batch["segment_ids"] == number for number in (1, 2))
+    other = batch["tokens"].copy()
+    other[first] = (other[first] + 7) % 256
+    with jax.set_mesh(mesh):
+        model = read_model(opened, mesh, dtype="float32", stacked=True, attention=attention)
+
+        def hidden(tokens: np.ndarray, segments: np.ndarray | None) -> np.ndarray:
+            where = {name: jax.numpy.asarray(x) for name, x in (("positions_BT", batch["positions"]),)}
+            segments = None if segments is None else jax.numpy.asarray(segments)
+            return np.asarray(model.hidden(jax.numpy.asarray(tokens), segment_ids_BT=segments, **where)[0])
+
+        a, b = (hidden(tokens, batch["segment_ids"]) for tokens in (batch["tokens"], other))
+        np.testing.assert_array_equal(a[second], b[second])
+        assert np.abs(a[first] - b[first]).max() > 0.1
+        a, b = (hidden(tokens, None) for tokens in (batch["tokens"], other))
+        assert np.abs(a[second] - b[second]).max() > 1e-3
+
+
 def test_what_is_not_finite_changes_nothing(checkpoint):
     opened, _ = checkpoint
     mesh = one_device()

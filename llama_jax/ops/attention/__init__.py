@@ -18,8 +18,8 @@ IMPLEMENTATIONS = (*MASKED, *KERNELS)
 
 # Scores [B, K, G, T, S] are computed for blocks of queries: at most so many, to bound memory ...
 QUERY_BLOCK = 1024
-# ... and where queries are in order, not fewer than this, each block with only the keys before its end. The reference is
-# what CPUs train with: of 256 tokens it then computes five eighths of the scores.
+# ... and where queries are in order, not fewer than this, each block with only the keys before its end. CPUs train with
+# the reference, which of 256 tokens then computes five eighths of the scores.
 SMALL_BLOCK = {"reference": 64, "xla": 256, "cpu": 256}
 # Fewer tokens than this are as fast without a kernel (TPU tiles have 128 rows), and their scores are small.
 KERNEL_TOKENS = 128

@@ -1,0 +1,1 @@
+"""Checkpoints on disk, by Orbax; only this package imports it."""
