@@ -1,6 +1,6 @@
 """Continued pretraining: any checkpoint that `load` reads goes on with your own texts.
 
-    python scripts/prepare_data.py my-texts/ --output data/mine --tokenizer smollm2-135m-instruct
+    python scripts/prepare_data.py my-texts/ data/mine --tokenizer smollm2-135m-instruct
     python scripts/train.py configs/continue_smollm2.py --data.train data/mine --steps 200
 
 `--init-from` takes another checkpoint; its architecture counts, and its tokenizer must be the corpus's.

@@ -13,7 +13,7 @@ from llama_jax.train.recipe import Batch, Checkpoints, Data, Optimizer, Recipe, 
 
 
 def recipe() -> Recipe:
-    """405.9 billion parameters, 15.6T tokens."""
+    """405.9 billion parameters; the paper stopped at 15.6T tokens, the schedule ends at 17.3T."""
     return Recipe(
         model=PRESETS["llama3.1-405b"].replace(
             rope_scaling=None, max_seq_len=8192

@@ -1,6 +1,6 @@
 """Train a Llama as a recipe says. Killed or preempted, it goes on with --resume auto as if nothing had happened.
 
-    python scripts/train.py configs/pretrain_tiny_cpu.py                     # 10 minutes on a laptop, no download
+    python scripts/train.py configs/pretrain_tiny_cpu.py                     # 10 minutes on two cores, no download
     python scripts/train.py configs/pretrain_tiny_cpu.py --steps 100 --output runs/short --optimizer.schedule.peak 1e-3
     python scripts/train.py configs/pretrain_llama3_8b.py --print-config     # the recipe, nothing else
     python scripts/train.py RECIPE --resume auto                             # go on, on any number of devices
@@ -10,7 +10,8 @@ A recipe is a Python file with a function `recipe()`; its docstring gives the co
 can be overridden. --steps stops early and leaves the schedule as it is; --optimizer.schedule.steps changes it.
 OUTPUT (default: runs/NAME) gets metrics.jsonl (one object a step), curves.png, samples.jsonl, tensorboard/, and
 checkpoints/STEP, each of which `load`, generate.py and convert.py take. SIGTERM and Ctrl-C save first.
-Several processes: the same command on each machine, see --processes.help; checkpoints and data on storage that all see.
+Several processes: the same command on each machine, with --coordinator, --num-processes and --process-id where no
+launcher says them; output and data on storage that all see.
 """
 
 from __future__ import annotations
@@ -19,12 +20,16 @@ import dataclasses
 import json
 import runpy
 import sys
+import traceback
 from pathlib import Path
 
 import tyro
 
 from llama_jax.cli import ProcessArgs, fail_clearly, import_jax
 from llama_jax.train.recipe import Recipe
+from llama_jax.train.report import count
+
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,28 +41,53 @@ class Args(Recipe):
     processes: tyro.conf.OmitArgPrefixes[ProcessArgs] = dataclasses.field(default_factory=ProcessArgs)
 
 
-def read_recipe(path: str) -> tuple[Recipe, str]:
-    """The recipe of a file, and what it says about it."""
-    if not Path(path).is_file():
-        known = ", ".join(sorted(str(file) for file in Path("configs").glob("*.py")))
-        raise FileNotFoundError(f"{path}: no such recipe; there are {known or 'those of the folder configs/'}")
-    found = runpy.run_path(path)
-    if not callable(found.get("recipe")):
+def read_recipe(name: str) -> tuple[Recipe, str]:
+    """The recipe of a file, or of that name in configs/, and what it says about itself."""
+    path = next((p for p in (Path(name), CONFIGS / name, CONFIGS / f"{name}.py") if p.is_file()), None)
+    if path is None:
+        known = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.py")))
+        raise FileNotFoundError(f"{name}: no such recipe; give a Python file, or one of {known}")
+    try:
+        found = runpy.run_path(str(path))
+        recipe = found["recipe"]() if callable(found.get("recipe")) else None
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        raise ValueError(f"{path}: {type(error).__name__}: {error} ({where.filename}, line {where.lineno})") from error
+    if not isinstance(recipe, Recipe):
         raise ValueError(f"{path}: a recipe is a Python file with a function recipe() that returns a Recipe")
-    return found["recipe"](), found.get("__doc__") or ""
+    return recipe, found.get("__doc__") or ""
+
+
+def in_words(recipe: Recipe) -> str:
+    """What follows from a recipe's numbers."""
+    batch, tokens = recipe.batch, recipe.batch.sequences * recipe.batch.seq_len
+    early = "".join(
+        f"{count(stage.sequences * batch.seq_len)} tokens a step at {batch.seq_len // stage.split} until"
+        f" {count(stage.until_tokens)}, then " for stage in batch.stages
+    )  # fmt: skip
+    return (
+        f"{count(recipe.model.param_count())} parameters; {early}{count(tokens)} tokens a step at {batch.seq_len};"
+        f" {recipe.total_steps:,} steps"
+    )
 
 
 def main() -> int:
-    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+    if sys.argv[1:2] in (["--help"], ["-h"]):
         print(__doc__)
-        return 0 if sys.argv[1:2] in (["--help"], ["-h"]) else 2
+        return 0
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        raise ValueError("the recipe comes first: train.py configs/NAME.py --option ... (--help says more)")
     path = sys.argv[1]
     recipe, text = read_recipe(path)
     fields = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
-    args = tyro.cli(Args, default=Args(**fields), args=sys.argv[2:], prog=f"train.py {path}", description=text)
+    args = tyro.cli(
+        Args, default=Args(**fields), args=sys.argv[2:], prog=f"train.py {path}", description=text,
+        config=(tyro.conf.AvoidSubcommands,),
+    )  # fmt: skip
     recipe = Recipe(**{name: getattr(args, name) for name in fields})
     if args.print_config:
         print(json.dumps(dataclasses.asdict(recipe), indent=2))
+        print(in_words(recipe), file=sys.stderr)
         return 0
     args.processes.start()
     import_jax()

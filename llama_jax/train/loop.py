@@ -9,6 +9,7 @@ import logging
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ import numpy as np
 from llama_jax import distributed, metrics
 from llama_jax.checkpoint.run import RunCheckpoints
 from llama_jax.config import ModelConfig
-from llama_jax.data.corpus import check_tokenizer
 from llama_jax.data.loader import Loader, Step
 from llama_jax.data.plan import sources
 from llama_jax.infer.generate import generate, with_model
@@ -26,7 +26,7 @@ from llama_jax.train import setup
 from llama_jax.train.optim import adamw, learning_rate
 from llama_jax.train.profile import tracing, window
 from llama_jax.train.recipe import Recipe
-from llama_jax.train.report import Reporter, draw_curves
+from llama_jax.train.report import Reporter, count, draw_curves, duration
 from llama_jax.train.state import TrainState, describe, from_named_arrays, named_arrays, new_state
 from llama_jax.train.step import compiled
 from llama_jax.train.stop import StopRequest, on_request
@@ -48,7 +48,8 @@ class Outcome:
     Attributes:
       output: its folder.
       step: the last one that was done.
-      loss: of that step, nats a token.
+      loss: of that step, nats a token; None without any.
+      seconds: that it took.
       validation: of `Validator`, or empty.
       reference: bits a byte that something else needs for what is held out, by its name.
       skipped: steps that changed nothing.
@@ -58,6 +59,7 @@ class Outcome:
     output: str
     step: int
     loss: float | None
+    seconds: float
     validation: dict[str, float]
     reference: dict[str, float]
     skipped: int
@@ -65,15 +67,18 @@ class Outcome:
 
     def __str__(self) -> str:
         """In words, a line each."""
-        lines = [f"{'stopped' if self.signal else 'done'} at step {self.step}: {self.output}/{CHECKPOINTS}/{self.step}"]
+        loss = "" if self.loss is None else f", loss {self.loss:.4f}"
+        lines = [f"{'stopped' if self.signal else 'done'} at step {self.step} after {duration(self.seconds)}{loss}"]
         if self.validation:
             loss, bits = (self.validation[f"validation_{name}"] for name in ("loss", "bits_per_byte"))
             lines.append(f"validation: {loss:.4f} nats a token, {bits:.4f} bits a byte")
-            lines += [f"{name}: {bits:.4f} bits a byte" for name, bits in self.reference.items()]
+            lines += [f"  for comparison, {name}: {bits:.4f} bits a byte" for name, bits in self.reference.items()]
         if self.skipped:
             lines.append(f"{self.skipped} steps were skipped: their loss or gradient was not finite")
         if self.signal:
             lines.append("go on with --resume auto")
+        else:
+            lines.append(f"python scripts/generate.py --model {self.output} --prompt ...")
         return "\n".join(lines)
 
 
@@ -92,7 +97,7 @@ def train(recipe: Recipe, *, name: str = "run") -> Outcome:
         row were not finite.
       OSError: a file cannot be read or written; the last good checkpoint is intact.
     """
-    with on_request() as request:
+    with on_request() as request, _memory_in_words():
         run = _Run(recipe, Path(recipe.output or f"runs/{name}").expanduser(), request)
         with contextlib.closing(run):
             return run.go()
@@ -110,6 +115,8 @@ class _Pending:
 class _Run:
     def __init__(self, recipe: Recipe, output: Path, request: StopRequest):
         self.recipe, self.output, self.request = recipe, output, request
+        self.start = time.monotonic()
+        request.nothing_to_lose = distributed.process_count() == 1
         use_compilation_cache()
         self.checkpoints = RunCheckpoints(output / CHECKPOINTS, **_kept(recipe), stacked=is_stacked)
         steps = distributed.broadcast(self.checkpoints.steps())
@@ -125,7 +132,7 @@ class _Run:
         self.batches = setup.batch_schedule(recipe.batch)
         initial = None if steps else setup.open_initial(recipe, self.corpora)
         self.config = self._config(initial)
-        check_tokenizer(self.corpora.train[0], vocab_size=self.config.vocab_size)
+        setup.check_sizes(recipe, self.config, self.corpora)
         self.mesh = setup.make_mesh(recipe, self.config)
         if self.mesh.devices.flat[0].platform == "cpu":
             setup.keep_freed_memory()
@@ -219,6 +226,7 @@ class _Run:
                     part = next(loader)
                     program = self._program(part)
                     self.state, results = program(self.state, part.batch, self._stop_flags())
+                    self.request.nothing_to_lose = False
                     self.step += 1
                     self.rows = part.first_row + part.rows
                     if pending:
@@ -237,11 +245,17 @@ class _Run:
         if distributed.is_main():
             draw_curves(self.output)
         signal_ = (self.request.signal or signal.SIGTERM) if self.step < self.total else None
-        reference = self.corpora.validation[0].manifest.reference if len(self.corpora.validation) == 1 else {}
         return Outcome(
-            str(self.output), self.step, self.last.get("loss"), self.validated, dict(reference),
+            str(self.output), self.step, self.last.get("loss"), time.monotonic() - self.start, self.validated,
+            self._reference(),
             int(self.last.get("skipped", 0)), signal_,
         )  # fmt: skip
+
+    def _reference(self) -> dict[str, float]:
+        """What else needs for the documents that were measured, where it is known."""
+        if len(self.corpora.validation) != 1 or self.recipe.validation.documents:
+            return {}
+        return dict(self.corpora.validation[0].manifest.reference)
 
     def close(self) -> None:
         """Ends its threads; what is being saved is finished first."""
@@ -252,13 +266,23 @@ class _Run:
     def _introduce(self) -> None:
         config, recipe = self.config, self.recipe
         stage = self.batches.stage_at(self.rows)
-        where = f" from step {self.step}" if self.step else ""
         tokens = sum(corpus.manifest.tokens for corpus in self.corpora.train)
         self.reporter.say(
-            f"{config.param_count() / 1e6:,.1f}M parameters on {describe(self.mesh)},"
-            f" {self.state.model.dtype}, {tokens / 1e6:,.1f}M tokens in {len(self.corpora.train)} corpora,"
-            f" {stage.rows * recipe.batch.seq_len:,} tokens a step; {self.output}: steps to {self.total}{where}"
+            f"{count(config.param_count())} parameters on {describe(self.mesh)}, {self.state.model.dtype};"
+            f" {count(tokens)} tokens to read, {stage.rows * recipe.batch.seq_len:,} a step"
         )
+        if self.step >= self.total:
+            self.reporter.say(f"{self.output}: all {self.total} steps are done already; --steps gives it more")
+        else:
+            after = f"from step {self.step} to" if self.step else "to step"
+            self.reporter.say(f"{self.output}: {after} {self.total}")
+        last = recipe.optimizer.schedule.steps
+        if self.total > last:
+            self.reporter.say(f"the learning rate stays as it is at step {last}, where its schedule ends")
+        if self.config.vocab_size > 1.1 * (known := self.corpora.train[0].manifest.vocab_size):
+            self.reporter.say(
+                f"the tokenizer has {known:,} ids, so that the rest of {config.vocab_size:,} is not trained"
+            )
 
     def _due(self, every: int) -> bool:
         return bool(every) and self.step % every == 0
@@ -285,9 +309,9 @@ class _Run:
             start = time.perf_counter()
             step = compiled(self.optimizer, self.schedule, self.recipe.optimizer.z_weight)
             self._programs[shape] = step.lower(self.state, part.batch, self._stop_flags()).compile()
-            self.reporter.say(
-                f"compiled for {' x '.join(map(str, shape))} tokens in {time.perf_counter() - start:.1f} s"
-            )
+            M, B, T = shape
+            parts = f"{M} microbatches of " if M > 1 else ""
+            self.reporter.say(f"compiled for {parts}{B} x {T} tokens in {time.perf_counter() - start:.1f} s")
             self._clock += time.perf_counter() - start
         return self._programs[shape]
 
@@ -311,7 +335,8 @@ class _Run:
             "mfu": metrics.mfu(self.config, seq_len, rate, devices.size, devices.flat[0].device_kind),
             "step_seconds": seconds,
             "data_wait_seconds": part.wait_seconds,
-            "tokens": results["tokens"],
+            "step_tokens": results["tokens"],
+            "tokens": (part.first_row + part.rows) * self.recipe.batch.seq_len,
             "rows": part.first_row + part.rows,
             "epoch": self.plan.epoch(part.first_row),
             "skipped": results["skipped"],
@@ -333,6 +358,7 @@ class _Run:
         recipe, last, start = self.recipe, self.step == self.total, time.perf_counter()
         found = {}
         if self.validation and (last or self._due(recipe.validation.every)):
+            self.reporter.say(f"step {self.step}: validating")
             self.validated = found = self.validation(self.state.model)
             self.validated_step = self.step
         if recipe.samples.prompts and (last or self._due(recipe.samples.every)):
@@ -353,7 +379,8 @@ class _Run:
         )  # fmt: skip
         texts = [completion.text for completion in completions]
         for prompt, text in zip(options.prompts, texts, strict=True):
-            self.reporter.say(f"--- sample at step {self.step}\n{prompt}{text}")
+            shown = prompt + text.rstrip() if text.strip() else repr(prompt + text)
+            self.reporter.say(f"step {self.step}, a sample:\n{shown}")
         if distributed.is_main():
             with (self.output / SAMPLES).open("a", encoding="utf-8") as file:
                 for prompt, text in zip(options.prompts, texts, strict=True):
@@ -369,8 +396,25 @@ class _Run:
         new = self.validated and self.validated_step == self.step
         loss = self.validated["validation_loss"] if new else None
         self.checkpoints.save(self.step, named_arrays(self.state), progress, self.files, loss=loss)
+        self.reporter.say(f"step {self.step}: saving {self.output / CHECKPOINTS / str(self.step)}")
 
 
 def _kept(recipe: Recipe) -> dict[str, int]:
     kept = recipe.checkpoints
     return {"keep_last": kept.keep_last, "keep_every": kept.keep_every, "keep_best": kept.keep_best}
+
+
+@contextlib.contextmanager
+def _memory_in_words() -> Iterator[None]:
+    """Says what to do where a device has too little memory."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        text = str(error)
+        if "RESOURCE_EXHAUSTED" not in text and "out of memory" not in text.lower():
+            raise
+        raise ValueError(
+            f"the devices' memory does not hold this run ({text.splitlines()[0][:200]}): compute less at once"
+            " (--batch.microbatches), keep less of each block (--remat full, offload), split the model over more"
+            " devices (--mesh), or take a smaller --model or --batch.sequences"
+        ) from error

@@ -15,7 +15,7 @@ class Data:
     """Prepared corpora (`scripts/prepare_data.py`), or "stdlib:VOCABULARY": Python's standard library, made at once."""
 
     train: tuple[str, ...]
-    """Folders of the corpora."""
+    """Folders of the corpora, or stdlib:2048 (Python's standard library with a vocabulary of that size)."""
     weights: tuple[float, ...] = ()
     """The share of each in the tokens; without, each counts as much as it is long."""
     validation: tuple[str, ...] = ()

@@ -44,6 +44,8 @@ class Reporter:
         self._main, self._file, self._events, self._wandb, self._bar = main, None, None, None, None
         if not main:
             return
+        if wandb:
+            self._wandb = _start_wandb(wandb, output, recipe)
         output.mkdir(parents=True, exist_ok=True)
         _keep_until(output / METRICS, step)
         self._file = (output / METRICS).open("a", encoding="utf-8")
@@ -51,9 +53,8 @@ class Reporter:
             from tensorboardX import SummaryWriter
 
             self._events = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1 if step else None)
-        if wandb:
-            self._wandb = _start_wandb(wandb, output, recipe)
         self._total, self._last = total_steps, 0.0
+        self._start, self._first = time.monotonic(), step
         if sys.stderr.isatty():
             self._bar, self._task = _bar(total_steps, step)
 
@@ -76,7 +77,12 @@ class Reporter:
             self._bar.update(self._task, completed=values["step"], text=text)
         elif time.monotonic() - self._last >= EVERY or values["step"] == self._total or "validation_loss" in values:
             self._last = time.monotonic()
-            self.say(f"step {values['step']}/{self._total}  {text}")
+            self.say(f"step {values['step']}/{self._total}  {text}{self._left(values['step'])}")
+
+    def _left(self, step: int) -> str:
+        """How long the rest takes, in words, where it is more than a few seconds."""
+        seconds = (time.monotonic() - self._start) / max(1, step - self._first) * (self._total - step)
+        return f"  {duration(seconds)} left" if seconds > EVERY else ""
 
     def say(self, text: str) -> None:
         """Shows a line."""
@@ -96,6 +102,21 @@ class Reporter:
             self._events.close()
         if self._wandb:
             self._wandb.finish()
+
+
+def count(number: float) -> str:
+    """Such as 16,196, 2.0M, 8.03B, 15.0T."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:,.0f}"
+
+
+def duration(seconds: float) -> str:
+    """Such as "40 s", "9 min", "3.5 h"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def read_metrics(output: Path) -> list[dict[str, Any]]:
@@ -165,6 +186,8 @@ def _text(values: Mapping[str, Any]) -> str:
     text += f"  lr {values['learning_rate']:.2e}  {values['tokens_per_second']:,.0f} tokens/s"
     if values.get("mfu") is not None:
         text += f"  MFU {values['mfu']:.1%}"
+    if values.get("epoch"):
+        text += f"  epoch {values['epoch'] + 1}"
     if values.get("validation_loss") is not None:
         text += f"  validation {values['validation_loss']:.4f}"
     if values.get("validation_bits_per_byte") is not None:

@@ -84,6 +84,16 @@ def _folder(name: str, which: int) -> Path:
     return stdlib_corpus(cache_folder() / "data", int(size))[which]
 
 
+def check_sizes(recipe: Recipe, config: ModelConfig, corpora: Corpora) -> None:
+    """Raises ValueError where model, corpora and batch do not fit each other."""
+    check_tokenizer(corpora.train[0], vocab_size=config.vocab_size)
+    if recipe.batch.seq_len > config.max_seq_len:
+        raise ValueError(
+            f"batch.seq_len ({recipe.batch.seq_len}) is more than the model's max_seq_len ({config.max_seq_len}): lower"
+            " it, or raise --model.max-seq-len"
+        )
+
+
 def make_plan(recipe: Recipe, corpora: Corpora) -> Plan:
     """The order of all rows.
 

@@ -9,9 +9,15 @@ from collections.abc import Iterator
 
 
 class StopRequest:
-    """Which signal has asked this process to stop, if any; None until then."""
+    """What this process has been asked.
+
+    Attributes:
+      signal: by which it was asked to stop; None until then.
+      nothing_to_lose: whether it may end at once: it is alone, and has done no step since the last checkpoint.
+    """
 
     signal: int | None = None
+    nothing_to_lose: bool = False
 
 
 @contextlib.contextmanager
@@ -23,8 +29,12 @@ def on_request() -> Iterator[StopRequest]:
         if number == signal.SIGINT and request.signal is not None:
             raise KeyboardInterrupt
         request.signal = number
-        asked = "asked to stop (SIGTERM)" if number == signal.SIGTERM else "interrupted; again to stop at once"
-        os.write(2, f"\n{asked}: saving after this step\n".encode())
+        asked = "asked to stop (SIGTERM)" if number == signal.SIGTERM else "interrupted"
+        if request.nothing_to_lose:  # a compilation would take longer than a preempted machine has
+            os.write(2, f"\n{asked}: nothing is lost\n".encode())
+            os._exit(0 if number == signal.SIGTERM else 130)
+        again = " (again: stop at once)" if number == signal.SIGINT else ""
+        os.write(2, f"\n{asked}: saving after this step{again}\n".encode())
 
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     for number, handler in before.items():
