@@ -181,6 +181,14 @@ class RunCheckpoints:
         if self._manager:
             self._manager.close()
 
+    def _set_aside(self) -> None:
+        """Takes step folders that are not whole out of the manager's sight, which would count them."""
+        if jax.process_index() == 0:
+            broken = {str(p.name) for p in self.folder.iterdir() if p.name.isdecimal()} - set(map(str, self.steps()))
+            for name in broken:
+                (self.folder / DELETED).mkdir(exist_ok=True)
+                (self.folder / name).rename(self.folder / DELETED / name)
+
     def _delete(self) -> None:
         """Deletes what the manager no longer keeps."""
         if jax.process_index() == 0:
@@ -191,6 +199,7 @@ class RunCheckpoints:
 
         if self._manager is None:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._set_aside()
             handlers: dict[str, Any] = {item: handler(arrays) for item, arrays in items.items()}
             self._manager = ocp.CheckpointManager(
                 self.folder, options=self._options, item_handlers=handlers | {"run": _run_files().Handler()}

@@ -73,6 +73,8 @@ class BatchSchedule:
     stages: tuple[Stage, ...]
 
     def __post_init__(self) -> None:
+        if self.seq_len < 1:
+            raise ValueError(f"batch schedule: seq_len must be at least 1, got {self.seq_len}")
         starts = [stage.from_tokens for stage in self.stages]
         if not starts or starts[0] or any(a >= b for a, b in itertools.pairwise(starts)):
             raise ValueError(f"batch schedule: stages must begin at 0 tokens and ascend, they begin at {starts}")

@@ -9,7 +9,6 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +16,19 @@ import jax
 import numpy as np
 
 from llama_jax import distributed, metrics
+from llama_jax.checkpoint.arrays import DamagedError
 from llama_jax.checkpoint.run import RunCheckpoints
 from llama_jax.config import ModelConfig
 from llama_jax.data.loader import Loader, Step
 from llama_jax.data.plan import sources
-from llama_jax.infer.generate import generate, with_model
+from llama_jax.infer.generate import Sampling, encode_prompt, generate, with_model
 from llama_jax.train import setup
+from llama_jax.train.guard import memory_in_words, only_one
 from llama_jax.train.optim import adamw, learning_rate
+from llama_jax.train.outcome import Outcome
 from llama_jax.train.profile import tracing, window
 from llama_jax.train.recipe import Recipe
-from llama_jax.train.report import Reporter, count, draw_curves, duration
+from llama_jax.train.report import SAMPLES, Reporter, count, draw_curves, finite_or_none
 from llama_jax.train.state import TrainState, describe, from_named_arrays, named_arrays, new_state
 from llama_jax.train.step import compiled
 from llama_jax.train.stop import StopRequest, on_request
@@ -38,48 +40,7 @@ from llama_jax.weights.writers import hf_texts
 
 log = logging.getLogger("llama_jax")
 
-CHECKPOINTS, RECIPE, SAMPLES = "checkpoints", "recipe.json", "samples.jsonl"
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """How a run ended.
-
-    Attributes:
-      output: its folder.
-      step: the last one that was done.
-      loss: of that step, nats a token; None without any.
-      seconds: that it took.
-      validation: of `Validator`, or empty.
-      reference: bits a byte that something else needs for what is held out, by its name.
-      skipped: steps that changed nothing.
-      signal: what it was asked to stop by, or None where it is complete.
-    """
-
-    output: str
-    step: int
-    loss: float | None
-    seconds: float
-    validation: dict[str, float]
-    reference: dict[str, float]
-    skipped: int
-    signal: int | None
-
-    def __str__(self) -> str:
-        """In words, a line each."""
-        loss = "" if self.loss is None else f", loss {self.loss:.4f}"
-        lines = [f"{'stopped' if self.signal else 'done'} at step {self.step} after {duration(self.seconds)}{loss}"]
-        if self.validation:
-            loss, bits = (self.validation[f"validation_{name}"] for name in ("loss", "bits_per_byte"))
-            lines.append(f"validation: {loss:.4f} nats a token, {bits:.4f} bits a byte")
-            lines += [f"  for comparison, {name}: {bits:.4f} bits a byte" for name, bits in self.reference.items()]
-        if self.skipped:
-            lines.append(f"{self.skipped} steps were skipped: their loss or gradient was not finite")
-        if self.signal:
-            lines.append("go on with --resume auto")
-        else:
-            lines.append(f"python scripts/generate.py --model {self.output} --prompt ...")
-        return "\n".join(lines)
+CHECKPOINTS, RECIPE = "checkpoints", "recipe.json"
 
 
 def train(recipe: Recipe, *, name: str = "run") -> Outcome:
@@ -97,8 +58,8 @@ def train(recipe: Recipe, *, name: str = "run") -> Outcome:
         row were not finite.
       OSError: a file cannot be read or written; the last good checkpoint is intact.
     """
-    with on_request() as request, _memory_in_words():
-        run = _Run(recipe, Path(recipe.output or f"runs/{name}").expanduser(), request)
+    with on_request() as request, memory_in_words(), contextlib.ExitStack() as guards:
+        run = _Run(recipe, Path(recipe.output or f"runs/{name}").expanduser(), request, guards)
         with contextlib.closing(run):
             return run.go()
 
@@ -113,7 +74,7 @@ class _Pending:
 
 
 class _Run:
-    def __init__(self, recipe: Recipe, output: Path, request: StopRequest):
+    def __init__(self, recipe: Recipe, output: Path, request: StopRequest, guards: contextlib.ExitStack):
         self.recipe, self.output, self.request = recipe, output, request
         self.start = time.monotonic()
         request.nothing_to_lose = distributed.process_count() == 1
@@ -125,21 +86,25 @@ class _Run:
                 f"{output} holds a run, saved at step {steps[-1]}: go on with it by --resume auto, or give another"
                 " --output"
             )
+        setup.check_numbers(recipe)
         self.total, self.window = recipe.total_steps, window(recipe.profile)
         self.optimizer, self.schedule = adamw(recipe.optimizer), learning_rate(recipe.optimizer.schedule)
         self.corpora = setup.open_corpora(recipe)
-        self.plan = setup.make_plan(recipe, self.corpora)
         self.batches = setup.batch_schedule(recipe.batch)
+        self.plan = setup.make_plan(recipe, self.corpora)
         initial = None if steps else setup.open_initial(recipe, self.corpora)
         self.config = self._config(initial)
         setup.check_sizes(recipe, self.config, self.corpora)
         self.mesh = setup.make_mesh(recipe, self.config)
         if self.mesh.devices.flat[0].platform == "cpu":
             setup.keep_freed_memory()
+        self.validation = self._validator()
+        self.writer = self._writer()
+        self.files = self._files()
+        if distributed.is_main():
+            guards.callback(only_one(output).release)
         self.step = self.rows = 0
         self.state = self._restored(steps[-1]) if steps else self._new(initial)
-        self.validation = self._validator()
-        self.files = self._files()
         self.reporter = Reporter(
             output, main=distributed.is_main(), total_steps=self.total, step=self.step,
             tensorboard=recipe.tensorboard, wandb=recipe.wandb, recipe=dataclasses.asdict(recipe),
@@ -147,7 +112,7 @@ class _Run:
         self.last: dict[str, Any] = {}
         self.validated: dict[str, float] = {}
         self._programs: dict[Any, Any] = {}
-        self._writer: LoadedLlama | None = None
+        self._save_owed = False
 
     # --- Before the first step ---
 
@@ -183,7 +148,12 @@ class _Run:
             )
         with jax.set_mesh(self.mesh):
             abstract = setup.abstract_state(self.recipe, self.config, self.optimizer)
-        items = self.checkpoints.restore(step, named_arrays(abstract))
+        try:
+            items = self.checkpoints.restore(step, named_arrays(abstract))
+        except DamagedError as error:
+            raise ValueError(
+                f"{error}. Remove {self.checkpoints.folder / str(step)} to go on from the one before"
+            ) from error
         self.step, self.rows = step, progress["rows"]
         return from_named_arrays(abstract, items)
 
@@ -194,6 +164,24 @@ class _Run:
         return Validator(
             self.corpora.validation, seq_len=recipe.batch.seq_len, documents=recipe.validation.documents, mesh=self.mesh
         )
+
+    def _writer(self) -> LoadedLlama | None:
+        """What writes the samples, without weights; checks what it will be asked."""
+        options = self.recipe.samples
+        if not options.prompts:
+            return None
+        with jax.set_mesh(self.mesh):
+            abstract = setup.make_model(self.recipe, self.config)
+        writer = LoadedLlama(self.config, abstract, self.corpora.train[0].tokenizer(), self.mesh)
+        Sampling(temperature=options.temperature)
+        for prompt in options.prompts:
+            length = len(encode_prompt(writer, prompt, where=f"samples.prompts {prompt!r}")) + options.new_tokens
+            if length > self.config.max_seq_len:
+                raise ValueError(
+                    f"samples: {prompt!r:.60} and {options.new_tokens} new tokens are {length}, more than the model's"
+                    f" max_seq_len ({self.config.max_seq_len}): lower --samples.new-tokens"
+                )
+        return writer
 
     def _files(self) -> dict[str, bytes]:
         """What makes a checkpoint of ours a model that `load` takes."""
@@ -222,7 +210,7 @@ class _Run:
             synchronous = self.mesh.devices.flat[0].platform == "cpu"
             with loader, tracing(self.window, self.output) as profile:
                 while self.step < self.total and not self._stopping():
-                    profile(self.step)
+                    profile(self.step, self.state)
                     part = next(loader)
                     program = self._program(part)
                     self.state, results = program(self.state, part.batch, self._stop_flags())
@@ -232,24 +220,32 @@ class _Run:
                     if pending:
                         self._report(pending)
                     pending = _Pending(self.step, part, results)
-                    if synchronous or self._measure_is_due():
+                    self._save_owed |= self._due(recipe.checkpoints.every) and self.step < self.total
+                    if synchronous or self._save_owed or self._measure_is_due():
                         self._report(pending)
                         pending = None
                     self.checkpoints.check()
-                    if self._due(recipe.checkpoints.every) and self.step < self.total:
+                    if self._save_owed and not self.last["skipped_in_a_row"]:  # else after the next good step
                         self._save()
+                        self._save_owed = False
                 if pending:
                     self._report(pending)
-            self._save()
-            self.checkpoints.wait()
+            if self.step:
+                self._save()
+                self.checkpoints.wait()
         if distributed.is_main():
             draw_curves(self.output)
         signal_ = (self.request.signal or signal.SIGTERM) if self.step < self.total else None
         return Outcome(
-            str(self.output), self.step, self.last.get("loss"), time.monotonic() - self.start, self.validated,
-            self._reference(),
-            int(self.last.get("skipped", 0)), signal_,
-        )  # fmt: skip
+            output=str(self.output),
+            step=self.step,
+            loss=finite_or_none(self.last.get("loss")),
+            seconds=time.monotonic() - self.start,
+            validation=self.validated,
+            reference=self._reference(),
+            skipped=int(self.last.get("skipped", 0)),
+            signal=signal_,
+        )
 
     def _reference(self) -> dict[str, float]:
         """What else needs for the documents that were measured, where it is known."""
@@ -258,7 +254,7 @@ class _Run:
         return dict(self.corpora.validation[0].manifest.reference)
 
     def close(self) -> None:
-        """Ends its threads; what is being saved is finished first."""
+        """Ends its threads; after an error it does not wait for what is being saved."""
         self.reporter.close()
         if sys.exc_info()[0] is None:
             self.checkpoints.close()
@@ -339,18 +335,25 @@ class _Run:
             "tokens": (part.first_row + part.rows) * self.recipe.batch.seq_len,
             "rows": part.first_row + part.rows,
             "epoch": self.plan.epoch(part.first_row),
+            "finite": results["finite"],
             "skipped": results["skipped"],
         }
         if pending.step == self.step:
-            values |= self._measure()
+            try:
+                values |= self._measure()
+            except Exception:
+                self.reporter.step(values)
+                self._save()  # what was trained is not lost to what only looks at it
+                self.checkpoints.wait()
+                raise
         self.reporter.step(values)
         if results["skipped_in_a_row"] >= self.recipe.non_finite_limit:
             rows = range(part.first_row, part.first_row + part.rows)
             first = "; ".join(sources(self.plan, rows[:8])[:8])
             raise ValueError(
                 f"step {pending.step}: loss or gradient was not finite {results['skipped_in_a_row']} times in a row."
-                f" These steps changed nothing, and every checkpoint is as good as before. The batch came from {first},"
-                " ...: look for damaged texts there, or lower the learning rate"
+                f" These steps changed nothing, and were not saved. The batch came from {first}, ...: look for damaged"
+                " texts there, or go on from an earlier checkpoint (remove the later ones) with a lower learning rate"
             )
 
     def _measure(self) -> dict[str, float]:
@@ -361,7 +364,7 @@ class _Run:
             self.reporter.say(f"step {self.step}: validating")
             self.validated = found = self.validation(self.state.model)
             self.validated_step = self.step
-        if recipe.samples.prompts and (last or self._due(recipe.samples.every)):
+        if self.writer and (last or self._due(recipe.samples.every)):
             self._sample()
         self._clock += time.perf_counter() - start
         return found
@@ -369,12 +372,8 @@ class _Run:
     def _sample(self) -> None:
         """Continues the prompts, from the weights as they lie."""
         options, model = self.recipe.samples, self.state.model
-        if self._writer is None:
-            with jax.set_mesh(self.mesh):
-                abstract = setup.make_model(self.recipe, self.config)
-            self._writer = LoadedLlama(self.config, abstract, self.corpora.train[0].tokenizer(), self.mesh)
         completions = generate(
-            with_model(self._writer, model), options.prompts, max_new_tokens=options.new_tokens,
+            with_model(self.writer, model), options.prompts, max_new_tokens=options.new_tokens,
             temperature=options.temperature, seed=self.recipe.seed,
         )  # fmt: skip
         texts = [completion.text for completion in completions]
@@ -402,19 +401,3 @@ class _Run:
 def _kept(recipe: Recipe) -> dict[str, int]:
     kept = recipe.checkpoints
     return {"keep_last": kept.keep_last, "keep_every": kept.keep_every, "keep_best": kept.keep_best}
-
-
-@contextlib.contextmanager
-def _memory_in_words() -> Iterator[None]:
-    """Says what to do where a device has too little memory."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        text = str(error)
-        if "RESOURCE_EXHAUSTED" not in text and "out of memory" not in text.lower():
-            raise
-        raise ValueError(
-            f"the devices' memory does not hold this run ({text.splitlines()[0][:200]}): compute less at once"
-            " (--batch.microbatches), keep less of each block (--remat full, offload), split the model over more"
-            " devices (--mesh), or take a smaller --model or --batch.sequences"
-        ) from error

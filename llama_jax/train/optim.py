@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -22,10 +23,10 @@ def learning_rate(schedule: Schedule) -> optax.Schedule:
             f"optimizer.schedule: warmup_steps ({warmup}) must be from 0 to less than steps ({steps}); lower it, or"
             " give --optimizer.schedule.steps more"
         )
-    if not (schedule.peak > 0 and 0 <= schedule.final <= 1):
+    if not (0 < schedule.peak < math.inf and 0 <= schedule.final <= 1):
         raise ValueError(
-            f"optimizer.schedule: peak must be above 0 and final (a share of it) from 0 to 1, got {schedule.peak} and"
-            f" {schedule.final}"
+            f"optimizer.schedule: peak must be a number above 0 and final (a share of it) from 0 to 1, got"
+            f" {schedule.peak} and {schedule.final}"
         )
     peak, end = schedule.peak, schedule.peak * schedule.final
     if schedule.kind == "cosine":
@@ -59,8 +60,8 @@ def adamw(options: Optimizer) -> optax.GradientTransformation:
         if not 0 <= getattr(options, name) < 1:
             raise ValueError(f"optimizer.{name} must be from 0 to less than 1, got {getattr(options, name)}")
     for name in ("eps", "weight_decay", "clip_norm", "z_weight"):
-        if not getattr(options, name) >= 0:
-            raise ValueError(f"optimizer.{name} must not be negative, got {getattr(options, name)}")
+        if not 0 <= getattr(options, name) < math.inf:
+            raise ValueError(f"optimizer.{name} must be a number that is not negative, got {getattr(options, name)}")
     clip = optax.clip_by_global_norm(options.clip_norm) if options.clip_norm else optax.identity()
     return optax.chain(
         clip,

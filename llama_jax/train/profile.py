@@ -20,16 +20,20 @@ def window(text: str) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def tracing(steps: tuple[int, int], output: Path) -> Iterator[Callable[[int], None]]:
-    """Traces steps into OUTPUT/profile; gives a function to call before each step with the number of those done."""
+def tracing(steps: tuple[int, int], output: Path) -> Iterator[Callable[[int, object], None]]:
+    """Traces steps into OUTPUT/profile.
+
+    Gives a function to call before each step with the number of those done and the state.
+    """
     (first, last), running = steps, False
 
-    def before(step: int) -> None:
+    def before(step: int, state: object) -> None:
         nonlocal running
-        if step + 1 == first:
+        if not running and first <= step + 1 <= last:
             jax.profiler.start_trace(str(output / "profile"))
             running = True
         elif running and step == last:
+            jax.block_until_ready(state)  # the last step may only have been begun
             jax.profiler.stop_trace()
             running = False
 

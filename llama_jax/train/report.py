@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -11,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-METRICS = "metrics.jsonl"
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 CURVES = "curves.png"
 EVERY = 10.0  # seconds between lines where stderr is no terminal
 SHOWN = ("loss", "learning_rate", "tokens_per_second", "mfu")
@@ -47,12 +48,13 @@ class Reporter:
         if wandb:
             self._wandb = _start_wandb(wandb, output, recipe)
         output.mkdir(parents=True, exist_ok=True)
-        _keep_until(output / METRICS, step)
+        for name in (METRICS, SAMPLES):
+            _keep_until(output / name, step)
         self._file = (output / METRICS).open("a", encoding="utf-8")
         if tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._events = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1 if step else None)
+            self._events = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
         self._total, self._last = total_steps, 0.0
         self._start, self._first = time.monotonic(), step
         if sys.stderr.isatty():
@@ -63,7 +65,7 @@ class Reporter:
         if not self._main:
             return
         assert self._file
-        finite = {name: _finite(value) for name, value in values.items()}
+        finite = {name: finite_or_none(value) for name, value in values.items()}
         self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
         numbers = {name: value for name, value in finite.items() if isinstance(value, (int, float)) and name != "step"}
@@ -121,14 +123,15 @@ def duration(seconds: float) -> str:
 
 def read_metrics(output: Path) -> list[dict[str, Any]]:
     """The objects of a run's `metrics.jsonl`, without a last line that was cut short by a kill."""
-    path, rows = output / METRICS, []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        rows.append(row)
-    return rows
+    return _read(output / METRICS)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def draw_curves(output: Path) -> Path | None:
@@ -170,19 +173,20 @@ def _keep_until(path: Path, step: int) -> None:
     """Takes back what was written after `step`, which will be done again."""
     if not path.exists():
         return
-    kept = [row for row in read_metrics(path.parent) if row.get("step", 0) <= step]
+    kept = [row for row in _read(path) if row.get("step", 0) <= step]
     partial = path.with_suffix(".partial")
     partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
     os.replace(partial, path)
 
 
-def _finite(value: Any) -> Any:
+def finite_or_none(value: Any) -> Any:
+    """A number as JSON takes it."""
     return None if isinstance(value, float) and not math.isfinite(value) else value  # JSON has no NaN
 
 
 def _text(values: Mapping[str, Any]) -> str:
     loss = values["loss"]
-    text = f"loss {loss:.4f}" if math.isfinite(loss) else "loss not finite, step skipped"
+    text = f"loss {loss:.4f}" if values.get("finite", True) else "loss or gradient not finite, step skipped"
     text += f"  lr {values['learning_rate']:.2e}  {values['tokens_per_second']:,.0f} tokens/s"
     if values.get("mfu") is not None:
         text += f"  MFU {values['mfu']:.1%}"

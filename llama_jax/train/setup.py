@@ -84,6 +84,34 @@ def _folder(name: str, which: int) -> Path:
     return stdlib_corpus(cache_folder() / "data", int(size))[which]
 
 
+def check_numbers(recipe: Recipe) -> None:
+    """Raises ValueError for a number that is too small, by its option's name."""
+    batch, schedule = recipe.batch, recipe.optimizer.schedule
+    least = {
+        "steps": (recipe.steps, 0),
+        "non_finite_limit": (recipe.non_finite_limit, 1),
+        "batch.seq_len": (batch.seq_len, 1),
+        "batch.sequences": (batch.sequences, 1),
+        "batch.microbatches": (batch.microbatches, 1),
+        **{f"batch.stages.{i}.sequences": (stage.sequences, 1) for i, stage in enumerate(batch.stages)},
+        **{f"batch.stages.{i}.split": (stage.split, 1) for i, stage in enumerate(batch.stages)},
+        "optimizer.schedule.decay_steps": (schedule.decay_steps, 0),
+        "data.threads": (recipe.data.threads, 1),
+        "data.prefetch": (recipe.data.prefetch, 1),
+        "checkpoints.every": (recipe.checkpoints.every, 0),
+        "checkpoints.keep_last": (recipe.checkpoints.keep_last, 1),
+        "checkpoints.keep_every": (recipe.checkpoints.keep_every, 0),
+        "checkpoints.keep_best": (recipe.checkpoints.keep_best, 0),
+        "validation.every": (recipe.validation.every, 0),
+        "validation.documents": (recipe.validation.documents, 0),
+        "samples.every": (recipe.samples.every, 0),
+        "samples.new_tokens": (recipe.samples.new_tokens, 1),
+    }
+    for name, (value, smallest) in least.items():
+        if value < smallest:
+            raise ValueError(f"{name} must be at least {smallest}, got {value}")
+
+
 def check_sizes(recipe: Recipe, config: ModelConfig, corpora: Corpora) -> None:
     """Raises ValueError where model, corpora and batch do not fit each other."""
     check_tokenizer(corpora.train[0], vocab_size=config.vocab_size)
@@ -114,7 +142,7 @@ def what_is_read(recipe: Recipe, corpora: Corpora) -> dict[str, Any]:
         "seed": recipe.seed,
         "seq_len": recipe.batch.seq_len,
         "window": WINDOW,
-        "weights": list(recipe.data.weights),
+        "weights": [weight / sum(recipe.data.weights) for weight in recipe.data.weights],
         "corpora": [
             {
                 name: getattr(corpus.manifest, name)
@@ -132,7 +160,7 @@ def batch_schedule(batch: Batch) -> BatchSchedule:
       ValueError: sizes do not divide.
     """
     start, stages = 0, []
-    for stage in batch.stages:  # as many sequences in a microbatch as later
+    for stage in batch.stages:  # as many of the plan's rows in a microbatch as later
         microbatches = max(1, batch.microbatches * stage.sequences // batch.sequences)
         stages.append(BatchStage(start, stage.sequences, stage.split, microbatches))
         start = stage.until_tokens

@@ -61,8 +61,8 @@ def train_step(
 
     with jax.named_scope("optimizer"):
         norm = optax.tree.norm(gradient)
-        finite = jnp.isfinite(norm) & jnp.isfinite(loss.nll)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.model)  # pyright: ignore
+        finite = jnp.isfinite(norm) & jnp.isfinite(loss.nll) & jnp.isfinite(optax.tree.norm(updates))
         model = optax.apply_updates(state.model, updates)  # pyright: ignore[reportArgumentType]
         model, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), (model, opt_state), (state.model, state.opt_state)

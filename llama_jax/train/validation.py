@@ -16,23 +16,31 @@ from llama_jax.sharding import pad_batch
 from llama_jax.train.step import validation_step
 
 ROWS = 8  # of a batch, or as many as the mesh has parts
+READ = 256  # documents at a time
 
 
 class Validator:
-    """Measures a model on the first documents of some corpora, each document whole.
+    """Measures a model on the first documents of some corpora, packed as in training but in order.
 
     Args:
       corpora: what is held out.
-      seq_len: tokens in a sequence; a longer document is cut.
+      seq_len: tokens in a sequence; a longer document is cut, and a few that would fit are, to fill the rows.
       documents: how many of each corpus; 0 is all.
       mesh: the devices.
       rows: sequences of a batch; at least as many as the mesh divides a batch into.
+
+    Raises:
+      ValueError: a corpus has nothing to predict.
     """
 
     def __init__(
         self, corpora: Sequence[Corpus], *, seq_len: int, documents: int, mesh: jax.sharding.Mesh, rows: int = ROWS
     ):
         self._corpora, self._seq_len, self._documents, self._mesh = corpora, seq_len, documents, mesh
+        self._plans = [self._plan(corpus) for corpus in corpora]
+        self._bytes = [
+            _predicted_bytes(corpus, len(plan.documents)) for corpus, plan in zip(corpora, self._plans, strict=True)
+        ]
         with jax.set_mesh(mesh):
             self._rows = pad_batch(rows)
 
@@ -45,20 +53,26 @@ class Validator:
     def __call__(self, model: Llama) -> dict[str, float]:
         """`validation_loss` (nats a token) and `validation_bits_per_byte`, and of each of several corpora by name.
 
-        A byte is one of the documents' UTF-8; what ends a document counts as loss, not as a byte.
+        A byte is one of the documents' UTF-8; what ends a document counts as loss, not as a byte. Where no BOS begins
+        a document, its first token is not predicted, and its bytes do not count.
         """
         found, totals = {}, [0.0, 0.0, 0.0]
-        for corpus in self._corpora:
-            sums = self._of(model, corpus)
+        for corpus, plan, nbytes in zip(self._corpora, self._plans, self._bytes, strict=True):
+            sums = (*self._of(model, plan), nbytes)
             totals = [a + b for a, b in zip(totals, sums, strict=True)]
             if len(self._corpora) > 1:
                 found |= {f"{name}/{corpus.name}": value for name, value in _values(*sums).items()}
         return _values(*totals) | found
 
-    def _of(self, model: Llama, corpus: Corpus) -> tuple[float, float, float]:
-        """Nats, tokens and bytes."""
+    def _plan(self, corpus: Corpus) -> SequentialPlan:
         count = min(self._documents or len(corpus), len(corpus))
-        plan = SequentialPlan(corpus, seq_len=self._seq_len, documents=range(count))
+        try:
+            return SequentialPlan(corpus, seq_len=self._seq_len, documents=range(count))
+        except ValueError as error:
+            raise ValueError(f"{corpus.path}, for validation: {error}") from None
+
+    def _of(self, model: Llama, plan: SequentialPlan) -> tuple[float, float]:
+        """Nats and tokens."""
         schedule = BatchSchedule(self._seq_len, (Stage(0, self._rows),))
         sums = []
         with jax.set_mesh(self._mesh):
@@ -70,7 +84,19 @@ class Validator:
                     if len(sums) % 16 == 0:
                         jax.block_until_ready(sums[-1])  # so that batches do not pile up on the devices
             nats, tokens = (math.fsum(float(x) for x in column) for column in zip(*map(_host, sums), strict=True))
-        return nats, tokens, float(corpus.nbytes[:count].sum())
+        return nats, tokens
+
+
+def _predicted_bytes(corpus: Corpus, count: int) -> float:
+    """Bytes of the first documents' texts, without those of a first token that nothing predicts."""
+    total = float(corpus.nbytes[:count].sum())
+    if corpus.manifest.bos:
+        return total
+    tokenizer = corpus.tokenizer()
+    for start in range(0, count, READ):
+        for document in corpus.read(range(start, min(start + READ, count))):
+            total -= len(tokenizer.token_bytes(int(document[0]))) if len(document) else 0
+    return total
 
 
 def _host(pair: tuple[jax.Array, jax.Array]) -> tuple[float, ...]:

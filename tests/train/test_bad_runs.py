@@ -7,14 +7,16 @@ import json
 import shutil
 from pathlib import Path
 
+import filelock
 import jax
 import numpy as np
 import pytest
 
 from llama_jax.checkpoint.run import RunCheckpoints, run_steps
+from llama_jax.train import loop
 from llama_jax.train.loop import train
 from llama_jax.train.optim import adamw, learning_rate
-from llama_jax.train.recipe import Batch, Checkpoints, Data, Optimizer, Recipe, Schedule, Stage
+from llama_jax.train.recipe import Batch, Checkpoints, Data, Optimizer, Recipe, Samples, Schedule, Stage
 from tests.builders import tiny_config
 from tests.train.corpora import random_documents, write_corpus
 from tests.train.test_loop import arrays_of
@@ -74,6 +76,12 @@ def test_what_a_run_is_refused_for(recipe, corpora, tmp_path):
         "optimizer.b2 must be from 0 to less than 1": {"optimizer__b2": 1.0},
         "optimizer.weight_decay must not be negative": {"optimizer__weight_decay": -0.1},
         "profile must be FIRST:LAST": {"profile": "7"},
+        "batch.seq_len must be at least 1, got -4": {"batch__seq_len": -4},
+        "steps must be at least 0, got -5": {"steps": -5},
+        r"seq_len \(1024\) is more than the model's max_seq_len \(512\)": {"batch__seq_len": 1024},
+        "temperature": {"samples": Samples(prompts=("a",), temperature=-1.0)},
+        "samples.prompts '' is empty": {"samples": Samples(prompts=("",))},
+        "are 601, more than the model's max_seq_len": {"samples": Samples(prompts=("a",), new_tokens=600)},
         "nothing: no such file": {"init_from": str(tmp_path / "nothing")},
         "stdlib: and the size of its vocabulary": {"data__train": ("stdlib:many",)},
     }  # fmt: skip
@@ -169,3 +177,30 @@ def test_schedules():
     assert rates(steps=6, kind="wsd", final=0.0, warmup_steps=1, decay_steps=2) == [1.0] * 5 + [0.5, 0.0]
     assert rates(steps=3, kind="constant", warmup_steps=2) == [0.5, 1.0, 1.0, 1.0]
     assert adamw(Optimizer(Schedule(1.0, 3)))
+
+
+def test_two_runs_in_one_folder(recipe, tmp_path):
+    (tmp_path / "run").mkdir()
+    words = "another run writes there; wait for it, or give another --output"
+    with filelock.FileLock(tmp_path / "run" / "lock"), pytest.raises(ValueError, match=words):
+        train(recipe)
+    assert train(recipe).step == 3
+
+
+def test_a_checkpoint_that_is_no_more_whole_is_passed_over(recipe, tmp_path):
+    train(recipe)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "3" / "run")
+    assert train(changed(recipe, resume="auto")).step == 3
+    assert run_steps(tmp_path / "run" / "checkpoints") == [2, 3]
+
+
+def test_what_only_looks_on_loses_nothing(recipe, tmp_path, monkeypatch):
+    """An error while samples are written comes after the state is saved."""
+
+    def fail(*args, **options):
+        raise ValueError("no paper")
+
+    monkeypatch.setattr(loop, "generate", fail)
+    with pytest.raises(ValueError, match="no paper"):
+        train(changed(recipe, samples=Samples(prompts=("a",), every=1)))
+    assert run_steps(tmp_path / "run" / "checkpoints") == [1]
