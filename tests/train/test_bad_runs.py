@@ -72,7 +72,7 @@ def test_what_a_run_is_refused_for(recipe, corpora, tmp_path):
         r"warmup_steps \(3\) must be from 0 to less than steps \(3\)": {
             "optimizer": Optimizer(Schedule(1e-3, 3, warmup_steps=3))
         },
-        "peak must be above 0": {"optimizer": Optimizer(Schedule(-1e-3, 3))},
+        "peak must be a number above 0": {"optimizer": Optimizer(Schedule(-1e-3, 3))},
         "optimizer.b2 must be from 0 to less than 1": {"optimizer__b2": 1.0},
         "optimizer.weight_decay must not be negative": {"optimizer__weight_decay": -0.1},
         "profile must be FIRST:LAST": {"profile": "7"},
@@ -123,7 +123,7 @@ def test_losses_that_are_not_finite_end_the_run(recipe, tmp_path):
     ):
         train(changed(recipe, optimizer=Optimizer(Schedule(1e30, 50), clip_norm=0.0)))
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["skipped"] for row in rows[-6:]] == [0, 1, 2, 3, 4, 5]
+    assert [row["skipped"] for row in rows[-5:]] == [1, 2, 3, 4, 5]
     assert rows[-1]["grad_norm"] is None or rows[-1]["loss"] is None  # JSON has no NaN
 
 
