@@ -351,7 +351,7 @@ class _Run:
             rows = range(part.first_row, part.first_row + part.rows)
             first = "; ".join(sources(self.plan, rows[:8])[:8])
             raise ValueError(
-                f"step {pending.step}: loss or gradient was not finite {results['skipped_in_a_row']} times in a row."
+                f"step {pending.step}: loss, gradient or update was not finite {results['skipped_in_a_row']} times in a row."
                 f" These steps changed nothing, and were not saved. The batch came from {first}, ...: look for damaged"
                 " texts there, or go on from an earlier checkpoint (remove the later ones) with a lower learning rate"
             )

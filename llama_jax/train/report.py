@@ -186,7 +186,7 @@ def finite_or_none(value: Any) -> Any:
 
 def _text(values: Mapping[str, Any]) -> str:
     loss = values["loss"]
-    text = f"loss {loss:.4f}" if values.get("finite", True) else "loss or gradient not finite, step skipped"
+    text = f"loss {loss:.4f}" if values.get("finite", True) else "not finite, step skipped"
     text += f"  lr {values['learning_rate']:.2e}  {values['tokens_per_second']:,.0f} tokens/s"
     if values.get("mfu") is not None:
         text += f"  MFU {values['mfu']:.1%}"

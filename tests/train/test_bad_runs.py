@@ -17,6 +17,7 @@ from llama_jax.train import loop
 from llama_jax.train.loop import train
 from llama_jax.train.optim import adamw, learning_rate
 from llama_jax.train.recipe import Batch, Checkpoints, Data, Optimizer, Recipe, Samples, Schedule, Stage
+from llama_jax.train.report import finite_or_none
 from tests.builders import tiny_config
 from tests.train.corpora import random_documents, write_corpus
 from tests.train.test_loop import arrays_of
@@ -74,7 +75,7 @@ def test_what_a_run_is_refused_for(recipe, corpora, tmp_path):
         },
         "peak must be a number above 0": {"optimizer": Optimizer(Schedule(-1e-3, 3))},
         "optimizer.b2 must be from 0 to less than 1": {"optimizer__b2": 1.0},
-        "optimizer.weight_decay must not be negative": {"optimizer__weight_decay": -0.1},
+        "optimizer.weight_decay must be a number that is not negative": {"optimizer__weight_decay": -0.1},
         "profile must be FIRST:LAST": {"profile": "7"},
         "batch.seq_len must be at least 1, got -4": {"batch__seq_len": -4},
         "steps must be at least 0, got -5": {"steps": -5},
@@ -119,12 +120,13 @@ def test_a_run_is_not_continued_as_another(recipe, corpora, tmp_path):
 def test_losses_that_are_not_finite_end_the_run(recipe, tmp_path):
     """With the batch's source; what was saved before is as it was."""
     with pytest.raises(
-        ValueError, match=r"step \d+: loss or gradient was not finite 5 times in a row.*text:\d+ \[tokens"
+        ValueError, match=r"step \d+: loss, gradient or update was not finite 5 times in a row.*text:\d+ \[tokens"
     ):
         train(changed(recipe, optimizer=Optimizer(Schedule(1e30, 50), clip_norm=0.0)))
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["skipped"] for row in rows[-5:]] == [1, 2, 3, 4, 5]
-    assert rows[-1]["grad_norm"] is None or rows[-1]["loss"] is None  # JSON has no NaN
+    assert [row["finite"] for row in rows[-5:]] == [False] * 5
+    assert [finite_or_none(x) for x in (float("nan"), float("inf"), 1.5, 3)] == [None, None, 1.5, 3]  # JSON has no NaN
 
 
 def test_a_disk_too_full_for_a_checkpoint(recipe, tmp_path, monkeypatch):
