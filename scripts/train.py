@@ -72,13 +72,13 @@ def in_words(recipe: Recipe) -> str:
 
 
 def main() -> int:
-    if sys.argv[1:2] in (["--help"], ["-h"]):
-        print(__doc__)
-        return 0
+    if asks_for_help := sys.argv[1:2] in (["--help"], ["-h"]):  # every option, with the smallest recipe's values
+        sys.argv.insert(1, "pretrain_tiny_cpu")
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         raise ValueError("the recipe comes first: train.py configs/NAME.py --option ... (--help says more)")
     path = sys.argv[1]
     recipe, text = read_recipe(path)
+    text = __doc__ or "" if asks_for_help else text
     fields = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
     args = tyro.cli(
         Args, default=Args(**fields), args=sys.argv[2:], prog=f"train.py {path}", description=text,

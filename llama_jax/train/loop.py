@@ -351,9 +351,9 @@ class _Run:
             rows = range(part.first_row, part.first_row + part.rows)
             first = "; ".join(sources(self.plan, rows[:8])[:8])
             raise ValueError(
-                f"step {pending.step}: loss, gradient or update was not finite {results['skipped_in_a_row']} times in a row."
-                f" These steps changed nothing, and were not saved. The batch came from {first}, ...: look for damaged"
-                " texts there, or go on from an earlier checkpoint (remove the later ones) with a lower learning rate"
+                f"step {pending.step}: loss, gradient or update was not finite {results['skipped_in_a_row']} times in a"
+                f" row. These steps changed nothing, and were not saved. The batch came from {first}, ...: look for"
+                " damaged texts there, or remove the latest checkpoints and go on with a lower learning rate"
             )
 
     def _measure(self) -> dict[str, float]:

@@ -64,7 +64,7 @@ def run(implementation: str, q, k, v, slots, segments=None, *, ordered: bool = F
 def small_blocks(monkeypatch):
     """Blocks of eight queries; what is compiled depends on it."""
     monkeypatch.setattr(attention, "QUERY_BLOCK", 8)
-    monkeypatch.setattr(attention, "SMALL_BLOCK", 8)
+    monkeypatch.setattr(attention, "SMALL_BLOCK", dict.fromkeys(attention.SMALL_BLOCK, 8))
     compiled.clear_cache()
     yield
     compiled.clear_cache()

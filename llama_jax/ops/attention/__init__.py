@@ -20,7 +20,7 @@ IMPLEMENTATIONS = (*MASKED, *KERNELS)
 QUERY_BLOCK = 1024
 # ... and where queries are in order, not fewer than this, each block with only the keys before its end. CPUs train with
 # the reference, which of 256 tokens then computes five eighths of the scores.
-SMALL_BLOCK = {"reference": 64, "xla": 256, "cpu": 256}
+SMALL_BLOCK = {"reference": 64, "xla": 256, "cpu": 256, "cudnn": 256}
 # Fewer tokens than this are as fast without a kernel (TPU tiles have 128 rows), and their scores are small.
 KERNEL_TOKENS = 128
 
@@ -107,7 +107,7 @@ def _one_device(q_BTKGH, k_BKSH, v_BKSH, slots_BT, segment_ids_BT, *, name, orde
         block = jax.checkpoint(block)
     T, S = q_BTKGH.shape[1], k_BKSH.shape[2]
     ordered &= axes is None  # else this device's queries start anywhere
-    width = min(QUERY_BLOCK, max(SMALL_BLOCK.get(name, 256), T // 16)) if ordered else QUERY_BLOCK
+    width = min(QUERY_BLOCK, max(SMALL_BLOCK[name], T // 16)) if ordered else QUERY_BLOCK
     blocks = []
     for start in range(0, T, width):  # a Python loop: shapes differ, and 131072 tokens make 128 blocks
         queries = slice(start, min(start + width, T))
