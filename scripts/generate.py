@@ -74,6 +74,13 @@ def main(args: Args) -> None:
     max_new_tokens, stop = broadcast((args.max_new_tokens, args.stop))
     sampling = args.sampling.options()
     llama = args.model.load()
+    for prompt in prompts:
+        if is_main() and prompt.endswith(" "):
+            print(
+                f"{prompt[-40:]!r}: ends in a space, but vocabularies join a space to the word after it; the model"
+                " goes on better without",
+                file=sys.stderr,
+            )
 
     with token_progress(len(prompts) * max_new_tokens) as advance:
         completions = generate(

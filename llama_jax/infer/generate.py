@@ -96,7 +96,7 @@ def generate(
         return []
     ids = [encode_prompt(llama, prompt, where=f"prompt {i}") for i, prompt in enumerate(prompts)]
     stops = [stop] if isinstance(stop, str) else list(stop)
-    rows = [Row(llama, stops) for _ in ids]
+    rows = [Row(llama, stops, goes_on=isinstance(prompt, str)) for prompt in prompts]
     with jax.set_mesh(llama.mesh):
         stop_ids = llama.tokenizer.stop_ids if llama.tokenizer else ()
         run = Run(llama, ids, max_new_tokens=max_new_tokens, sampling=sampling, stop_ids=stop_ids)
@@ -169,12 +169,12 @@ def _check_ids(ids: np.ndarray, vocab_size: int, where: str) -> None:
 
 
 class Row:
-    """Text of one row as its tokens arrive."""
+    """Text of one row as its tokens arrive; it may go on from the text of a prompt."""
 
-    def __init__(self, llama: LoadedLlama, stops: Sequence[str]):
+    def __init__(self, llama: LoadedLlama, stops: Sequence[str], *, goes_on: bool = False):
         if stops:
             llama.require_tokenizer()
-        self._decoder = StreamDecoder(llama.tokenizer) if llama.tokenizer else None
+        self._decoder = StreamDecoder(llama.tokenizer, goes_on=goes_on) if llama.tokenizer else None
         self._stops = StopStrings(stops)
         self._num_known = llama.tokenizer.vocab_size if llama.tokenizer else 0
         self.tokens: list[int] = []

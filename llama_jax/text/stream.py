@@ -15,12 +15,16 @@ class StreamDecoder:
 
     Ids become bytes and bytes become characters: a character split over several tokens is held back until it
     is whole, and the cost of a token does not depend on the length of the text before it.
+
+    Args:
+      tokenizer: of the ids.
+      goes_on: whether other text comes before: then a space at the beginning is text, whatever the tokenizer.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, *, goes_on: bool = False):
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._drop_space = tokenizer.drops_space
+        self._drop_space = tokenizer.drops_space and not goes_on
 
     def push(self, ids: Iterable[int]) -> str:
         """Adds ids and returns the text that is now certain; it may be empty."""

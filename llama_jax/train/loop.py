@@ -372,17 +372,18 @@ class _Run:
     def _sample(self) -> None:
         """Continues the prompts, from the weights as they lie."""
         options, model = self.recipe.samples, self.state.model
+        prompts = [prompt.rstrip(" ") or prompt for prompt in options.prompts]  # spaces belong to the word after
         completions = generate(
-            with_model(self.writer, model), options.prompts, max_new_tokens=options.new_tokens,
+            with_model(self.writer, model), prompts, max_new_tokens=options.new_tokens,
             temperature=options.temperature, seed=self.recipe.seed,
         )  # fmt: skip
         texts = [completion.text for completion in completions]
-        for prompt, text in zip(options.prompts, texts, strict=True):
+        for prompt, text in zip(prompts, texts, strict=True):
             shown = prompt + text.rstrip() if text.strip() else repr(prompt + text)
             self.reporter.say(f"step {self.step}, a sample:\n{shown}")
         if distributed.is_main():
             with (self.output / SAMPLES).open("a", encoding="utf-8") as file:
-                for prompt, text in zip(options.prompts, texts, strict=True):
+                for prompt, text in zip(prompts, texts, strict=True):
                     file.write(json.dumps({"step": self.step, "prompt": prompt, "text": text}) + "\n")
 
     def _save(self) -> None:

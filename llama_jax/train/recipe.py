@@ -118,7 +118,7 @@ class Samples:
     """Text that the model writes during the run."""
 
     prompts: tuple[str, ...] = ()
-    """What it continues."""
+    """What it continues; spaces at an end are left to the model, as vocabularies join them to the word after."""
     every: int = 1000
     """Steps from one to the next; 0 is at the end only."""
     new_tokens: int = 64

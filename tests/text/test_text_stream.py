@@ -38,6 +38,13 @@ def test_characters_and_spaces_survive_token_by_token(tokenizer):
     assert any(piece == "" for piece in pieces)  # held back until the character is whole
 
 
+def test_a_continuation_keeps_its_space(tokenizer):
+    text = "The end of a sentence, and more."
+    ids = tokenizer.encode(text)
+    for k in range(1, len(ids)):
+        assert tokenizer.decode(ids[:k]) + StreamDecoder(tokenizer, goes_on=True).push(ids[k:]) == text
+
+
 def test_cost_per_token_does_not_grow(smollm2):
     ids = smollm2.encode(CORPUS) * 500
     stream = StreamDecoder(smollm2)
