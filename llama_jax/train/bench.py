@@ -1,15 +1,19 @@
 """How fast a training step is here, against transformers and torch's AdamW: SmolLM2-135M's shape, float32, one device.
 
-Machines are noisy, so all are timed in turn within one run, and medians and their ratios are what counts.
+Machines are noisy, so all are timed in turn within one run, each in a process of its own, and medians and their ratios
+are what counts.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from multiprocessing.connection import Connection
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -66,31 +70,83 @@ def measure(
 
     Raises:
       ValueError: `against` is something else.
+      OSError: a process ended, for want of memory or of transformers.
     """
     if against not in (None, "transformers"):
         raise ValueError(f"against must be 'transformers' or left out, got {against!r}")
-    config = PRESETS[PRESET]
-    setup.keep_freed_memory()  # as the training loop does
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (ROWS, LENGTH + 1))
-    runs, temporary = [], []
-    for policy in remat:
-        progress(f"a training step, remat {policy}: compiling")
-        optimizer = Optimizer(Schedule(LEARNING_RATE, 1000), weight_decay=WEIGHT_DECAY, clip_norm=CLIP)
-        recipe = Recipe(config, Data(train=()), Batch(LENGTH, ROWS), optimizer, remat=policy, dtype="float32")
-        run, nbytes = our_step(recipe, tokens)
-        runs.append(run)
-        temporary.append(nbytes)
-    if against:
-        runs.append(transformers_step(config, tokens))
-    for run in runs:  # warm up
-        run()
-    times = []
-    for i in range(repeats):
-        progress(f"training steps, {i + 1} of {repeats}")
-        times.append([_seconds(run) for run in runs])
-    speeds = [tokens[:, 1:].size / statistics.median(column) for column in zip(*times, strict=True)]
+    with contextlib.ExitStack() as stack:
+        steps = []
+        for what in (*remat, *([against] if against else [])):
+            progress(f"a training step, {what if what == against else f'remat {what}'}: compiling")
+            steps.append(stack.enter_context(_Apart(what)))
+        times = []
+        for i in range(repeats):
+            progress(f"training steps, {i + 1} of {repeats}")
+            times.append([step.seconds() for step in steps])
+    speeds = [ROWS * LENGTH / statistics.median(column) for column in zip(*times, strict=True)]
     theirs = speeds.pop() if against else None
-    return [Measurement(*row, theirs) for row in zip(remat, speeds, temporary, strict=True)]
+    temporary = [step.temporary_bytes for step in steps]
+    return [Measurement(*row, theirs) for row in zip(remat, speeds, temporary, strict=False)]
+
+
+class _Apart:
+    """A step in a process of its own, so that allocators and threads of one do not disturb another; warmed up."""
+
+    def __init__(self, what: str):
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, what), daemon=True)
+        self._process.start()
+        theirs.close()
+        self.temporary_bytes: int = self._answer()
+
+    def seconds(self) -> float:
+        """Takes one step."""
+        self._connection.send(True)
+        return self._answer()
+
+    def _answer(self) -> Any:
+        try:
+            answer = self._connection.recv()
+        except EOFError:
+            self._process.join()
+            raise OSError(
+                f"a process of the benchmark ended with code {self._process.exitcode}: see above, and whether there is"
+                " memory for all of them, 4 GB each"
+            ) from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def __enter__(self) -> _Apart:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()
+        self._process.kill()
+
+
+def _serve(connection: Connection, what: str) -> None:
+    """Steps of one kind, as they are asked for."""
+    try:
+        config = PRESETS[PRESET]
+        tokens = np.random.default_rng(0).integers(0, config.vocab_size, (ROWS, LENGTH + 1))
+        if what == "transformers":
+            run, nbytes = transformers_step(config, tokens), 0
+        else:
+            setup.keep_freed_memory()  # as the training loop does
+            optimizer = Optimizer(Schedule(LEARNING_RATE, 1000), weight_decay=WEIGHT_DECAY, clip_norm=CLIP)
+            batch = Batch(LENGTH, ROWS)
+            recipe = Recipe(config, Data(train=()), batch, optimizer, remat=cast(Remat, what), dtype="float32")
+            run, nbytes = our_step(recipe, tokens)
+        for _ in range(2):
+            run()
+        connection.send(nbytes)
+        with contextlib.suppress(EOFError):
+            while connection.recv():
+                connection.send(_seconds(run))
+    except (ValueError, OSError, ImportError) as error:
+        connection.send(OSError(str(error)))
 
 
 def our_step(recipe: Recipe, tokens: np.ndarray) -> tuple[Callable[[], None], int]:

@@ -326,7 +326,7 @@ class _Run:
         self.last = results
         values = {
             "step": pending.step,
-            **{key: results[key] for key in ("loss", "grad_norm", "learning_rate")},
+            **{key: results[key] for key in ("loss", "grad_norm", "param_norm", "learning_rate")},
             "tokens_per_second": rate,
             "mfu": metrics.mfu(self.config, seq_len, rate, devices.size, devices.flat[0].device_kind),
             "step_seconds": seconds,

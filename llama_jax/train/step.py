@@ -37,8 +37,9 @@ def train_step(
 
     Returns:
       The new state, and float32 and bool scalars: `loss` (nats a token, without the z-loss), `grad_norm` (before
-      clipping), `learning_rate`, `tokens`, `finite` (else nothing has changed), `skipped`, `skipped_in_a_row` and
-      `stop` (of any process, so that all know it after the same step).
+      clipping), `param_norm` (after the update), `learning_rate`, `tokens`, `finite` (loss and gradient; else nothing
+      has changed), `skipped`, `skipped_in_a_row` (these, and updates without finite parameters) and `stop` (of any process,
+      so that all know it after the same step).
     """
     M = batch["tokens"].shape[0]
     count = jnp.maximum((batch["segment_ids"] > 0).sum(dtype=jnp.float32), 1)
@@ -59,19 +60,26 @@ def train_step(
         start = jax.tree.map(jnp.zeros_like, state.model), Loss(zero, zero, zero, z_weight)
         (gradient, loss), _ = jax.lax.scan(accumulate, start, dict(batch))
 
+    def update(model, opt_state, gradient):
+        updates, opt_state = optimizer.update(gradient, opt_state, model)  # pyright: ignore
+        return optax.apply_updates(model, updates), opt_state  # pyright: ignore[reportArgumentType]
+
     with jax.named_scope("optimizer"):
         norm = optax.tree.norm(gradient)
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.model)  # pyright: ignore
-        finite = jnp.isfinite(norm) & jnp.isfinite(loss.nll) & jnp.isfinite(optax.tree.norm(updates))
-        model = optax.apply_updates(state.model, updates)  # pyright: ignore[reportArgumentType]
-        model, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (model, opt_state), (state.model, state.opt_state)
+        finite = jnp.isfinite(norm) & jnp.isfinite(loss.nll)
+        # Not `where`, which keeps the old state beside the new: for SmolLM2 on a CPU 0.44 s and 1.0 GB, against 0.27
+        # and 0.5.
+        model, opt_state = jax.lax.cond(
+            finite, update, lambda model, opt_state, _: (model, opt_state), state.model, state.opt_state, gradient
         )
+        param_norm = optax.tree.norm(model)
     skipped = state.skipped + ~finite
-    new = TrainState(model, opt_state, state.step + 1, skipped, jnp.where(finite, 0, state.skipped_in_a_row + 1))  # pyright: ignore
+    good = finite & jnp.isfinite(param_norm)
+    new = TrainState(model, opt_state, state.step + 1, skipped, jnp.where(good, 0, state.skipped_in_a_row + 1))  # pyright: ignore
     return new, {
         "loss": loss.nll / count,
         "grad_norm": norm,
+        "param_norm": param_norm,
         "learning_rate": jnp.asarray(schedule(state.step - state.skipped), jnp.float32),
         "tokens": loss.tokens,
         "finite": finite,
