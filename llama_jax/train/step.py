@@ -38,8 +38,8 @@ def train_step(
     Returns:
       The new state, and float32 and bool scalars: `loss` (nats a token, without the z-loss), `grad_norm` (before
       clipping), `param_norm` (after the update), `learning_rate`, `tokens`, `finite` (loss and gradient; else nothing
-      has changed), `skipped`, `skipped_in_a_row` (these, and updates without finite parameters) and `stop` (of any process,
-      so that all know it after the same step).
+      has changed), `skipped`, `skipped_in_a_row` (these, and updates to parameters that are not finite) and `stop` (of
+      any process, so that all know it after the same step).
     """
     M = batch["tokens"].shape[0]
     count = jnp.maximum((batch["segment_ids"] > 0).sum(dtype=jnp.float32), 1)
