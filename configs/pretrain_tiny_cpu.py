@@ -1,6 +1,23 @@
 """A small Llama learns Python from the standard library of the interpreter that runs it.
 
-python scripts/train.py configs/pretrain_tiny_cpu.py
+    python scripts/train.py configs/pretrain_tiny_cpu.py
+
+No download, and less than ten minutes on two cores: half a minute to train a vocabulary of 2048 tokens on 28 MB of
+source code and to tokenise it, 1500 steps of 8 x 256 tokens at about 7,000 tokens a second, half a minute to validate.
+On two cores with Python 3.11, in 8.3 minutes: the mean loss of the last 20 steps, in nats a token,
+
+    step    100    250    500    750   1000   1250   1500
+    loss   5.34   4.30   3.86   3.56   3.32   2.91   2.82
+
+and on packages that are held out, each with its tests, 3.133 nats a token or 1.525 bits a byte. gzip -9 needs 1.753 for
+each of these files on its own, and 1.629 for all of them joined. The same seed gives the same losses, digit for digit.
+A sample, after `def`:
+
+    def test_importer(self):
+            with self.assertRaises(UntimeError):
+                def f(self):
+
+`python scripts/generate.py --model runs/pretrain_tiny_cpu --prompt def --temperature 0.7` writes more.
 """
 
 from llama_jax.config import ModelConfig

@@ -3,7 +3,8 @@
     python scripts/bench.py                                  # decode at batch 1 and 8, prefill of 512 tokens
     python scripts/bench.py --against transformers           # the same weights in transformers, timed in turn
     python scripts/bench.py --startup                        # seconds from the command to the first character
-    python scripts/bench.py --training --against transformers  # a training step, with and without remat; 4 minutes
+    python scripts/bench.py --training --against transformers  # a training step; 3 minutes
+    python scripts/bench.py --training-memory                # what remat and microbatches save, as the compiler says
     python scripts/bench.py --loader                         # tokens a second of the data loader alone
     python scripts/bench.py --convert llama3.2-3b            # conversion HF <-> Meta against cp; needs 26 GB of disk
 
@@ -38,7 +39,11 @@ class Args:
     against: str | None = None
     """transformers (needs the test extra), or nothing."""
     training: bool = False
-    """Time a training step of SmolLM2's shape, 4 x 256 tokens, under several --remat policies instead."""
+    """Time a training step of SmolLM2's shape, 4 x 256 tokens, instead."""
+    remat: tuple[str, ...] = ("matmuls",)
+    """Of --training: the policies that are timed, each in turn with --against."""
+    training_memory: bool = False
+    """Compile such a step of 16 x 256 tokens for each remat policy and 1, 2 and 4 microbatches instead: its memory."""
     loader: bool = False
     """Time the data loader on the standard library's corpus, and the tiny recipe that reads it, instead."""
     startup: bool = False
@@ -71,6 +76,9 @@ def main(args: Args) -> None:
         return
     if args.training:
         training(args, say)
+        return
+    if args.training_memory:
+        training_memory(args, say)
         return
     if args.loader:
         loader(args, say)
@@ -119,7 +127,7 @@ def training(args: Args, say: Callable[[str], None]) -> None:
     import_jax()
     from llama_jax.train import bench
 
-    results = bench.measure(repeats=args.repeats, against=args.against, progress=say)
+    results = bench.measure(args.remat, repeats=args.repeats, against=args.against, progress=say)
     if args.json:
         print(json.dumps([dataclasses.asdict(r) | {"ratio": r.ratio} for r in results]))
         return
@@ -128,6 +136,19 @@ def training(args: Args, say: Callable[[str], None]) -> None:
         if r.ratio and r.against_tokens_per_second:
             line += f"  {args.against} {r.against_tokens_per_second:7.1f}, ratio {r.ratio:.2f}"
         print(line)
+
+
+def training_memory(args: Args, say: Callable[[str], None]) -> None:
+    import_jax()
+    from llama_jax.train import bench
+
+    found = bench.memory(progress=say)
+    if args.json:
+        print(json.dumps(found))
+        return
+    print("GB of temporaries    " + "".join(f"{M:3} microbatches" for M in found["full"]))
+    for policy, sizes in found.items():
+        print(f"remat {policy:14}" + "".join(f"{size / 1e9:16.2f}" for size in sizes.values()))
 
 
 def loader(args: Args, say: Callable[[str], None]) -> None:

@@ -54,18 +54,18 @@ class Measurement:
 
 
 def measure(
+    remat: Sequence[str],
     *,
     repeats: int,
     against: str | None = "transformers",
-    remat: Sequence[Remat] = ("none", "matmuls", "full"),
     progress: Callable[[str], None],
 ) -> list[Measurement]:
     """Times a step of 4 rows of 256 tokens: loss, gradient, clipping by its norm, AdamW.
 
     Args:
+      remat: policies, each a measurement.
       repeats: how often each is timed; the median counts.
       against: "transformers", or None.
-      remat: policies, each a measurement.
       progress: called with a word about what is being timed.
 
     Raises:
@@ -74,19 +74,47 @@ def measure(
     """
     if against not in (None, "transformers"):
         raise ValueError(f"against must be 'transformers' or left out, got {against!r}")
+    results = []
     with contextlib.ExitStack() as stack:
-        steps = []
-        for what in (*remat, *([against] if against else [])):
-            progress(f"a training step, {what if what == against else f'remat {what}'}: compiling")
-            steps.append(stack.enter_context(_Apart(what)))
-        times = []
-        for i in range(repeats):
-            progress(f"training steps, {i + 1} of {repeats}")
-            times.append([step.seconds() for step in steps])
-    speeds = [ROWS * LENGTH / statistics.median(column) for column in zip(*times, strict=True)]
-    theirs = speeds.pop() if against else None
-    temporary = [step.temporary_bytes for step in steps]
-    return [Measurement(*row, theirs) for row in zip(remat, speeds, temporary, strict=False)]
+        progress("a training step: compiling")
+        theirs = stack.enter_context(_Apart(against)) if against else None
+        for policy in remat:
+            with _Apart(policy) as ours:  # one at a time: four of them need more than 20 GB
+                times: list[list[float]] = [[], []]
+                for i in range(repeats):
+                    progress(f"training steps, remat {policy}, {i + 1} of {repeats}")
+                    times[0].append(ours.seconds())
+                    if theirs:
+                        times[1].append(theirs.seconds())
+            speeds = [ROWS * LENGTH / statistics.median(column) if column else None for column in times]
+            results.append(Measurement(policy, speeds[0] or 0.0, ours.temporary_bytes, speeds[1]))
+    return results
+
+
+def memory(
+    *, rows: int = 16, microbatches: Sequence[int] = (1, 2, 4), progress: Callable[[str], None]
+) -> dict[str, dict[int, int]]:
+    """Compiles, and does not run, a step of so many rows of 256 tokens: bytes of temporaries by remat policy and M."""
+    found: dict[str, dict[int, int]] = {}
+    with jax.set_mesh(sharding.make_mesh(PRESETS[PRESET])):
+        for policy in ("none", "matmuls", "attention", "full"):
+            for M in microbatches:
+                progress(f"nothing: compiling remat {policy}, {M} microbatches")
+                program, args = setup.abstract_step(_recipe(policy, rows, M))
+                found.setdefault(policy, {})[M] = _temporary_bytes(program.lower(*args).compile())
+    return found
+
+
+def _recipe(remat: Remat, rows: int, microbatches: int = 1) -> Recipe:
+    optimizer = Optimizer(Schedule(LEARNING_RATE, 1000), weight_decay=WEIGHT_DECAY, clip_norm=CLIP)
+    batch = Batch(LENGTH, rows, microbatches)
+    return Recipe(PRESETS[PRESET], Data(train=()), batch, optimizer, remat=remat, dtype="float32")
+
+
+def _temporary_bytes(program: Any) -> int:
+    sizes = program.memory_analysis()
+    assert sizes is not None, "a CPU's compiler says it"
+    return sizes.temp_size_in_bytes
 
 
 class _Apart:
@@ -135,10 +163,7 @@ def _serve(connection: Connection, what: str) -> None:
             run, nbytes = transformers_step(config, tokens), 0
         else:
             setup.keep_freed_memory()  # as the training loop does
-            optimizer = Optimizer(Schedule(LEARNING_RATE, 1000), weight_decay=WEIGHT_DECAY, clip_norm=CLIP)
-            batch = Batch(LENGTH, ROWS)
-            recipe = Recipe(config, Data(train=()), batch, optimizer, remat=cast(Remat, what), dtype="float32")
-            run, nbytes = our_step(recipe, tokens)
+            run, nbytes = our_step(_recipe(cast(Remat, what), ROWS), tokens)
         for _ in range(2):
             run()
         connection.send(nbytes)
@@ -174,9 +199,7 @@ def our_step(recipe: Recipe, tokens: np.ndarray) -> tuple[Callable[[], None], in
         state, results = program(state, batch, stop)
         results["loss"].block_until_ready()
 
-    memory = program.memory_analysis()
-    assert memory is not None, "a CPU's compiler says it"
-    return run, memory.temp_size_in_bytes
+    return run, _temporary_bytes(program)
 
 
 def speed(recipe: Recipe, *, repeats: int) -> float:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import runpy
+from pathlib import Path
+
 import jax
 import pytest
 
 from llama_jax import kv_cache
 from llama_jax.presets import PRESETS
+from llama_jax.train import setup
 from tests.aot import machines
 
 pytestmark = pytest.mark.tpu_compiler
@@ -36,6 +41,22 @@ def test_training_at_8192_has_no_scores_and_no_whole_logits():
     assert not [shape for _, shape in found if shape.count(T) > 1]
     assert not [shape for dtype, shape in found if dtype == "f32" and V in shape and T in shape]
     print(f"8B, loss and gradient, 16 rows of {T} on v5e 4x4, fsdp=16: {machines.gigabytes(compiled)}")
+
+
+def test_the_step_of_the_8b_recipe_fits_on_v5e_16():
+    """With a sequence a chip in each microbatch; compiling fails above 16 GB."""
+    devices = machines.tpu("v5e:4x4")
+    path = Path(__file__).parents[2] / "configs" / "pretrain_llama3_8b.py"
+    recipe = runpy.run_path(str(path))["recipe"]()
+    recipe = dataclasses.replace(recipe, batch=dataclasses.replace(recipe.batch, microbatches=128))
+    with jax.set_mesh(machines.mesh_of(recipe.model, "fsdp=16", devices)):
+        step, args = setup.abstract_step(recipe)
+        compiled = step.lower(*args).compile()
+    print(f"8B, a whole step, 128 microbatches of 16 x 8192 on v5e 4x4, fsdp=16: {machines.gigabytes(compiled)}")
+    state = 12 * recipe.model.param_count() / 16  # float32: parameters and Adam's two means
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes == pytest.approx(state, rel=0.001)
+    assert memory.argument_size_in_bytes < state * 1.01 + 0.3e9  # and the batch
 
 
 def test_two_slices():
