@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import signal
 import sys
 import time
@@ -225,14 +226,14 @@ class _Run:
                         self._report(pending)
                         pending = None
                     self.checkpoints.check()
-                    if self._save_owed and not self.last["skipped_in_a_row"]:  # else after the next good step
+                    if self._save_owed and self._is_sound() and not self.last["skipped_in_a_row"]:  # else later
                         self._save()
                         self._save_owed = False
                 if pending:
                     self._report(pending)
-            if self.step:
+            if self.step and self._is_sound():
                 self._save()
-                self.checkpoints.wait()
+            self.checkpoints.wait()
         if distributed.is_main():
             draw_curves(self.output)
         signal_ = (self.request.signal or signal.SIGTERM) if self.step < self.total else None
@@ -286,6 +287,10 @@ class _Run:
     def _measure_is_due(self) -> bool:
         recipe = self.recipe
         return self.step == self.total or self._due(recipe.validation.every) or self._due(recipe.samples.every)
+
+    def _is_sound(self) -> bool:
+        """Whether the latest parameters are numbers: a learning rate that is far too large leaves none."""
+        return math.isfinite(self.last.get("param_norm", 0.0))
 
     def _stopping(self) -> bool:
         if distributed.process_count() == 1:
@@ -351,7 +356,7 @@ class _Run:
             rows = range(part.first_row, part.first_row + part.rows)
             first = "; ".join(sources(self.plan, rows[:8])[:8])
             raise ValueError(
-                f"step {pending.step}: loss, gradient or update was not finite {results['skipped_in_a_row']} times in a"
+                f"step {pending.step}: loss or gradient was not finite {results['skipped_in_a_row']} times in a"
                 f" row. These steps changed nothing, and were not saved. The batch came from {first}, ...: look for"
                 " damaged texts there, or remove the latest checkpoints and go on with a lower learning rate"
             )

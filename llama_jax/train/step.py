@@ -38,8 +38,7 @@ def train_step(
     Returns:
       The new state, and float32 and bool scalars: `loss` (nats a token, without the z-loss), `grad_norm` (before
       clipping), `param_norm` (after the update), `learning_rate`, `tokens`, `finite` (loss and gradient; else nothing
-      has changed), `skipped`, `skipped_in_a_row` (these, and updates to parameters that are not finite) and `stop` (of
-      any process, so that all know it after the same step).
+      has changed), `skipped`, `skipped_in_a_row` and `stop` (of any process, so that all know it after the same step).
     """
     M = batch["tokens"].shape[0]
     count = jnp.maximum((batch["segment_ids"] > 0).sum(dtype=jnp.float32), 1)
@@ -74,8 +73,7 @@ def train_step(
         )
         param_norm = optax.tree.norm(model)
     skipped = state.skipped + ~finite
-    good = finite & jnp.isfinite(param_norm)
-    new = TrainState(model, opt_state, state.step + 1, skipped, jnp.where(good, 0, state.skipped_in_a_row + 1))  # pyright: ignore
+    new = TrainState(model, opt_state, state.step + 1, skipped, jnp.where(finite, 0, state.skipped_in_a_row + 1))  # pyright: ignore
     return new, {
         "loss": loss.nll / count,
         "grad_norm": norm,
