@@ -52,9 +52,10 @@ def test_the_step_of_the_8b_recipe_fits_on_v5e_16():
     with jax.set_mesh(machines.mesh_of(recipe.model, "fsdp=16", devices)):
         step, args = setup.abstract_step(recipe)
         compiled = step.lower(*args).compile()
-    print(f"8B, a whole step, 128 microbatches of 16 x 8192 on v5e 4x4, fsdp=16: {machines.gigabytes(compiled)}")
-    state = 12 * recipe.model.param_count() / 16  # float32: parameters and Adam's two means
     memory = compiled.memory_analysis()
+    peak = memory.peak_memory_in_bytes / 1e9
+    print(f"8B, a step of 128 microbatches of 16 x 8192, v5e 4x4: peak {peak:.2f} GB; {machines.gigabytes(compiled)}")
+    state = 12 * recipe.model.param_count() / 16  # float32: parameters and Adam's two means
     assert memory.alias_size_in_bytes == pytest.approx(state, rel=0.001)
     assert memory.argument_size_in_bytes < state * 1.01 + 0.3e9  # and the batch
 
