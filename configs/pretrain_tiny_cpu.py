@@ -11,6 +11,7 @@ On two cores with Python 3.11, in 8.4 minutes: the mean loss of the last 20 step
 
 and on packages that are held out, each with its tests, 3.133 nats a token or 1.525 bits a byte. gzip -9 needs 1.753 for
 each of these files on its own, and 1.629 for all of them joined. The same seed gives the same losses, digit for digit.
+Python 3.13 has another library: 1.563 there, and 1.729 and 1.597.
 A sample, after `def`:
 
     def test_importer(self):
