@@ -1,9 +1,13 @@
+import dataclasses
 import random
 import time
 
 import pytest
 
+from llama_jax import generate
 from llama_jax.text.stream import StopStrings, StreamDecoder
+from tests.builders import tiny_config
+from tests.infer.helpers import random_llama
 from tests.text.helpers import CORPUS, load, random_texts
 
 
@@ -43,6 +47,20 @@ def test_a_continuation_keeps_its_space(tokenizer):
     ids = tokenizer.encode(text)
     for k in range(1, len(ids)):
         assert tokenizer.decode(ids[:k]) + StreamDecoder(tokenizer, goes_on=True).push(ids[k:]) == text
+
+
+def test_a_completion_goes_on_from_its_prompt(sp_tokenizer):
+    """Of a text with the space between, of ids without what came before."""
+    config = tiny_config(vocab_size=sp_tokenizer.vocab_size)
+    llama = dataclasses.replace(random_llama(config), tokenizer=sp_tokenizer)
+    texts = [chr(ord("a") + i) for i in range(26)]
+    ids = [sp_tokenizer.encode(text, bos=sp_tokenizer.add_bos) for text in texts]
+    completions = generate(llama, [*texts, *ids], max_new_tokens=8)
+    for text, prompt, of_text, of_ids in zip(texts, ids, completions[:26], completions[26:], strict=True):
+        assert of_text.tokens == of_ids.tokens
+        assert text + of_text.text == sp_tokenizer.decode([*prompt, *of_text.tokens])
+        assert of_ids.text == sp_tokenizer.decode(of_ids.tokens)
+    assert any(completion.text.startswith(" ") for completion in completions[:26])
 
 
 def test_cost_per_token_does_not_grow(smollm2):
