@@ -33,6 +33,7 @@ REMAT = {
     "matmuls": _POLICIES.save_only_these_names("qkv", "attention", "out", "mlp"),  # of products, as LLaMA 1 did
     "attention": _POLICIES.save_only_these_names("qkv", "attention"),
     "full": _POLICIES.nothing_saveable,  # but the block's input
+    "groups": _POLICIES.nothing_saveable,  # but the input of a group of about sqrt(L) blocks: a third forward pass
     "offload": _POLICIES.save_and_offload_only_these_names(  # and that in the host's memory
         names_which_can_be_saved=[], names_which_can_be_offloaded=["block"], offload_src="device",
         offload_dst="pinned_host",
@@ -263,6 +264,11 @@ def _stack(x: jax.ShapeDtypeStruct, num_layers: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((num_layers, *x.shape), x.dtype, sharding=sharding)
 
 
+def group_size(num_layers: int) -> int:
+    """Blocks in a group of two-level recomputation: the divisor of the layers whose two sums of inputs are least."""
+    return min((n for n in range(1, num_layers + 1) if num_layers % n == 0), key=lambda n: n + num_layers // n)
+
+
 def apply_blocks(
     blocks: nnx.List | Block,
     x_BTD: jax.Array,
@@ -290,6 +296,15 @@ def apply_blocks(
 
         if remat != "none" and cache is None:  # a scan cannot merge the two computations: no barrier is needed
             step = jax.checkpoint(step, policy=REMAT[remat], prevent_cse=False)
+        if remat == "groups" and cache is None:
+            size = group_size(jax.tree.leaves(blocks)[0].shape[0])
+            groups = jax.tree.map(lambda w: w.reshape(-1, size, *w.shape[1:]), blocks)
+            group = jax.checkpoint(
+                lambda x_BTD, layers: jax.lax.scan(step, x_BTD, (layers, None)),
+                policy=REMAT[remat],
+                prevent_cse=False,
+            )
+            return jax.lax.scan(group, x_BTD, groups)
         return jax.lax.scan(step, x_BTD, (blocks, cache))
     # Jitted within the jitted step, so that a list of blocks is traced once and not once a layer.
     apply = jax.jit(lambda block, x_BTD, layer, where: block(x_BTD, layer, **where, **static))

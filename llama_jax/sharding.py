@@ -180,7 +180,7 @@ class ShardingRules:
     groups: Axes = "tensor_q"  # tensor parallelism beyond the kv heads
     head_dim: Axes = None  # RoPE pairs its two halves
     mlp: Axes = TENSOR  # column then row parallel: one reduction an MLP
-    norm: Axes = None  # a few kilobytes, read by every device
+    norm: Axes = ("fsdp", "context")  # small, but of 70B on 64 chips Adam's and theirs would be 16 MB on each
     layers: Axes = None  # scanned one after the other
     # Activations and cache.
     batch: Axes = ("data", "fsdp")  # each data and fsdp shard computes its own sequences

@@ -11,4 +11,7 @@ def rms_norm(x_BTD: jax.Array, weight_D: jax.Array, *, eps: float) -> jax.Array:
     """
     x32 = x_BTD.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return (x32 * scale).astype(x_BTD.dtype) * weight_D.astype(x_BTD.dtype)
+    weight_D = weight_D.astype(x_BTD.dtype)
+    if any(jax.typeof(weight_D).sharding.spec):
+        weight_D = jax.reshard(weight_D, jax.P(None))
+    return (x32 * scale).astype(x_BTD.dtype) * weight_D

@@ -7,7 +7,7 @@ from typing import Literal
 
 from llama_jax.config import ModelConfig
 
-Remat = Literal["none", "matmuls", "attention", "full", "offload"]
+Remat = Literal["auto", "none", "matmuls", "attention", "full", "groups", "offload"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from llama_jax.train.losses import cross_entropy
 from llama_jax.train.optim import adamw, learning_rate
 from llama_jax.train.recipe import Optimizer, Schedule
 from llama_jax.train.state import TrainState, new_state
-from llama_jax.train.step import compiled, train_step
+from llama_jax.train.step import attached, compiled, handles, train_step
 from llama_jax.weights.load import read_model
 from llama_jax.weights.open import open_checkpoint
 from tests.builders import hf_model, one_device, tiny_config
@@ -165,6 +165,29 @@ def test_what_is_not_finite_changes_nothing(checkpoint):
         assert results["finite"]
         assert (int(results["skipped"]), int(results["skipped_in_a_row"]), int(state.step)) == (2, 0, 4)
         assert float(results["learning_rate"]) == pytest.approx(2 * float(first["learning_rate"]))  # of updates
+
+
+def test_gradients_kept_in_bfloat16_are_the_same_numbers(checkpoint):
+    """Float32 parameters, products in bfloat16: what JAX gives in float32 holds no more than bfloat16 does."""
+    opened, _ = checkpoint
+    mesh = sharding.mesh_of(opened.config, "fsdp=2,context=2,tensor=2")
+    leaves = jax.tree.leaves(read_model(opened, mesh, dtype="float32", stacked=True))
+    with jax.set_mesh(mesh):
+        like = Llama(opened.config, dtype="bfloat16", param_dtype="float32", stacked=True, remat="full", rngs=None)
+        model = jax.tree.unflatten(jax.tree.structure(like), leaves)
+        batch = {name: x[0] for name, x in placed(packed_batch(0), model, mesh, M=1).items()}
+
+        def loss(stand_ins, model):
+            where = {"positions_BT": batch["positions"], "segment_ids_BT": batch["segment_ids"]}
+            x_BTD, _ = attached(model, stand_ins).hidden(batch["tokens"], **where)
+            return cross_entropy(model, x_BTD, batch["targets"], batch["segment_ids"] > 0).mean
+
+        narrow = jax.jit(lambda model: jax.grad(loss)(handles(model), model).blocks)(model)
+        plain = jax.jit(lambda model: jax.grad(lambda model: loss(model, model))(model).blocks)(model)
+    for ours, theirs in zip(*map(jax.tree.leaves, (narrow, plain)), strict=True):
+        assert ours.dtype == (jax.numpy.bfloat16 if ours.ndim > 2 else jax.numpy.float32)  # matrices, not norms
+        assert ours.sharding == theirs.sharding
+        np.testing.assert_array_equal(np.asarray(ours, np.float32), theirs)
 
 
 def test_every_remat_policy_gives_the_plain_gradient(checkpoint):
