@@ -51,7 +51,7 @@ class Chip:
 
 # The memory of GPUs is what their driver reports, a little less than the name says.
 _CHIPS = (
-    Chip("v4", ("TPU v4",), 275e12, 1228e9, 300e9, 32 * GIB, int(31.25 * GIB), 100 * 10**9, 3, counts_cores=True),
+    Chip("v4", ("TPU v4",), 275e12, 1228e9, 300e9, 32 * GIB, int(30.75 * GIB), 100 * 10**9, 3, counts_cores=True),
     Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 819e9, 200e9, 16 * GIB, int(15.75 * GIB), 48 * 10**9, 2),
     Chip("v5p", ("TPU v5", "TPU v5p"), 459e12, 2765e9, 600e9, 95 * GIB, int(95.74 * GIB), 112 * 10**9, 3,
          counts_cores=True, network=6.25e9),
@@ -61,6 +61,7 @@ _CHIPS = (
          per_chip=2, counts_cores=True, network=6.25e9),
     Chip("a100", ("NVIDIA A100",), 312e12, 2039e9, 300e9, 85_100_068_864, 85_100_068_864),
     Chip("h100", ("NVIDIA H100",), 989e12, 3352e9, 450e9, 84_978_434_048, 84_978_434_048),
+    Chip("h100pcie", ("NVIDIA H100 PCIe",), 756e12, 2039e9, 64e9, 84_942_979_072, 84_942_979_072),
     Chip("h200", ("NVIDIA H200",), 989e12, 4800e9, 450e9, 151_397_597_184, 151_397_597_184),
     Chip("b200", ("NVIDIA B200",), 2250e12, 8000e9, 900e9, 191_514_411_008, 191_514_411_008),
 )  # fmt: skip
@@ -138,7 +139,7 @@ def machine(name: str) -> Machine:
         if chip and chip.dimensions:
             shape = size if "x" in size else _shape(chip, int(size), name)
             return Machine(name, chip, _checked(chip, shape, name), _count(slices, name))
-    elif match := re.fullmatch(r"(?:(\d+)x)?(?:(\d+)x)?([a-z]+\d+)", text):
+    elif match := re.fullmatch(r"(?:(\d+)x)?(?:(\d+)x)?([a-z]+\d+[a-z]*)", text):
         machines, number, kind = match.groups()
         if machines and not number:
             machines, number = None, machines
@@ -163,7 +164,7 @@ def names() -> list[str]:
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip of a `jax.Device.device_kind`, or None where it is not known (a CPU). The longest key that fits counts."""
+    """The chip of a `jax.Device.device_kind`, by the longest of `kinds` that fits; None for others, such as a CPU."""
     fitting = [(len(kind), chip) for chip in _CHIPS for kind in chip.kinds if device_kind.startswith(kind)]
     return max(fitting, key=lambda found: found[0])[1] if fitting else None
 
@@ -217,3 +218,26 @@ def _unknown(name: str) -> ValueError:
         " v6e-N, tpu7x-N as on Cloud TPU, v5e:4x4 by topology, 2xv6e-256 for two slices, and a100, h100, h200, b200 or"
         " 8xh100"
     )
+
+
+def of_devices(kind: str, devices: int, slices: int = 1) -> Machine | None:
+    """The machine of so many JAX devices of a `device_kind`; None where there is no such one (a CPU, odd numbers)."""
+    chip = chip_of(kind)
+    if chip is None or devices % (slices * chip.per_chip):
+        return None
+    number = devices // slices // chip.per_chip
+    if not chip.dimensions:
+        return Machine(f"{number}x{chip.name}", chip, str(number), slices)
+    known = number in _FLAT if chip.dimensions == 2 else number >= 4 and not number & (number - 1)
+    if not known:
+        return None
+    found = Machine("", chip, _FLAT[number] if chip.dimensions == 2 else _cube(number), slices)
+    return dataclasses.replace(found, name=found.cloud_name)
+
+
+def sizes_of(chip: Chip) -> list[Machine]:
+    """Machines of one kind, the smallest first."""
+    if not chip.dimensions:
+        return [machine(f"{n}x{chip.name}") for n in (1, 2, 4, 8, "2x8", "4x8", "8x8", "16x8")]
+    shapes = list(_FLAT.values()) if chip.dimensions == 2 else [_cube(4 << i) for i in range(11)]
+    return [Machine(f"{chip.name}:{shape}", chip, shape) for shape in shapes]

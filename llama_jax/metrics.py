@@ -3,22 +3,7 @@
 from __future__ import annotations
 
 from llama_jax.config import ModelConfig
-
-# Dense bfloat16 FLOP/s of one JAX device by its `device_kind`, from the data sheets. The longest key that fits counts.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 2307e12 / 2,  # two devices a chip
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-}
+from llama_jax.machines import chip_of
 
 
 def training_flops(config: ModelConfig, seq_len: int) -> float:
@@ -40,8 +25,8 @@ def training_flops(config: ModelConfig, seq_len: int) -> float:
 
 def peak_flops(device_kind: str) -> float | None:
     """Dense bfloat16 FLOP/s of a device, or None where it is not known (a CPU)."""
-    fitting = [kind for kind in PEAK_FLOPS if device_kind.startswith(kind)]
-    return PEAK_FLOPS[max(fitting, key=len)] if fitting else None
+    chip = chip_of(device_kind)
+    return chip.flops if chip else None
 
 
 def mfu(config: ModelConfig, seq_len: int, tokens_per_second: float, devices: int, device_kind: str) -> float | None:

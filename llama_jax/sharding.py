@@ -23,6 +23,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from llama_jax import machines, tuned
 from llama_jax.config import ModelConfig
 
 log = logging.getLogger("llama_jax")
@@ -108,7 +109,7 @@ def make_mesh(
 
 
 def _arrange(devices: list[Any], shape: tuple[int, ...], text: str) -> Any:
-    slices = _num_slices(devices)
+    slices = num_slices(devices)
     split = devices[0].platform == "tpu"  # a logical axis may take part of a torus axis: tensor_kv=8 on 4x4
     if slices == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=split)
@@ -123,8 +124,8 @@ def _arrange(devices: list[Any], shape: tuple[int, ...], text: str) -> Any:
     )
 
 
-def _num_slices(devices: Sequence[Any]) -> int:
-    """Of TPUs; on GPUs a node counts as a slice for JAX, but `fsdp` over nodes is usual."""
+def num_slices(devices: Sequence[Any]) -> int:
+    """Slices of TPUs; on GPUs a node counts as a slice for JAX, but `fsdp` over nodes is usual."""
     return len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"} or {0})
 
 
@@ -143,9 +144,14 @@ def _more(needed: int, devices: Sequence[Any]) -> str:
 
 
 def default_mesh(config: ModelConfig) -> Mesh:
-    """For inference: all devices on `tensor`, which shortens every step and needs no batch; slices go on `data`."""
-    slices = _num_slices(jax.devices())
-    return make_mesh(config, data=slices, tensor=len(jax.devices()) // slices)
+    """For inference: that of the tuned table; else all devices on `tensor`, which shortens every step and needs no
+    batch, and slices on `data`."""
+    devices = jax.devices()
+    slices = num_slices(devices)
+    here = machines.of_devices(devices[0].device_kind, len(devices), slices)
+    if here and (row := tuned.find(config, here, "decode", 0)):
+        return make_mesh(config, **row.mesh)
+    return make_mesh(config, data=slices, tensor=len(devices) // slices)
 
 
 def mesh_of(config: ModelConfig, text: str | None) -> Mesh:

@@ -3,6 +3,7 @@
     python scripts/train.py configs/pretrain_tiny_cpu.py                     # 10 minutes on two cores, no download
     python scripts/train.py configs/pretrain_tiny_cpu.py --steps 100 --output runs/short --optimizer.schedule.peak 1e-3
     python scripts/train.py configs/pretrain_llama3_8b.py --print-config     # the recipe, nothing else
+    python scripts/train.py configs/pretrain_llama3_8b.py --dry-run          # does it fit, how fast could it be
     python scripts/train.py RECIPE --resume auto                             # go on, on any number of devices
     python scripts/train.py RECIPE --help                                    # every field that can be given
 
@@ -26,6 +27,7 @@ from pathlib import Path
 import tyro
 
 from llama_jax.cli import ProcessArgs, fail_clearly, import_jax
+from llama_jax.plan import environment
 from llama_jax.train.recipe import Recipe
 from llama_jax.train.report import count
 
@@ -36,8 +38,12 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 class Args(Recipe):
     print_config: bool = False
     """Print the recipe with everything given here, and stop."""
+    dry_run: bool = False
+    """Print what scripts/plan.py says of the step, compiled for `machine` and not run, and stop."""
+    machine: str = ""
+    """Of --dry-run, such as v5p-128; empty: that of the tuned table, else the smallest TPU that fits by arithmetic."""
     json: bool = False
-    """Print how the run ended as one JSON object."""
+    """Print how the run ended, or what the dry run found, as one JSON object."""
     processes: tyro.conf.OmitArgPrefixes[ProcessArgs] = dataclasses.field(default_factory=ProcessArgs)
 
 
@@ -71,6 +77,19 @@ def in_words(recipe: Recipe) -> str:
     )
 
 
+def dry_run(recipe: Recipe, args: Args, name: str) -> int:
+    """As scripts/plan.py."""
+    environment.prepare()
+    import_jax()
+    from llama_jax.plan import report, request
+    from llama_jax.plan.make import make_plan
+
+    recipe, job = request.of_recipe(recipe, args.machine)
+    plan = make_plan(job, say=lambda text: print(text, file=sys.stderr, flush=True))
+    print(json.dumps(plan.as_json()) if args.json else report.in_words(plan, model=name))
+    return 0 if plan.fits else 3
+
+
 def main() -> int:
     if asks_for_help := sys.argv[1:2] in (["--help"], ["-h"]):  # every option, with the smallest recipe's values
         sys.argv.insert(1, "pretrain_tiny_cpu")
@@ -89,6 +108,8 @@ def main() -> int:
         print(json.dumps(dataclasses.asdict(recipe), indent=2))
         print(in_words(recipe), file=sys.stderr)
         return 0
+    if args.dry_run:
+        return dry_run(recipe, args, Path(path).stem)
     args.processes.start()
     import_jax()
     from llama_jax.distributed import is_main

@@ -222,6 +222,14 @@ class Programs:
         """As `decode` without the model, with the finish codes beside the state, which is donated."""
         return self._decode(self.leaves, *args)
 
+    def lower_prefill(self, *args: Any, **kwargs: Any) -> Any:
+        """The program of `prefill` for abstract arguments, to compile for machines that are not there."""
+        return self._prefill.lower(self.leaves, *args, **kwargs)
+
+    def lower_decode(self, *args: Any) -> Any:
+        """The program of `decode`, likewise."""
+        return self._decode.lower(self.leaves, *args)
+
     def forward(self, tokens_BT: jax.Array) -> jax.Array:
         """Float32 logits [B, T, V], without a cache."""
         return self._forward(self.leaves, tokens_BT)

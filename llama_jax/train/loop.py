@@ -24,6 +24,7 @@ from llama_jax.data.loader import Loader, Step
 from llama_jax.data.plan import sources
 from llama_jax.infer.generate import Sampling, encode_prompt, generate, with_model
 from llama_jax.train import setup
+from llama_jax.train.choose import choose, in_words
 from llama_jax.train.guard import memory_in_words, only_one
 from llama_jax.train.optim import adamw, learning_rate
 from llama_jax.train.outcome import Outcome
@@ -96,6 +97,9 @@ class _Run:
         initial = None if steps else setup.open_initial(recipe, self.corpora)
         self.config = self._config(initial)
         setup.check_sizes(recipe, self.config, self.corpora)
+        self.machine = setup.machine_here()
+        self.recipe = recipe = choose(recipe, self.config, self.machine)
+        self.batches = setup.batch_schedule(recipe.batch)
         self.mesh = setup.make_mesh(recipe, self.config)
         if self.mesh.devices.flat[0].platform == "cpu":
             setup.keep_freed_memory()
@@ -268,6 +272,10 @@ class _Run:
             f"{count(config.param_count())} parameters on {describe(self.mesh)}, {self.state.model.dtype};"
             f" {count(tokens)} tokens to read, {stage.rows * recipe.batch.seq_len:,} a step"
         )
+        if self.machine:
+            parts = f", {recipe.batch.microbatches} microbatches" if recipe.batch.microbatches > 1 else ""
+            how = in_words(recipe, self.config, self.machine)
+            self.reporter.say(f"mesh {recipe.mesh}, remat {recipe.remat}{parts}: {how}")
         if self.step >= self.total:
             self.reporter.say(f"{self.output}: all {self.total} steps are done already; --steps gives it more")
         else:
@@ -309,7 +317,8 @@ class _Run:
         if shape not in self._programs:
             start = time.perf_counter()
             step = compiled(self.optimizer, self.schedule, self.recipe.optimizer.z_weight)
-            self._programs[shape] = step.lower(self.state, part.batch, self._stop_flags()).compile()
+            lowered = step.lower(self.state, part.batch, self._stop_flags())
+            self._programs[shape] = lowered.compile(self.recipe.compiler_options or None)
             M, B, T = shape
             parts = f"{M} microbatches of " if M > 1 else ""
             self.reporter.say(f"compiled for {parts}{B} x {T} tokens in {time.perf_counter() - start:.1f} s")

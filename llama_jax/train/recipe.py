@@ -46,8 +46,8 @@ class Batch:
     """Tokens in a sequence, in which documents are packed."""
     sequences: int
     """Of a step, over all devices."""
-    microbatches: int = 1
-    """Parts that are computed one after the other, their gradients summed in float32."""
+    microbatches: int = 0
+    """Parts that are computed one after the other, their gradients summed in float32; 0 is what memory needs."""
     stages: tuple[Stage, ...] = ()
     """What comes before, with smaller batches (Llama 3)."""
 
@@ -153,12 +153,16 @@ class Recipe:
     """Stops after so many, whatever the schedule; 0 is the schedule's."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Of the computation; auto is float32 on CPU and bfloat16 elsewhere. Parameters are float32."""
-    remat: Remat = "full"
-    """What the gradient keeps of a block: all, the outputs of products, of attention, its input, that on the host."""
+    remat: Remat = "auto"
+    """What the gradient keeps of a block: all, outputs of products, of attention, its input (full), that of every few
+    blocks (groups), inputs in the host's memory (offload). auto: by the tuned table, else what fits by arithmetic."""
     attention: str = "auto"
-    """Its implementation: auto, splash, cudnn, xla, cpu or reference."""
+    """Its implementation: auto, splash, cudnn, xla, cpu or reference; splash:512 with blocks of that size."""
     mesh: str = "auto"
-    """Devices, such as fsdp=8,tensor=2 (axes data, fsdp, context, tensor); auto puts all on fsdp."""
+    """Devices, such as fsdp=8,tensor=2 (axes data, fsdp, context, tensor); auto: by the tuned table, else all on
+    fsdp."""
+    compiler_options: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Of XLA, for the step; empty: those of the tuned table."""
     non_finite_limit: int = 5
     """Steps in a row without a finite loss and gradient, which change nothing, until the run stops."""
     tensorboard: bool = True

@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llama_jax import sharding
+from llama_jax import machines, sharding
 from llama_jax.config import ModelConfig
 from llama_jax.data.corpus import Corpus, check_tokenizer, open_corpus
 from llama_jax.data.loader import BatchSchedule
 from llama_jax.data.loader import Stage as BatchStage
 from llama_jax.data.plan import WINDOW, Plan
+from llama_jax.machines import Machine
 from llama_jax.model import Llama, random_keys
 from llama_jax.text.differences import differences
 from llama_jax.train.optim import adamw, learning_rate
@@ -92,7 +93,7 @@ def check_numbers(recipe: Recipe) -> None:
         "non_finite_limit": (recipe.non_finite_limit, 1),
         "batch.seq_len": (batch.seq_len, 1),
         "batch.sequences": (batch.sequences, 1),
-        "batch.microbatches": (batch.microbatches, 1),
+        "batch.microbatches": (batch.microbatches, 0),
         **{f"batch.stages.{i}.sequences": (stage.sequences, 1) for i, stage in enumerate(batch.stages)},
         **{f"batch.stages.{i}.split": (stage.split, 1) for i, stage in enumerate(batch.stages)},
         "optimizer.schedule.decay_steps": (schedule.decay_steps, 0),
@@ -164,8 +165,14 @@ def batch_schedule(batch: Batch) -> BatchSchedule:
         microbatches = max(1, batch.microbatches * stage.sequences // batch.sequences)
         stages.append(BatchStage(start, stage.sequences, stage.split, microbatches))
         start = stage.until_tokens
-    stages.append(BatchStage(start, batch.sequences, 1, batch.microbatches))
+    stages.append(BatchStage(start, batch.sequences, 1, max(1, batch.microbatches)))
     return BatchSchedule(batch.seq_len, tuple(stages))
+
+
+def machine_here() -> Machine | None:
+    """The machine that this runs on; None where it is none of those that are known, such as a CPU."""
+    devices = jax.devices()
+    return machines.of_devices(devices[0].device_kind, len(devices), sharding.num_slices(devices))
 
 
 def make_mesh(recipe: Recipe, config: ModelConfig) -> jax.sharding.Mesh:
@@ -176,7 +183,7 @@ def make_mesh(recipe: Recipe, config: ModelConfig) -> jax.sharding.Mesh:
     """
     if recipe.mesh == "auto":
         devices = jax.devices()
-        slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"} or {0})
+        slices = sharding.num_slices(devices)
         mesh = sharding.make_mesh(config, data=slices, fsdp=len(devices) // slices)
     else:
         mesh = sharding.mesh_of(config, recipe.mesh)
@@ -201,9 +208,8 @@ def make_model(recipe: Recipe, config: ModelConfig, *, seed: int | None = None) 
     if attention == "auto":  # "cpu" is for generation; a step of SmolLM2, 4 x 256 tokens: 5.5 s against 5.8
         attention = "reference" if on_cpu else None
     rngs = None if seed is None else random_keys(seed)
-    return Llama(
-        config, dtype=dtype, param_dtype="float32", stacked=True, remat=recipe.remat, attention=attention, rngs=rngs
-    )
+    remat = "full" if recipe.remat == "auto" else recipe.remat
+    return Llama(config, dtype=dtype, param_dtype="float32", stacked=True, remat=remat, attention=attention, rngs=rngs)
 
 
 def abstract_state(recipe: Recipe, config: ModelConfig, optimizer: optax.GradientTransformation) -> TrainState:

@@ -174,5 +174,7 @@ def test_which_sums_have_a_gradient(batch):
 
 
 def test_an_unknown_remat():
-    with pytest.raises(ValueError, match="remat 'some' is unknown; there are none, matmuls, attention, full, groups, offload"):
+    with pytest.raises(
+        ValueError, match="remat 'some' is unknown; there are none, matmuls, attention, full, groups, offload"
+    ):
         llama_jax.model.Llama(UNTIED, dtype="float32", param_dtype="float32", remat="some", rngs=None)

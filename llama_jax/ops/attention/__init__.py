@@ -53,7 +53,7 @@ def dot_product_attention(
       implementation: "reference", "xla" (`jax.nn.dot_product_attention`), "cpu", or a kernel: "splash" (TPU; on a CPU
         interpreted, which is slow) or "cudnn" (GPU; on a CPU by XLA). A kernel is used for tokens that see one another
         in order (S = T), and "xla" for the rest. None chooses by platform: "cpu"; "splash" in bfloat16 and "cudnn" in
-        bfloat16 and float16 from KERNEL_TOKENS tokens on; else "xla".
+        bfloat16 and float16 from KERNEL_TOKENS tokens on; else "xla". "splash:512" is splash with blocks of 512.
 
     Returns:
       [B, T, K, G, H] in q's dtype.
@@ -62,6 +62,7 @@ def dot_product_attention(
       ValueError: an unknown implementation, or one that cannot compute in this dtype.
     """
     T, S = q_BTKGH.shape[1], k_BKSH.shape[2]
+    implementation, block = _parse(implementation)
     name = _choose(implementation, q_BTKGH, causal=ordered and S == T > 1)
     q_spec, k_spec = (jax.typeof(x).sharding.spec for x in (q_BTKGH, k_BKSH))
     rows = jax.P(q_spec[0], q_spec[1])
@@ -72,7 +73,7 @@ def dot_product_attention(
     if axes is not None and q_spec[1] is None:
         seen_BTS = jnp.arange(S, out_sharding=jax.P(axes)) <= slots_BT[:, :, None]
         return reference.attention(q_BTKGH, k_BKSH, v_BKSH, mask_BTS=seen_BTS, scale=scale, out_sharding=q_spec)
-    local = functools.partial(_one_device, name=name, ordered=ordered, scale=scale, axes=axes)
+    local = functools.partial(_one_device, name=name, block=block, ordered=ordered, scale=scale, axes=axes)
     # Kernels do not say over which mesh axes their results vary: no check_vma.
     out_BTKGH = jax.shard_map(local, out_specs=q_spec, check_vma=name not in KERNELS)(
         q_BTKGH, k_BKSH, v_BKSH, slots_BT, segment_ids_BT
@@ -81,7 +82,7 @@ def dot_product_attention(
     return out_BTKGH if name == "splash" else checkpoint_name(out_BTKGH, "attention")
 
 
-def _one_device(q_BTKGH, k_BKSH, v_BKSH, slots_BT, segment_ids_BT, *, name, ordered, scale, axes):
+def _one_device(q_BTKGH, k_BKSH, v_BKSH, slots_BT, segment_ids_BT, *, name, block, ordered, scale, axes):
     """Attention of one device's rows, heads and queries; keys are gathered over the mesh axes `axes`."""
     key_segments_BS = segment_ids_BT
     if axes is not None:
@@ -91,7 +92,7 @@ def _one_device(q_BTKGH, k_BKSH, v_BKSH, slots_BT, segment_ids_BT, *, name, orde
     segments = None if segment_ids_BT is None else (segment_ids_BT, key_segments_BS)
     on_cpu = _device()[0] == "cpu"
     if name == "splash":
-        return tpu.attention(q_BTKGH, k_BKSH, v_BKSH, segments, scale=scale, axes=axes, interpret=on_cpu)
+        return tpu.attention(q_BTKGH, k_BKSH, v_BKSH, segments, scale=scale, axes=axes, block=block, interpret=on_cpu)
     attend = MASKED.get(name, xla.attention if on_cpu else xla.cudnn)  # on a CPU, XLA stands for cuDNN
     if name == "cudnn" and axes is None:
         mask_BTS = None if segments is None else segments[0][:, :, None] == segments[1][:, None]
@@ -119,8 +120,20 @@ def _one_device(q_BTKGH, k_BKSH, v_BKSH, slots_BT, segment_ids_BT, *, name, orde
 
 def check_implementation(name: str | None) -> None:
     """Raises ValueError for a name that is none of IMPLEMENTATIONS; None is the platform's own."""
-    if name is not None and name not in IMPLEMENTATIONS:
+    kernel, block = _parse(name)
+    if kernel is not None and kernel not in IMPLEMENTATIONS:
         raise ValueError(f"attention implementation {name!r} is unknown; there are {', '.join(IMPLEMENTATIONS)}")
+    if block is not None and (kernel != "splash" or block not in tpu.BLOCKS):
+        sizes = ", ".join(map(str, tpu.BLOCKS))
+        raise ValueError(f"attention implementation {name!r}: splash alone has blocks, of {sizes}, as in splash:512")
+
+
+def _parse(name: str | None) -> tuple[str | None, int | None]:
+    """A kernel, and the size of its blocks where the name has one."""
+    kernel, _, block = (name or "").partition(":")
+    if not block:
+        return kernel or None, None
+    return (kernel, int(block)) if block.isdecimal() else (name, None)
 
 
 def _choose(name: str | None, q_BTKGH: jax.Array, *, causal: bool) -> str:

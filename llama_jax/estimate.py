@@ -1,0 +1,445 @@
+"""What a step needs, by arithmetic: bytes of each device, FLOPs, traffic, and the least time by the data sheets.
+
+Names: P parameters, D embed_dim, F mlp_dim, V vocab_size, L layers, N query heads, K kv heads, H head_dim, T tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+from llama_jax.config import ModelConfig
+from llama_jax.machines import Chip, Machine, sizes_of
+
+Mode = Literal["train", "prefill", "decode"]
+AXES = ("data", "fsdp", "context", "tensor")
+LOSS_TOKENS = 1024  # of a device in a chunk of the loss, as in train.losses
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A step to plan.
+
+    Attributes:
+      config: the model.
+      machine: what it runs on.
+      mode: train (packed rows, AdamW, float32 parameters, bfloat16 computation), prefill (whole prompts) or decode (one
+        token for each row), in bfloat16.
+      batch: sequences in the whole step, over all devices.
+      seq_len: tokens of a sequence; of decode the slots of the cache.
+      mesh: sizes of the axes data, fsdp, context, tensor that are more than 1.
+      remat: of training, see `model.REMAT`.
+      microbatches: of training: parts of the batch, one after the other.
+      attention: its implementation, "auto" or a name, such as "splash:512".
+      compiler_options: beyond the defaults.
+    """
+
+    config: ModelConfig
+    machine: Machine
+    mode: Mode
+    batch: int
+    seq_len: int
+    mesh: Mapping[str, int]
+    remat: str = "full"
+    microbatches: int = 1
+    attention: str = "auto"
+    compiler_options: Mapping[str, str | int | float | bool] = dataclasses.field(default_factory=dict)
+
+    @property
+    def ways(self) -> dict[str, int]:
+        """Devices along each mesh axis, tensor in its two parts (see `sharding`)."""
+        sizes = {axis: self.mesh.get(axis, 1) for axis in AXES}
+        tensor = sizes.pop("tensor")
+        kv = math.gcd(tensor, self.config.num_kv_heads)
+        return {**sizes, "tensor_kv": kv, "tensor_q": tensor // kv}
+
+    @property
+    def tokens(self) -> int:
+        """Of one microbatch on one device; of decode one for each row."""
+        ways = self.ways
+        rows = self.batch // self.microbatches / (ways["data"] * ways["fsdp"])
+        length = 1 if self.mode == "decode" else self.seq_len / ways["context"]
+        return math.ceil(max(rows, 1) * length)
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of each device, by arithmetic.
+
+    Attributes:
+      parameters: as they are stored.
+      optimizer: Adam's means.
+      gradients: as they lie at the peak.
+      cache: keys and values.
+      saved: what the forward pass keeps for the backward pass.
+      workspace: the most that one block, or the loss, needs at once.
+      arguments: parameters, optimizer, cache and the batch.
+      host: of the host's memory.
+    """
+
+    parameters: int
+    optimizer: int
+    gradients: int
+    cache: int
+    saved: int
+    workspace: int
+    arguments: int
+    host: int
+
+    @property
+    def temporaries(self) -> int:
+        """All that is not an argument."""
+        return self.gradients + self.saved + self.workspace
+
+    @property
+    def peak(self) -> int:
+        """Arguments and temporaries; results lie where arguments lay."""
+        return self.arguments + self.temporaries
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What one device has to do in a step, at least.
+
+    Attributes:
+      flops: with what is computed again.
+      model_flops: without, the convention of MFU.
+      memory_bytes: from and to its memory.
+      link_bytes: received over the interconnect.
+      network_bytes: received from other slices or machines.
+    """
+
+    flops: float
+    model_flops: float
+    memory_bytes: float
+    link_bytes: float
+    network_bytes: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """The least time of a step, by the rates of the data sheet.
+
+    Attributes:
+      compute: seconds of its FLOPs.
+      memory: seconds of its traffic with memory.
+      interconnect: seconds of what it receives over its links.
+      network: seconds of what it receives from other slices or machines; 0 where the rate is not known.
+      mfu: the bound on model FLOPs utilisation that follows.
+      tokens_per_second: the bound of the whole machine.
+    """
+
+    compute: float
+    memory: float
+    interconnect: float
+    network: float
+    mfu: float
+    tokens_per_second: float
+
+    @property
+    def seconds(self) -> float:
+        """Of the slowest of them, all others hidden behind it."""
+        return max(self.compute, self.memory, self.interconnect, self.network)
+
+    @property
+    def bound_by(self) -> str:
+        """What is slowest."""
+        times = {name: getattr(self, name) for name in ("compute", "memory", "interconnect", "network")}
+        return max(times, key=lambda name: times[name])
+
+
+# Logical axes of each weight; the layers come first. As in `model` and `sharding`, in words that need no JAX.
+_SPLIT = {
+    "vocab": ("tensor_kv", "tensor_q"), "embed": ("fsdp", "context"), "kv_heads": ("tensor_kv",),
+    "groups": ("tensor_q",), "head_dim": (), "mlp": ("tensor_kv", "tensor_q"),
+}  # fmt: skip
+
+
+def weights(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], tuple[str, ...], int]]:
+    """Shape, logical axes and number of every matrix."""
+    D, F, V, L = config.embed_dim, config.mlp_dim, config.vocab_size, config.num_layers
+    K, G, H = config.num_kv_heads, config.num_groups, config.head_dim
+    found = {
+        "embed": ((V, D), ("vocab", "embed"), 1),
+        "wq": ((D, K, G, H), ("embed", "kv_heads", "groups", "head_dim"), L),
+        "wk": ((D, K, H), ("embed", "kv_heads", "head_dim"), L),
+        "wv": ((D, K, H), ("embed", "kv_heads", "head_dim"), L),
+        "wo": ((K, G, H, D), ("kv_heads", "groups", "head_dim", "embed"), L),
+        "w_gate": ((D, F), ("embed", "mlp"), L),
+        "w_up": ((D, F), ("embed", "mlp"), L),
+        "w_down": ((F, D), ("mlp", "embed"), L),
+    }
+    if not config.tie_embeddings:
+        found["lm_head"] = ((D, V), ("embed", "vocab"), 1)
+    return found
+
+
+def shard(job: Job, shape: tuple[int, ...], axes: tuple[str, ...], *, gathered: bool = False) -> int:
+    """Elements of a weight on one device; `gathered` over fsdp and context."""
+    ways, sides = job.ways, []
+    for size, axis in zip(shape, axes, strict=True):
+        names = [name for name in _SPLIT[axis] if not (gathered and name in ("fsdp", "context"))]
+        split = math.prod(ways[name] for name in names)
+        sides.append(size // split if size % split == 0 else size)
+    return math.prod(sides)
+
+
+# Of a block's backward pass, in multiples of its matrices, of [T, D] and of [T, F] in bfloat16: what is held at once.
+# Fitted to what libtpu allocates for 8B, 70B and 405B.
+_HELD_MATRICES, _HELD_EMBED, _HELD_MLP = 0.75, 3.0, 7.5
+
+
+def memory(job: Job) -> Memory:
+    """What each device needs, by arithmetic; compilers are within 15 % of the peak (docs/planning.md has the table)."""
+    counts = {name: (shard(job, shape, axes), number) for name, (shape, axes, number) in weights(job.config).items()}
+    blocks = sum(size * number for size, number in counts.values() if number > 1)
+    tables = sum(size for size, number in counts.values() if number == 1)
+    return _training(job, blocks, tables) if job.mode == "train" else _serving(job, blocks, tables)
+
+
+def _training(job: Job, blocks: int, tables: int) -> Memory:
+    config, ways = job.config, job.ways
+    D, F, V, L, T = config.embed_dim, config.mlp_dim, config.vocab_size, config.num_layers, job.tokens
+    TP = ways["tensor_kv"] * ways["tensor_q"]
+    heads = config.head_dim * config.num_heads / TP
+    keys = config.head_dim * config.num_kv_heads / ways["tensor_kv"]
+    parameters = 4 * (blocks + tables)
+    batch = 16 * T * job.microbatches  # tokens, targets, positions, segments
+    accumulated = 4 * (blocks + tables) if job.microbatches > 1 else 0
+    gradients = accumulated + 2 * blocks + 4 * shard(job, (D, V), ("embed", "vocab"))
+
+    size = 2 * T * D  # of a block's input
+    kept = {"none": 4 * size + 2 * T * (2 * heads + 2 * keys + 4 * F / TP),
+            "matmuls": 2 * size + 2 * T * (2 * heads + 2 * keys + 2 * F / TP),
+            "attention": size + 2 * T * (2 * heads + 2 * keys)}.get(job.remat, size)  # fmt: skip
+    group = _group(L)
+    saved = {"groups": (L // group + group) * size, "offload": 2 * size}.get(job.remat, L * kept)
+    host = L * size if job.remat == "offload" else 0
+
+    matrices = sum(shard(job, shape, axes, gathered=True) for shape, axes, n in weights(config).values() if n > 1)
+    keys_of_all = 4 * keys * T * (ways["context"] - 1)
+    block = 2 * (_HELD_MATRICES * matrices + T * (_HELD_EMBED * D + _HELD_MLP * F / TP)) + keys_of_all
+    chunk = min(T, LOSS_TOKENS)
+    head = 2 * shard(job, (D, V), ("embed", "vocab"), gathered=True)
+    loss = 2 * head + chunk * V / TP * 6 + size
+    at_loss = saved + accumulated + loss + 4 * shard(job, (D, V), ("embed", "vocab"))
+    at_block = saved + gradients + block
+    workspace = int(max(at_loss, at_block) - saved - gradients)
+    arguments = parameters * 3 + batch
+    return Memory(parameters, 2 * parameters, gradients, 0, int(saved), max(0, workspace), arguments, int(host))
+
+
+def _serving(job: Job, blocks: int, tables: int) -> Memory:
+    config, ways = job.config, job.ways
+    TP = ways["tensor_kv"] * ways["tensor_q"]
+    D, F, V, L, T = config.embed_dim, config.mlp_dim, config.vocab_size, config.num_layers, job.tokens
+    rows = math.ceil(job.batch / (ways["data"] * ways["fsdp"]))
+    kv = (
+        config.num_kv_heads // ways["tensor_kv"]
+        if config.num_kv_heads % ways["tensor_kv"] == 0
+        else config.num_kv_heads
+    )
+    slots = job.seq_len // ways["context"] if job.seq_len % ways["context"] == 0 else job.seq_len
+    cache = 4 * L * rows * kv * slots * config.head_dim
+    parameters = 2 * (blocks + tables)
+    logits = 8 * rows * V
+    if job.mode == "decode":
+        return Memory(parameters, 0, 0, cache, 0, logits + 2 * T * F // TP, parameters + cache, 0)
+    heads = config.head_dim * config.num_heads // TP
+    workspace = logits + 2 * T * (3 * D + 2 * F // TP + 2 * heads)
+    return Memory(parameters, 0, 0, cache, cache, workspace, parameters, 0)
+
+
+def _group(num_layers: int) -> int:
+    return min((n for n in range(1, num_layers + 1) if num_layers % n == 0), key=lambda n: n + num_layers // n)
+
+
+# Products that the backward pass computes again, as shares of: qkv, attention, out, gate and up, down.
+_AGAIN = {
+    "none": (0, 0, 0, 0, 0), "matmuls": (0, 0, 0, 0, 0), "attention": (0, 0, 1, 1, 0), "full": (1, 1, 1, 1, 0),
+    "groups": (2, 2, 2, 2, 1), "offload": (1, 1, 1, 1, 0),
+}  # fmt: skip
+
+
+def work(job: Job) -> Work:
+    """The least that each device has to do in a step: products, and traffic that cannot be avoided."""
+    config, ways = job.config, job.ways
+    D, F, V, L = config.embed_dim, config.mlp_dim, config.vocab_size, config.num_layers
+    N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
+    TP, W = ways["tensor_kv"] * ways["tensor_q"], ways["fsdp"] * ways["context"]
+    T = job.tokens * job.microbatches
+    length = job.seq_len if job.mode == "decode" else job.seq_len / 2  # keys that a query sees, on average
+    products = (2 * D * H * (N + 2 * K), 4 * N * H * length, 2 * N * H * D, 4 * D * F, 2 * D * F)  # of a token
+    block, head = sum(products), 2 * V * D
+    matrices = D * H * (2 * N + 2 * K) + 3 * D * F
+    activations = 2 * (8 * D + (4 * N * H + 4 * K * H + 5 * F) / TP)  # bytes read and written, a token and block
+
+    if job.mode != "train":
+        heads = job.batch / (ways["data"] * ways["fsdp"])  # of one token a row
+        flops = (T * L * block + heads * head) / TP
+        held = 2 * (L * matrices + V * D) / TP
+        gathers = held * (W - 1) / W if W > 1 and ways["fsdp"] > 1 else 0
+        cache = 4 * L * math.ceil(heads) * K * H / ways["tensor_kv"] * job.seq_len / ways["context"]
+        reduced = 2 * L * _all_reduce(2 * T * D, TP)
+        keys = (
+            0
+            if job.mode == "decode"
+            else L * _gather(4 * K * H / ways["tensor_kv"] * job.seq_len * heads, ways["context"])
+        )
+        memory = held + cache + L * T * activations
+        return Work(flops, flops, memory, gathers + reduced + keys, 0)
+
+    again = sum(share * product for share, product in zip(_AGAIN[job.remat], products, strict=True))
+    model_flops = 3 * T * (L * block + head) / TP
+    flops = model_flops + T * L * again / TP
+    M, P = job.microbatches, L * matrices + V * D * (1 if config.tie_embeddings else 2)
+    whole = 2 * M * L * matrices / TP  # the blocks' weights in bfloat16, once
+    recomputed = job.remat not in ("none", "matmuls")
+    passes = 1 + any(_AGAIN[job.remat]) + (job.remat == "groups")
+    memory = (
+        whole * (7 if W > 1 else 4)  # gathered and read twice, their gradients written and read
+        + L * T * activations * (3 + recomputed)
+        + T * V / TP * 12  # logits and their gradient
+        + 32 * P / (W * TP)  # the optimizer
+    )
+    chunks = math.ceil(job.tokens / LOSS_TOKENS)
+    link = _gather(whole, W) * 3  # forward, backward, gradients
+    link += M * chunks * _gather(2 * V * D / TP, W) * 2
+    link += L * _all_reduce(2 * T * D, TP) * (4 + (job.remat not in ("none", "matmuls")))
+    link += L * passes * _gather(4 * K * H / ways["tensor_kv"] * T * ways["context"], ways["context"]) * 1.5
+    replicas = _all_reduce(2 * P / (W * TP), ways["data"])
+    if job.machine.slices > 1:
+        return Work(flops, model_flops, memory, link, replicas)
+    return Work(flops, model_flops, memory, link + replicas, 0)
+
+
+def _gather(size: float, ways: int) -> float:
+    """Bytes that a device receives where `size` bytes are gathered from `ways` devices, or summed and scattered."""
+    return size * (ways - 1) / ways
+
+
+def _all_reduce(size: float, ways: int) -> float:
+    return 2 * _gather(size, ways)
+
+
+def kernel_flops(job: Job, kernels: Mapping[str, int]) -> float:
+    """FLOPs of attention kernels, which a compiled program does not show: by what each name computes.
+
+    Args:
+      job: what they are part of.
+      kernels: how often each runs.
+    """
+    ways = job.ways
+    product = job.tokens * job.seq_len * job.config.num_heads * job.config.head_dim
+    product /= ways["tensor_kv"] * ways["tensor_q"]  # two FLOPs, half of the keys
+    found = 0.0
+    for name, times in kernels.items():
+        backward = "Backward" in name
+        products = 4 if "dkv" in name else 3 if "dq" in name else 5 if backward else 2
+        found += times * products * product
+    return found
+
+
+def roofline(job: Job, work: Work) -> Roofline:
+    """The least time of a step on the job's machine."""
+    chip = job.machine.chip
+    compute, memory = work.flops / chip.flops, work.memory_bytes / chip.bandwidth
+    link = work.link_bytes / chip.link
+    network = work.network_bytes / chip.network if chip.network else 0.0
+    seconds = max(compute, memory, link, network)
+    tokens = job.batch * (1 if job.mode == "decode" else job.seq_len)
+    return Roofline(compute, memory, link, network, work.model_flops / chip.flops / seconds, tokens / seconds)
+
+
+REMATS = ("none", "matmuls", "attention", "full", "groups", "offload")
+MOST_TENSOR = 16  # devices on tensor that a search considers
+GPU_FRACTION = 0.75  # of a GPU's memory: XLA_PYTHON_CLIENT_MEM_FRACTION unless it is set
+SHARE = 0.9  # of the memory that a choice by arithmetic takes: the formula is within 15 % of the compilers
+
+
+def candidates(
+    job: Job, *, mesh: Mapping[str, int] | None = None, remat: str | None = None, microbatches: int | None = None
+) -> list[Job]:
+    """Jobs like `job` on every sensible mesh, with every remat policy and number of microbatches; what is given stays.
+
+    Sensible: slices on `data`, the rest on fsdp and tensor in powers of two, on context from 32,768 tokens on or where
+    there are fewer sequences than devices; microbatches of 1, 2, 4, ... sequences for each device that has its own.
+    """
+    meshes = [mesh] if mesh is not None else _meshes(job)
+    found = []
+    for sizes in meshes:
+        rows = sizes.get("data", 1) * sizes.get("fsdp", 1)
+        if job.batch % rows or job.seq_len % sizes.get("context", 1):
+            continue
+        each = job.batch // rows
+        parts = [1] if job.mode != "train" else [each // n for n in _powers(each) if each % n == 0]
+        for M in [microbatches] if microbatches else parts:
+            if job.batch % (rows * M):
+                continue
+            for policy in [remat] if remat else REMATS if job.mode == "train" else ("full",):
+                if policy == "offload" and not job.machine.chip.host:
+                    continue
+                found.append(dataclasses.replace(job, mesh=sizes, remat=policy, microbatches=M))
+    return found
+
+
+def ranked(jobs: list[Job], share: float = 1.0) -> list[Job]:
+    """Jobs that fit by arithmetic, the fastest first, then those that do not, the smallest first.
+
+    Args:
+      jobs: of one machine.
+      share: of the memory that they may take.
+    """
+
+    def key(job: Job) -> tuple[bool, float, float]:
+        bound = roofline(job, work(job))
+        others = bound.compute + bound.memory + bound.interconnect + bound.network
+        return (False, bound.seconds, others) if fits(job, share) else (True, memory(job).peak, others)
+
+    return sorted(jobs, key=key)
+
+
+def fits(job: Job, share: float = 1.0) -> bool:
+    """Whether a job takes no more than a share of the memory of its devices, and of their host."""
+    chip, size = job.machine.chip, memory(job)
+    limit = share * chip.available * (1 if chip.platform == "tpu" else GPU_FRACTION)
+    return size.peak <= limit and size.host <= share * (chip.host or size.host)
+
+
+def machines_that_fit(job: Job, chips: Iterable[Chip]) -> list[Machine]:
+    """The smallest machine of each kind on which some mesh and policy fits, by arithmetic.
+
+    A batch that a machine does not divide is made as large as the machine.
+    """
+    found = []
+    for chip in chips:
+        for other in sizes_of(chip):
+            batch = job.batch if job.mode != "train" else max(job.batch, other.devices)
+            jobs = candidates(dataclasses.replace(job, machine=other, batch=batch))
+            if jobs and fits(ranked(jobs, SHARE)[0], SHARE):
+                found.append(other)
+                break
+    return found
+
+
+def _meshes(job: Job) -> list[dict[str, int]]:
+    slices = job.machine.slices if job.machine.chip.platform == "tpu" else 1
+    devices = job.machine.devices // slices
+    found = []
+    for tensor in _powers(devices):
+        if devices % tensor or (job.mode == "train" and tensor > MOST_TENSOR):
+            continue
+        for context in _powers(devices // tensor):
+            rest = devices // tensor
+            if rest % context or (context > 1 and job.seq_len < 32_768 and job.batch >= rest * slices):
+                continue
+            sizes = {"data": slices, "fsdp": rest // context, "context": context, "tensor": tensor}
+            found.append({axis: size for axis, size in sizes.items() if size > 1})
+    return found
+
+
+def _powers(most: int) -> list[int]:
+    """1, 2, 4, ... and `most` itself."""
+    return sorted({*(2**i for i in range(most.bit_length()) if 2**i <= most), most})

@@ -1,0 +1,193 @@
+"""`make_plan`: what a step needs on a machine, by its compiler where that is installed, and by arithmetic."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+from llama_jax import estimate
+from llama_jax.estimate import Job, Memory, Roofline, Work
+from llama_jax.plan import compiler, hlo, program
+from llama_jax.plan.compiler import Compiled
+from llama_jax.plan.floor import lower_floor
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A plan; bytes of each device.
+
+    Attributes:
+      job: what was planned.
+      arithmetic: its memory by arithmetic.
+      work: what it has to do, by arithmetic.
+      roofline: the least time of that.
+      available_bytes: what a program may use of a device.
+      compiled: what the compiler says; None where it was not asked.
+      sizes: bytes of parameters, optimizer and cache among the arguments, as the program has them; None likewise.
+      flops: of each device, counted in the compiled program, kernels by arithmetic.
+      traffic_bytes: that the compiled program's operations read and write in the device's memory; 0 where not known.
+      estimated_cycles: the compiler's, of TPUs; 0 where not known.
+      floor_cycles: of the products alone; 0 where not asked for.
+      versions: of what was used.
+      why_not: why the compiler was not asked.
+    """
+
+    job: Job
+    arithmetic: Memory
+    work: Work
+    roofline: Roofline
+    available_bytes: int
+    compiled: Compiled | None = None
+    sizes: tuple[int, int, int] | None = None
+    flops: float = 0
+    traffic_bytes: int = 0
+    estimated_cycles: int = 0
+    floor_cycles: int = 0
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    why_not: str = ""
+
+    @property
+    def fits(self) -> bool:
+        """As the compiler says, else by arithmetic."""
+        return self.compiled.fits if self.compiled else self.peak_bytes <= self.available_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """As the compiler says, else by arithmetic."""
+        return self.compiled.peak_bytes if self.compiled else self.arithmetic.peak
+
+    def as_json(self) -> dict[str, Any]:
+        """The figures under the names that scripts/plan.py --json documents."""
+        job, compiled, memory = self.job, self.compiled, self.arithmetic
+        parameters, optimizer, cache = self.sizes or (memory.parameters, memory.optimizer, memory.cache)
+        return {
+            "machine": job.machine.cloud_name,
+            "mode": job.mode,
+            "batch": job.batch,
+            "seq_len": job.seq_len,
+            "remat": job.remat if job.mode == "train" else None,
+            "microbatches": job.microbatches,
+            "mesh": dict(job.mesh) or {"tensor": 1},
+            "devices": job.machine.devices,
+            "fits": self.fits,
+            "said_by": "compiler" if compiled else "arithmetic",
+            "parameter_bytes": parameters,
+            "optimizer_bytes": optimizer,
+            "gradient_bytes": memory.gradients,
+            "cache_bytes": cache,
+            "argument_bytes": compiled.argument_bytes if compiled else memory.arguments,
+            "temporary_bytes": compiled.temporary_bytes if compiled else memory.temporaries,
+            "peak_bytes": self.peak_bytes,
+            "host_bytes": compiled.host_bytes if compiled else memory.host,
+            "available_bytes": self.available_bytes,
+            "arithmetic_peak_bytes": memory.peak,
+            "flops": self.flops or self.work.flops,
+            "traffic_bytes": self.traffic_bytes or self.work.memory_bytes,
+            "link_bytes": self.work.link_bytes,
+            "estimated_cycles": self.estimated_cycles or None,
+            "floor_cycles": self.floor_cycles or None,
+            "roofline_seconds": self.roofline.seconds,
+            "bound_by": self.roofline.bound_by,
+            "mfu_bound": self.roofline.mfu,
+            "tokens_per_second_bound": self.roofline.tokens_per_second,
+            "compile_seconds": compiled.seconds if compiled else None,
+            "compiler": self.versions,
+        }
+
+
+def by_arithmetic(job: Job, why_not: str = "") -> Plan:
+    """A plan without a compiler."""
+    check(job)
+    work = estimate.work(job)
+    return Plan(
+        job,
+        estimate.memory(job),
+        work,
+        estimate.roofline(job, work),
+        compiler.available_bytes(job.machine),
+        why_not=why_not,
+    )
+
+
+def make_plan(job: Job, *, floor: bool = True, say: Callable[[str], None] = lambda text: None) -> Plan:
+    """A plan by the compiler of the machine; by arithmetic where that is not installed.
+
+    Args:
+      job: what to plan.
+      floor: whether to compile the floor program too, on TPUs.
+      say: is told what is done, and what is waited for.
+
+    Raises:
+      ValueError: the job does not go together, or the compiler refuses it for another reason than memory.
+    """
+    plan = by_arithmetic(job)
+    try:
+        devices = compiler.devices(job.machine, say=say)
+    except compiler.NoCompiler as error:
+        return dataclasses.replace(plan, why_not=str(error))
+    mesh = program.make_mesh(job, devices)
+    say(f"Tracing and compiling {job.mode} for {job.machine.cloud_name} (half a minute to three)")
+    lowered = program.lower(job, mesh)
+    compiled = compiler.compile(lowered, job.machine, job.compiler_options)
+    tpu = job.machine.chip.platform == "tpu"
+    sizes = (lowered.parameter_bytes, lowered.optimizer_bytes, lowered.cache_bytes)
+    plan = dataclasses.replace(plan, compiled=compiled, sizes=sizes, versions=compiler.versions(job.machine))
+    if not compiled.fits or not compiled.text:
+        return plan
+    counted = hlo.count(compiled.text)
+    flops = counted.flops + estimate.kernel_flops(job, counted.kernels)
+    plan = dataclasses.replace(
+        plan, flops=flops, traffic_bytes=counted.traffic_bytes, estimated_cycles=counted.cycles if tpu else 0
+    )
+    if floor and tpu:
+        say("Compiling the floor program: the same products and nothing else")
+        text = compiler.compile(lower_floor(job, mesh), job.machine, job.compiler_options).text
+        plan = dataclasses.replace(plan, floor_cycles=hlo.count(text).cycles if text else 0)
+    return plan
+
+
+def check(job: Job, *, batch: bool = True) -> None:
+    """Raises ValueError for a job whose parts do not go together, with what would; `batch` is whether that counts."""
+    config, machine, ways = job.config, job.machine, job.ways
+    for name in ("batch", "seq_len", "microbatches"):
+        if getattr(job, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(job, name)}")
+    if job.seq_len > config.max_seq_len:
+        raise ValueError(f"seq ({job.seq_len}) is more than the model's context, {config.max_seq_len}")
+    product = math.prod(job.mesh.values())
+    if product != machine.devices:
+        text = in_words(job.mesh)
+        raise ValueError(
+            f"mesh {text} multiplies to {product}, but {machine.name} has {machine.devices} devices; for example"
+            f" {in_words(default_mesh(job))}"
+        )
+    if machine.chip.platform == "tpu" and ways["data"] % machine.slices:
+        raise ValueError(
+            f"{machine.name} has {machine.slices} slices, which only data may span: make data a multiple of"
+            f" {machine.slices}"
+        )
+    rows = ways["data"] * ways["fsdp"]
+    if batch and job.batch % (rows * job.microbatches):
+        parts = f" in {job.microbatches} microbatches" if job.microbatches > 1 else ""
+        least = rows * job.microbatches
+        near = sorted({max(least, job.batch // least * least), -(-job.batch // least) * least})
+        raise ValueError(
+            f"a batch of {job.batch} sequences{parts} does not divide among {rows} devices (data x fsdp): make batch"
+            f" {' or '.join(map(str, near))}, or put devices on tensor or context (--mesh)"
+        )
+    if job.seq_len % ways["context"]:
+        raise ValueError(f"seq ({job.seq_len}) does not divide by context={ways['context']}")
+
+
+def default_mesh(job: Job) -> dict[str, int]:
+    """All devices on fsdp for training, on tensor otherwise; slices on data."""
+    slices = job.machine.slices if job.machine.chip.platform == "tpu" else 1
+    axis = "fsdp" if job.mode == "train" else "tensor"
+    return {name: size for name, size in (("data", slices), (axis, job.machine.devices // slices)) if size > 1}
+
+
+def in_words(mesh: Any) -> str:
+    """ "fsdp=8,tensor=2"."""
+    return ",".join(f"{axis}={size}" for axis, size in mesh.items() if size > 1) or "tensor=1"

@@ -1,0 +1,135 @@
+"""The programs that a plan compiles: the library's own steps, on a mesh of devices that need not be there."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax import sharding
+from llama_jax.estimate import Job
+from llama_jax.infer.decode import DecodeState, Programs
+from llama_jax.infer.sampling import Sampling
+from llama_jax.model import Llama
+from llama_jax.train import setup
+from llama_jax.train.recipe import Batch, Data, Optimizer, Recipe, Schedule
+
+STOP_IDS = 2  # of Llama 3's chats
+
+
+@dataclasses.dataclass(frozen=True)
+class Lowered:
+    """A step before it is compiled.
+
+    Attributes:
+      lowered: of `jax.jit(...).lower`.
+      parameter_bytes: of each device, as the following ones.
+      optimizer_bytes: of Adam's means.
+      cache_bytes: of keys and values.
+      argument_bytes: of all arguments.
+    """
+
+    lowered: Any
+    parameter_bytes: int
+    optimizer_bytes: int
+    cache_bytes: int
+    argument_bytes: int
+
+
+def recipe_of(job: Job) -> Recipe:
+    """The recipe of a training job: packed rows, AdamW, float32 parameters, bfloat16 computation."""
+    return Recipe(
+        model=job.config,
+        data=Data(train=()),
+        batch=Batch(seq_len=job.seq_len, sequences=job.batch, microbatches=job.microbatches),
+        optimizer=Optimizer(Schedule(peak=1e-4, steps=1000)),
+        dtype="bfloat16",
+        remat=job.remat,  # pyright: ignore[reportArgumentType]
+        attention=job.attention,
+    )
+
+
+def make_mesh(job: Job, devices: Sequence[Any]) -> jax.sharding.Mesh:
+    """The mesh of a job on devices of its machine."""
+    return sharding.make_mesh(job.config, **job.mesh, devices=devices)
+
+
+def lower(job: Job, mesh: jax.sharding.Mesh) -> Lowered:
+    """The step of a job: what `train.py` or `generate.py` would run."""
+    with jax.set_mesh(mesh):
+        if job.mode == "train":
+            return _training(job)
+        return _decoding(job) if job.mode == "decode" else _prefilling(job)
+
+
+def _training(job: Job) -> Lowered:
+    program, args = setup.abstract_step(recipe_of(job))
+    state = args[0]
+    return _lowered(program.lower(*args), args, state.model, optimizer=state.opt_state)
+
+
+def _decoding(job: Job) -> Lowered:
+    model = _serving(job)
+    cache = abstract_cache(model, job)
+    state = DecodeState(
+        cache=cache,
+        token_B=_rows(model, job, jnp.int32),
+        position_B=_rows(model, job, jnp.int32),
+        remaining_B=_rows(model, job, jnp.int32),
+        finish_B=_rows(model, job, jnp.int32),
+        key_B=_rows(model, job, jax.eval_shape(lambda: jax.random.key(0)).dtype),
+        seen_BV=None,
+    )
+    steps, stop_ids = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((STOP_IDS,), jnp.int32)
+    args = (state, _rows(model, job, jnp.bool_), steps, stop_ids, Sampling().values())
+    return _lowered(Programs(model).lower_decode(*args), (model, args), model, cache=cache)
+
+
+def _prefilling(job: Job) -> Lowered:
+    model = _serving(job)
+    row = _rows(model, job, jnp.int32)
+    tokens = _placed(model, ("batch", "seq"), (job.batch, job.seq_len), jnp.int32)
+    seed, stop_ids = jax.ShapeDtypeStruct((), jnp.uint32), jax.ShapeDtypeStruct((STOP_IDS,), jnp.int32)
+    args = (tokens, row, row, row, seed, stop_ids, Sampling().values(), None, None)
+    lowered = Programs(model).lower_prefill(*args, size=job.seq_len, span=job.seq_len)
+    return _lowered(lowered, (model, args), model, cache=abstract_cache(model, job))
+
+
+def _serving(job: Job) -> Llama:
+    attention = None if job.attention == "auto" else job.attention
+    return Llama(job.config, dtype="bfloat16", param_dtype="bfloat16", attention=attention, rngs=None)
+
+
+def abstract_cache(model: Llama, job: Job) -> Any:
+    """The cache of a job, without data; its mesh must be in use."""
+    mesh = jax.sharding.get_mesh()
+    cache = jax.eval_shape(lambda: model.init_cache(job.batch, job.seq_len))
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, x.sharding.spec)), cache
+    )
+
+
+def _placed(model: Llama, axes: tuple[str, ...], shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=model.rules.sharding(axes, shape))
+
+
+def _rows(model: Llama, job: Job, dtype: Any) -> jax.ShapeDtypeStruct:
+    return _placed(model, ("batch",), (job.batch,), dtype)
+
+
+def _lowered(lowered: Any, args: Any, model: Llama, *, optimizer: Any = None, cache: Any = None) -> Lowered:
+    return Lowered(lowered, bytes_held(model), bytes_held(optimizer), bytes_held(cache), bytes_held(args))
+
+
+def bytes_held(tree: Any) -> int:
+    """Bytes that each device holds of a tree of abstract arrays."""
+    held = 0
+    for x in jax.tree.leaves(tree):
+        shape = x.sharding.shard_shape(x.shape) if getattr(x, "sharding", None) is not None else jnp.shape(x)
+        size = 8 if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x.dtype.itemsize
+        held += math.prod(shape) * size
+    return held

@@ -1,0 +1,195 @@
+"""A plan in words, as a table, and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from llama_jax import estimate
+from llama_jax.estimate import Job
+from llama_jax.machines import CHIPS
+from llama_jax.plan.make import Plan
+from llama_jax.plan.search import Found, name
+
+COMPILER, ARITHMETIC, SHEET = "compiler", "arithmetic", "data sheet"
+
+
+def in_words(plan: Plan, *, model: str) -> str:
+    """The whole plan; every line says who said it."""
+    job, compiled, memory = plan.job, plan.compiled, plan.arithmetic
+    parameters, optimizer, cache = plan.sizes or (memory.parameters, memory.optimizer, memory.cache)
+    exact = COMPILER if compiled else ARITHMETIC
+    what = {"train": "training step", "prefill": "prefill", "decode": "decode step"}[job.mode]
+    sizes = f"{job.batch} x {job.seq_len} tokens" if job.mode != "decode" else f"batch {job.batch}, cache {job.seq_len}"
+    lines = [
+        f"{model}, {what}, {sizes}, on {job.machine.cloud_name} ({job.machine.devices} devices): {name(job)}",
+        "",
+        "Memory of each device",
+        _line("parameters", _gb(parameters), exact),
+    ]
+    if job.mode == "train":
+        lines += [
+            _line("optimizer state", _gb(optimizer), exact),
+            _line("gradients", _gb(memory.gradients), ARITHMETIC),
+        ]
+    if job.mode != "train":
+        lines.append(_line("KV cache", _gb(cache), exact))
+    temporary = compiled.temporary_bytes if compiled else memory.temporaries
+    lines += [
+        _line("temporaries", _gb(temporary), exact),
+        _line("peak", _gb(plan.peak_bytes), exact, f"by arithmetic {_gb(memory.peak)}" if compiled else ""),
+        _line("available", _gb(plan.available_bytes), COMPILER if job.machine.chip.platform == "tpu" else SHEET),
+    ]
+    host = compiled.host_bytes if compiled else memory.host
+    if host:
+        note = f"of about {_gb(job.machine.chip.host)} a device" if job.machine.chip.host else ""
+        lines.append(_line("host memory", _gb(host), exact, note))
+    lines += ["", verdict(plan), "", "Time of a step, at least"]
+    lines += _times(plan)
+    if plan.why_not:
+        lines += ["", f"Arithmetic alone: {plan.why_not}"]
+    elif compiled:
+        versions = ", ".join(f"{key} {value}" for key, value in plan.versions.items())
+        lines += ["", f"Compiled in {compiled.seconds:.0f} s ({versions})"]
+    return "\n".join(lines)
+
+
+def _times(plan: Plan) -> list[str]:
+    work, roofline, job = plan.work, plan.roofline, plan.job
+    flops = plan.flops or work.flops
+    lines = [
+        _line(
+            "FLOPs", f"{flops / 1e12:.2f} T", COMPILER if plan.flops else ARITHMETIC, "of a device, recomputed included"
+        ),
+        _line(
+            "memory traffic",
+            _gb(plan.traffic_bytes or work.memory_bytes),
+            COMPILER if plan.traffic_bytes else ARITHMETIC,
+        ),
+        _line("compute", _seconds(roofline.compute), ARITHMETIC, "at the data sheet's rate, as the next ones"),
+        _line("memory", _seconds(roofline.memory), ARITHMETIC, f"{_gb(work.memory_bytes)} that cannot be avoided"),
+        _line("interconnect", _seconds(roofline.interconnect), ARITHMETIC, f"{_gb(work.link_bytes)} received"),
+    ]
+    if job.machine.slices > 1:
+        known = job.machine.chip.network
+        lines.append(_line("network", _seconds(roofline.network) if known else "not known", ARITHMETIC))
+    lines.append(_line("bound", _seconds(roofline.seconds), ARITHMETIC, f"by {roofline.bound_by}"))
+    share = "MFU at most" if job.mode != "decode" else "FLOPs used at most"
+    lines.append(_line(share, f"{100 * roofline.mfu:.1f} %", ARITHMETIC))
+    lines.append(_line("tokens/s at most", f"{roofline.tokens_per_second:,.0f}", ARITHMETIC, "of the whole machine"))
+    if plan.estimated_cycles:
+        note = "without kernels and asynchronous copies"
+        if plan.floor_cycles:
+            ratio = plan.estimated_cycles / plan.floor_cycles
+            note = f"{ratio:.2f} x the {plan.floor_cycles / 1e6:.2f} M of the products alone"
+        lines.append(_line("cycles", f"{plan.estimated_cycles / 1e6:.2f} M", COMPILER, note))
+    return lines
+
+
+def verdict(plan: Plan) -> str:
+    """Whether it fits; if not, what would."""
+    if plan.fits:
+        free = plan.available_bytes - plan.peak_bytes
+        return f"FITS, with {_gb(free)} to spare a device" + ("" if plan.compiled else " (arithmetic)")
+    need = f"{_gb(plan.peak_bytes)} are needed, {_gb(plan.available_bytes)} available"
+    largest = "".join(f"\n    {text}" for text in (plan.compiled.largest[:4] if plan.compiled else ()))
+    largest = f"\n  The largest buffers:{largest}" if largest else ""
+    return f"DOES NOT FIT: {need}.{largest}\n  {remedy(plan.job)}"
+
+
+def remedy(job: Job) -> str:
+    """What would fit, by arithmetic: on this machine, else on more of it."""
+    for share in (0.95, 1.0):
+        fitting = [other for other in estimate.ranked(estimate.candidates(job))[:1] if estimate.fits(other, share)]
+        if fitting:
+            other = fitting[0]
+            options = f"--mesh {_mesh(other)}"
+            if job.mode == "train":
+                options += f" --remat {other.remat} --microbatches {other.microbatches}"
+            return f"This would, by arithmetic: {options} (--search compiles the best few)"
+    kinds = [job.machine.chip, *(chip for chip in CHIPS.values() if chip is not job.machine.chip)]
+    larger = [other.cloud_name for other in estimate.machines_that_fit(job, kinds)]
+    return f"No mesh and no remat policy would, by arithmetic. The smallest machines that would: {', '.join(larger)}"
+
+
+def table(found: Found, *, rows: int = 12) -> str:
+    """The candidates of a search, the best first."""
+    head = ("", "mesh", "remat", "microb.", "peak", "said by", "fits", "bound", "by", "MFU <=", "Mcycles")
+    lines = [head]
+    for plan in (found.compiled + found.rest)[:rows]:
+        job, r = plan.job, plan.roofline
+        lines.append(
+            (
+                "*" if plan is found.best else "",
+                _mesh(job),
+                job.remat if job.mode == "train" else "",
+                str(job.microbatches),
+                _gb(plan.peak_bytes),
+                COMPILER if plan.compiled else ARITHMETIC,
+                "yes" if plan.fits else "no",
+                _seconds(r.seconds),
+                r.bound_by,
+                f"{100 * r.mfu:.1f} %",
+                f"{plan.estimated_cycles / 1e6:.1f}" if plan.estimated_cycles else "",
+            )
+        )
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    text = "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+    more = len(found.compiled) + len(found.rest) - rows
+    return text + (f"\n({more} more)" if more > 0 else "")
+
+
+def plot(plans: Sequence[Plan], path: Path, *, title: str) -> None:
+    """A stacked bar of each plan's memory, and a line for what is available."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.5 * len(plans)), constrained_layout=True)
+    names = [name(plan.job) + ("" if plan.compiled else " (arithmetic)") for plan in plans]
+    left = [0.0] * len(plans)
+    for part in ("parameters", "optimizer", "cache", "gradients", "other temporaries"):
+        sizes = [parts(plan)[part] / 1e9 for plan in plans]
+        if any(sizes):
+            axes.barh(names, sizes, left=left, label=part)
+            left = [a + b for a, b in zip(left, sizes, strict=True)]
+    axes.axvline(plans[0].available_bytes / 1e9, color="black", linestyle="--", label="available")
+    axes.invert_yaxis()
+    axes.set_xlabel("GB of each device")
+    axes.set_title(title)
+    axes.legend(loc="lower right", fontsize="small")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def parts(plan: Plan) -> dict[str, int]:
+    """The peak in parts."""
+    memory = plan.arithmetic
+    parameters, optimizer, cache = plan.sizes or (memory.parameters, memory.optimizer, memory.cache)
+    if plan.job.mode == "prefill" and plan.compiled:
+        cache = min(cache, plan.compiled.output_bytes)
+    rest = plan.peak_bytes - parameters - optimizer - cache
+    gradients = min(memory.gradients, max(0, rest))
+    return {
+        "parameters": parameters, "optimizer": optimizer, "cache": cache, "gradients": gradients,
+        "other temporaries": max(0, rest - gradients),
+    }  # fmt: skip
+
+
+def _line(what: str, value: str, who: str, note: str = "") -> str:
+    return f"  {what:20} {value:>14}   {who:10} {note}".rstrip()
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.3f} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+
+
+def _mesh(job: Job) -> str:
+    return ",".join(f"{axis}={size}" for axis, size in job.mesh.items()) or "tensor=1"

@@ -1,0 +1,132 @@
+"""From what was asked for to a job: names looked up, what was left open chosen."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from pathlib import Path
+
+from llama_jax import estimate, presets, sharding, tuned
+from llama_jax.config import ModelConfig
+from llama_jax.estimate import Job, Mode
+from llama_jax.machines import CHIPS, Machine, machine
+from llama_jax.plan.make import check, default_mesh
+from llama_jax.presets import PRESETS
+from llama_jax.train.choose import choose
+from llama_jax.train.recipe import Recipe
+
+BATCH = 8  # of decode and prefill
+LENGTH = 4096  # of a sequence or a cache, if the model has so many
+
+
+def model(name: str) -> ModelConfig:
+    """A preset, or the architecture of a folder with a config.json or params.json.
+
+    Raises:
+      ValueError: there is none of that name; the message has the nearest ones.
+    """
+    if name in PRESETS:
+        return PRESETS[name]
+    if (path := Path(name).expanduser()).exists():
+        file = path / "config.json" if path.is_dir() else path
+        if file.name == "config.json" and file.is_file():
+            try:
+                return presets.from_hf_config(json.loads(file.read_text(encoding="utf-8")))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{file} is no JSON: {error}") from None
+        from llama_jax.weights.open import open_checkpoint
+
+        return open_checkpoint(name).config
+    near = difflib.get_close_matches(name.lower(), PRESETS, n=4, cutoff=0.4)
+    raise ValueError(
+        f"model {name!r} is not known; the nearest are {', '.join(near or ['llama3.1-8b', 'llama2-70b'])}. Names are"
+        " those of the releases, in lower case; a folder with a config.json does too"
+    )
+
+
+def job(
+    config: ModelConfig,
+    on: str,
+    mode: Mode,
+    *,
+    batch: int | None = None,
+    seq_len: int | None = None,
+    mesh: dict[str, int] | None = None,
+    remat: str | None = None,
+    microbatches: int | None = None,
+    attention: str = "auto",
+) -> tuple[Job, str]:
+    """The job that was asked for, and who chose what was left open, in words.
+
+    Args:
+      config: the model.
+      on: name of the machine.
+      mode: of `Job`, as the following ones; None leaves it open: to the tuned table, else to arithmetic.
+      batch: see `mode`.
+      seq_len: see `mode`.
+      mesh: see `mode`.
+      remat: see `mode`.
+      microbatches: see `mode`.
+      attention: see `mode`.
+
+    Raises:
+      ValueError: a name is not known, or the parts do not go together.
+    """
+    where = machine(on)
+    row = tuned.find(config, where, mode, seq_len or 0)
+    length = seq_len or (row.seq_len if row else min(LENGTH, config.max_seq_len))
+    size = batch or (row.batch if row and row.seq_len == length else where.devices if mode == "train" else BATCH)
+    asked = Job(config, where, mode, size, length, mesh or {}, remat or "full", microbatches or 1, attention)
+    if mesh is None:
+        check(
+            dataclasses.replace(asked, mesh=default_mesh(dataclasses.replace(asked, batch=where.devices))), batch=False
+        )
+    else:
+        check(asked)
+    if row and mesh in (None, dict(row.mesh)) and remat in (None, row.remat):
+        ways = row.mesh.get("data", 1) * row.mesh.get("fsdp", 1)
+        parts = microbatches or (max(1, -(-size // (ways * row.rows))) if mode == "train" else 1)
+        if size % (ways * parts) == 0:
+            found = dataclasses.replace(
+                asked, mesh=dict(row.mesh), remat=row.remat, microbatches=parts,
+                attention=row.attention if attention == "auto" else attention, compiler_options=row.compiler_options,
+            )  # fmt: skip
+            return found, f"the tuned table, {row.machine}"
+    if mesh is not None and (mode != "train" or (remat and microbatches)):
+        return asked, "as given"
+    jobs = estimate.candidates(asked, mesh=mesh, remat=remat, microbatches=microbatches)
+    if not jobs:
+        check(dataclasses.replace(asked, mesh=mesh or default_mesh(asked)))
+        raise ValueError(f"nothing divides a batch of {size} x {length} on {where.name}")
+    return estimate.ranked(jobs, estimate.SHARE)[0], "arithmetic"
+
+
+def of_recipe(recipe: Recipe, on: str) -> tuple[Recipe, Job]:
+    """A recipe with nothing left open, and the job of its last stage.
+
+    Args:
+      recipe: of `configs/`.
+      on: name of a machine; empty is that of the tuned table, or the smallest TPU that fits by arithmetic.
+
+    Raises:
+      ValueError: the machine is not known, or the batch does not divide on it.
+    """
+    config, batch = recipe.model, recipe.batch
+    asked = Job(config, machine(on or "v5e"), "train", batch.sequences, batch.seq_len, {})
+    if not on:
+        rows = [machine(row.machine) for row in tuned.rows_of(config, "train") if row.seq_len >= batch.seq_len]
+        tpus = [chip for chip in CHIPS.values() if chip.dimensions]
+        choices = [*rows, *sorted(estimate.machines_that_fit(asked, tpus), key=lambda m: m.devices)]
+        jobs = (_job(choose(recipe, config, where), where) for where in choices)
+        asked = next((job for job in jobs if estimate.fits(job)), asked)
+    chosen = choose(recipe, config, asked.machine)
+    return chosen, _job(chosen, asked.machine)
+
+
+def _job(recipe: Recipe, on: Machine) -> Job:
+    batch = recipe.batch
+    return Job(
+        recipe.model, on, "train", batch.sequences, batch.seq_len, sharding.parse_mesh(recipe.mesh), recipe.remat,
+        max(1, batch.microbatches), recipe.attention, recipe.compiler_options,
+    )  # fmt: skip

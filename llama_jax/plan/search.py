@@ -1,0 +1,82 @@
+"""The fastest configuration that fits: all by arithmetic, the best few by the compiler."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from llama_jax import estimate
+from llama_jax.estimate import Job
+from llama_jax.plan.make import Plan, by_arithmetic, make_plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What a search found.
+
+    Attributes:
+      compiled: plans by the compiler, the best first; empty without one.
+      rest: plans by arithmetic of the others, the best first.
+      best: the fastest that fits; None where none does.
+    """
+
+    compiled: list[Plan]
+    rest: list[Plan]
+    best: Plan | None
+
+
+def search(
+    job: Job,
+    *,
+    mesh: dict[str, int] | None,
+    remat: str | None,
+    microbatches: int | None,
+    compile: int,
+    say: Callable[[str], None] = lambda text: None,
+) -> Found:
+    """Ranks meshes, remat policies and microbatches, and compiles the best of them.
+
+    Args:
+      job: what to plan; its mesh, remat and microbatches are open where the next three are None.
+      mesh: as of `estimate.candidates`, like the next two.
+      remat: see `mesh`.
+      microbatches: see `mesh`.
+      compile: how many to compile; 0 is none.
+      say: is told what is done.
+
+    Raises:
+      ValueError: nothing divides the batch.
+    """
+    jobs = estimate.candidates(job, mesh=mesh, remat=remat, microbatches=microbatches)
+    if not jobs:
+        raise ValueError(
+            f"a batch of {job.batch} x {job.seq_len} divides on no mesh of {job.machine.devices} devices: give another"
+            " --batch"
+        )
+    ranked = estimate.ranked(jobs)
+    say(f"{len(ranked)} configurations ranked by arithmetic")
+    compiled: list[Plan] = []
+    for number, candidate in enumerate(ranked[:compile], start=1):
+        say(f"{number} of {min(compile, len(ranked))}: {name(candidate)}")
+        plan = make_plan(candidate, floor=False, say=say)
+        if plan.compiled is None:  # no compiler is here
+            say(plan.why_not)
+            break
+        compiled.append(plan)
+    compiled.sort(key=_order)
+    rest = [by_arithmetic(candidate) for candidate in ranked[len(compiled) :]]
+    best = next((plan for plan in (compiled or rest) if plan.fits), None)
+    return Found(compiled, rest, best)
+
+
+def _order(plan: Plan) -> tuple:
+    return not plan.fits, plan.roofline.seconds, plan.estimated_cycles, plan.peak_bytes
+
+
+def name(job: Job) -> str:
+    """ "fsdp=16, full, 4 microbatches"."""
+    mesh = ",".join(f"{axis}={size}" for axis, size in job.mesh.items()) or "one device"
+    if job.mode != "train":
+        return mesh
+    parts = f", {job.microbatches} microbatches" if job.microbatches > 1 else ""
+    return f"{mesh}, {job.remat}{parts}"

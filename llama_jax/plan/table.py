@@ -1,0 +1,38 @@
+"""The tuned table's figures, measured again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+
+from llama_jax import tuned
+from llama_jax.plan import compiler
+from llama_jax.plan.make import make_plan
+from llama_jax.plan.search import name
+
+FIGURES = (
+    "fits", "parameter_bytes", "optimizer_bytes", "cache_bytes", "argument_bytes", "temporary_bytes", "peak_bytes",
+    "host_bytes", "available_bytes", "arithmetic_peak_bytes", "flops", "estimated_cycles", "floor_cycles",
+    "roofline_seconds", "mfu_bound", "compiler",
+)  # fmt: skip
+
+
+def update(*, say: Callable[[str], None]) -> None:
+    """Compiles every row whose compiler is here, and writes the figures; after each row, so that nothing is lost."""
+    rows = list(tuned.table())
+    for i, row in enumerate(rows):
+        what = f"{i + 1} of {len(rows)}: {row.model}, {row.mode}, {row.machine}, {name(row.job)}"
+        if not compiler.is_installed(row.job.machine):
+            say(f"{what}: its compiler is not here, the figures stay")
+            continue
+        say(what)
+        found = make_plan(row.job, say=say).as_json()
+        rows[i] = dataclasses.replace(row, figures={key: found[key] for key in FIGURES})
+        write(rows)
+
+
+def write(rows: list[tuned.Row]) -> None:
+    """Writes the table."""
+    text = json.dumps([dataclasses.asdict(row) for row in rows], indent=1)
+    tuned.FILE.write_text(text + "\n", encoding="utf-8")

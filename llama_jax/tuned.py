@@ -1,0 +1,93 @@
+"""The tuned table: for a machine and a model the mesh, remat policy, microbatch, kernels and compiler options.
+
+Rows are in `tuned.json`, each with the figures that `scripts/plan.py` printed for it and the versions it used;
+`python scripts/plan.py --update-table` measures them again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llama_jax.config import ModelConfig
+from llama_jax.estimate import Job, Mode
+from llama_jax.machines import Machine, machine
+from llama_jax.presets import PRESETS
+
+FILE = Path(__file__).with_suffix(".json")
+# Of an architecture: what a step's size and time depend on.
+_SHAPE = ("vocab_size", "embed_dim", "mlp_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "tie_embeddings")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+      machine: its name.
+      model: a preset; rows count for every model of its shape.
+      mode: of `estimate.Job`, as the following ones.
+      batch: sequences in a step.
+      seq_len: tokens of a sequence, or slots of the cache.
+      mesh: sizes of the mesh axes.
+      remat: policy.
+      microbatches: parts of the batch.
+      attention: implementation and block, such as "splash:1024".
+      compiler_options: beyond the defaults.
+      figures: what plan.py printed, under the names of its JSON, by the versions in `compiler`.
+    """
+
+    machine: str
+    model: str
+    mode: Mode
+    batch: int
+    seq_len: int
+    mesh: Mapping[str, int]
+    remat: str = "full"
+    microbatches: int = 1
+    attention: str = "auto"
+    compiler_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    figures: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def job(self) -> Job:
+        """What the row is about."""
+        return Job(
+            PRESETS[self.model], machine(self.machine), self.mode, self.batch, self.seq_len, self.mesh, self.remat,
+            self.microbatches, self.attention, self.compiler_options,
+        )  # fmt: skip
+
+    @property
+    def rows(self) -> int:
+        """Sequences of a microbatch on each device that has its own."""
+        return self.batch // (self.microbatches * self.mesh.get("data", 1) * self.mesh.get("fsdp", 1))
+
+
+@functools.cache
+def table() -> tuple[Row, ...]:
+    """All rows."""
+    return tuple(Row(**row) for row in json.loads(FILE.read_text(encoding="utf-8")))
+
+
+def find(config: ModelConfig, on: Machine, mode: Mode, seq_len: int) -> Row | None:
+    """The row for a model of this shape on such a machine, made for sequences at least as long; None without one."""
+    fitting = [
+        row
+        for row in table()
+        if row.mode == mode and row.seq_len >= seq_len and _same(PRESETS[row.model], config)
+        and machine(row.machine).cloud_name == on.cloud_name
+    ]  # fmt: skip
+    return min(fitting, key=lambda row: row.seq_len, default=None)
+
+
+def rows_of(config: ModelConfig, mode: Mode) -> list[Row]:
+    """All rows for models of this shape."""
+    return [row for row in table() if row.mode == mode and _same(PRESETS[row.model], config)]
+
+
+def _same(a: ModelConfig, b: ModelConfig) -> bool:
+    return all(getattr(a, name) == getattr(b, name) for name in _SHAPE)
