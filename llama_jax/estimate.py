@@ -324,18 +324,18 @@ def _all_reduce(size: float, ways: int) -> float:
     return 2 * _gather(size, ways)
 
 
-def kernel_flops(job: Job, kernels: Mapping[str, int]) -> float:
+def kernel_flops(job: Job, kernels: Iterable[tuple[str, int]]) -> float:
     """FLOPs of attention kernels, which a compiled program does not show: by what each name computes.
 
     Args:
       job: what they are part of.
-      kernels: how often each runs.
+      kernels: name of each, and how often it runs.
     """
     ways = job.ways
     product = job.tokens * job.seq_len * job.config.num_heads * job.config.head_dim
     product /= ways["tensor_kv"] * ways["tensor_q"]  # two FLOPs, half of the keys
     found = 0.0
-    for name, times in kernels.items():
+    for name, times in kernels:
         backward = "Backward" in name
         products = 4 if "dkv" in name else 3 if "dq" in name else 5 if backward else 2
         found += times * products * product

@@ -1,1 +1,1 @@
-"""Plans: whether a step fits on a machine that is not there, and how fast it could be."""
+"""What a program will cost on a machine, found out by compiling it for one that is not there."""

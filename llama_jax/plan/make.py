@@ -136,15 +136,17 @@ def make_plan(job: Job, *, floor: bool = True, say: Callable[[str], None] = lamb
     plan = dataclasses.replace(plan, compiled=compiled, sizes=sizes, versions=compiler.versions(job.machine))
     if not compiled.fits or not compiled.text:
         return plan
-    counted = hlo.count(compiled.text)
-    flops = counted.flops + estimate.kernel_flops(job, counted.kernels)
+    kernels = [(name, times) for name, _, times in hlo.kernels(compiled.text)]
     plan = dataclasses.replace(
-        plan, flops=flops, traffic_bytes=counted.traffic_bytes, estimated_cycles=counted.cycles if tpu else 0
+        plan,
+        flops=hlo.flops(compiled.text) + estimate.kernel_flops(job, kernels),
+        traffic_bytes=hlo.bytes_moved(compiled.text),
+        estimated_cycles=hlo.estimated_cycles(compiled.text),
     )
     if floor and tpu:
         say("Compiling the floor program: the same products and nothing else")
         text = compiler.compile(lower_floor(job, mesh), job.machine, job.compiler_options).text
-        plan = dataclasses.replace(plan, floor_cycles=hlo.count(text).cycles if text else 0)
+        plan = dataclasses.replace(plan, floor_cycles=job.microbatches * hlo.estimated_cycles(text) if text else 0)
     return plan
 
 

@@ -69,11 +69,11 @@ def lower(job: Job, mesh: jax.sharding.Mesh) -> Lowered:
 def _training(job: Job) -> Lowered:
     program, args = setup.abstract_step(recipe_of(job))
     state = args[0]
-    return _lowered(program.lower(*args), args, state.model, optimizer=state.opt_state)
+    return lowered(program.lower(*args), args, state.model, optimizer=state.opt_state)
 
 
 def _decoding(job: Job) -> Lowered:
-    model = _serving(job)
+    model = serving_model(job)
     cache = abstract_cache(model, job)
     state = DecodeState(
         cache=cache,
@@ -86,20 +86,21 @@ def _decoding(job: Job) -> Lowered:
     )
     steps, stop_ids = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((STOP_IDS,), jnp.int32)
     args = (state, _rows(model, job, jnp.bool_), steps, stop_ids, Sampling().values())
-    return _lowered(Programs(model).lower_decode(*args), (model, args), model, cache=cache)
+    return lowered(Programs(model).lower_decode(*args), (model, args), model, cache=cache)
 
 
 def _prefilling(job: Job) -> Lowered:
-    model = _serving(job)
+    model = serving_model(job)
     row = _rows(model, job, jnp.int32)
     tokens = _placed(model, ("batch", "seq"), (job.batch, job.seq_len), jnp.int32)
     seed, stop_ids = jax.ShapeDtypeStruct((), jnp.uint32), jax.ShapeDtypeStruct((STOP_IDS,), jnp.int32)
     args = (tokens, row, row, row, seed, stop_ids, Sampling().values(), None, None)
-    lowered = Programs(model).lower_prefill(*args, size=job.seq_len, span=job.seq_len)
-    return _lowered(lowered, (model, args), model, cache=abstract_cache(model, job))
+    step = Programs(model).lower_prefill(*args, size=job.seq_len, span=job.seq_len)
+    return lowered(step, (model, args), model, cache=abstract_cache(model, job))
 
 
-def _serving(job: Job) -> Llama:
+def serving_model(job: Job) -> Llama:
+    """The abstract model of prefill and decode; its mesh must be in use."""
     attention = None if job.attention == "auto" else job.attention
     return Llama(job.config, dtype="bfloat16", param_dtype="bfloat16", attention=attention, rngs=None)
 
@@ -121,8 +122,9 @@ def _rows(model: Llama, job: Job, dtype: Any) -> jax.ShapeDtypeStruct:
     return _placed(model, ("batch",), (job.batch,), dtype)
 
 
-def _lowered(lowered: Any, args: Any, model: Llama, *, optimizer: Any = None, cache: Any = None) -> Lowered:
-    return Lowered(lowered, bytes_held(model), bytes_held(optimizer), bytes_held(cache), bytes_held(args))
+def lowered(program: Any, args: Any, model: Llama, *, optimizer: Any = None, cache: Any = None) -> Lowered:
+    """A lowered program with the bytes of its arguments."""
+    return Lowered(program, bytes_held(model), bytes_held(optimizer), bytes_held(cache), bytes_held(args))
 
 
 def bytes_held(tree: Any) -> int:
