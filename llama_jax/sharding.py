@@ -150,7 +150,7 @@ def default_mesh(config: ModelConfig) -> Mesh:
     slices = num_slices(devices)
     here = machines.of_devices(devices[0].device_kind, len(devices), slices)
     if here and (row := tuned.find(config, here, "decode", 0)):
-        return make_mesh(config, **row.mesh)
+        return make_mesh(config, **row.mesh)  # pyright: ignore[reportArgumentType]
     return make_mesh(config, data=slices, tensor=len(devices) // slices)
 
 

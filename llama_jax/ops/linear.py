@@ -62,9 +62,8 @@ def einsum(equation: str, x: jax.Array, w: nnx.Param | jax.Array | Narrowed, *, 
       w: the weight; its type decides how it is multiplied.
       out_sharding: of the result.
     """
-    w = w.get_value() if isinstance(w, nnx.Variable) else w
-    if isinstance(w, Narrowed):
-        w = _narrow(w.value, w.gradient)
+    leaf = w.get_value() if isinstance(w, nnx.Variable) else w
+    w = _narrow(leaf.value, leaf.gradient) if isinstance(leaf, Narrowed) else leaf
     # The products of a float32 model are float32: the default on TPU is bfloat16, on GPU TF32.
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     rows = _spec(x)[: -_contracted(equation)[0]]

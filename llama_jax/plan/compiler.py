@@ -222,9 +222,12 @@ def _for_gpu(program: Lowered, machine: Machine, options: dict[str, Any]) -> Com
         raise ValueError(f"the compiler refuses this program: {_first_line(error)}") from error
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
-    sizes = [int(getattr(memory, f"{name}_size_in_bytes")) for name in ("argument", "output", "alias", "temp")]
+    arguments, outputs, alias, temporary = (
+        int(getattr(memory, f"{name}_size_in_bytes")) for name in ("argument", "output", "alias", "temp")
+    )
     host = memory.host_argument_size_in_bytes + memory.host_output_size_in_bytes + memory.host_temp_size_in_bytes
-    found = Compiled(True, *sizes, int(host - memory.host_alias_size_in_bytes), compiled.as_text(), seconds)
+    host -= memory.host_alias_size_in_bytes
+    found = Compiled(True, arguments, outputs, alias, temporary, int(host), compiled.as_text(), seconds)
     if found.peak_bytes > available_bytes(machine):
         return dataclasses.replace(found, fits=False, message="more than XLA_PYTHON_CLIENT_MEM_FRACTION allows")
     return found

@@ -54,7 +54,7 @@ def decode_floor(model: Llama, cache: KVCache, x_B1D: jax.Array) -> jax.Array:
     Returns:
       [B, 1, V] in x's dtype, split as logits are. The numbers mean nothing.
     """
-    assert not isinstance(cache, LayerCache), "blocks in a list take a list of caches"
+    assert not isinstance(cache, LayerCache) and not isinstance(model.blocks, Block), "blocks and caches in lists"
     for block, layer in zip(model.blocks, cache, strict=True):
         x_B1D = _block(block, layer, x_B1D)
     return _head(model, x_B1D)
@@ -126,6 +126,7 @@ def prefill_floor(model: Llama, x_BTD: jax.Array) -> jax.Array:
     Returns:
       [B, 1, V].
     """
+    assert not isinstance(model.blocks, Block), "blocks in a list"
     for block in model.blocks:
         x_BTD = _sequence(block, x_BTD)
     return _head(model, x_BTD[:, -1:])
@@ -142,17 +143,16 @@ def training_floor(model: Llama, x_BTD: jax.Array) -> Any:
       Gradients of the blocks, the head and the stream. The numbers mean nothing.
     """
 
-    def blocks_of(blocks: Block, x_BTD: jax.Array) -> jax.Array:
+    def blocks_of(blocks: Any, x_BTD: jax.Array) -> jax.Array:
         step = jax.checkpoint(
             lambda x_BTD, block: (_sequence(block, checkpoint_name(x_BTD, "block")), None),
             policy=REMAT[model.remat], prevent_cse=False,
         )  # fmt: skip
         return jax.lax.scan(step, x_BTD, blocks)[0]
 
+    blocks: Any = model.blocks
     stand_ins = handles(model).blocks
-    x_BTD, pull = jax.vjp(
-        lambda stand_ins, x_BTD: blocks_of(attached(model.blocks, stand_ins), x_BTD), stand_ins, x_BTD
-    )
+    x_BTD, pull = jax.vjp(lambda stand_ins, x_BTD: blocks_of(attached(blocks, stand_ins), x_BTD), stand_ins, x_BTD)
     B, T, D = x_BTD.shape
     batch, seq, *_ = jax.typeof(x_BTD).sharding.spec
     length = jax.typeof(x_BTD).sharding.shard_shape(x_BTD.shape)[1]

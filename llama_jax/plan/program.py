@@ -118,7 +118,7 @@ def _placed(model: Llama, axes: tuple[str, ...], shape: tuple[int, ...], dtype: 
     return jax.ShapeDtypeStruct(shape, dtype, sharding=model.rules.sharding(axes, shape))
 
 
-def _rows(model: Llama, job: Job, dtype: Any) -> jax.ShapeDtypeStruct:
+def _rows(model: Llama, job: Job, dtype: Any) -> Any:
     return _placed(model, ("batch",), (job.batch,), dtype)
 
 

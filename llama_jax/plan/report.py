@@ -115,7 +115,7 @@ def remedy(job: Job) -> str:
 def table(found: Found, *, rows: int = 12) -> str:
     """The candidates of a search, the best first."""
     head = ("", "mesh", "remat", "microb.", "peak", "said by", "fits", "bound", "by", "MFU <=", "Mcycles")
-    lines = [head]
+    lines: list[tuple[str, ...]] = [head]
     for plan in (found.compiled + found.rest)[:rows]:
         job, r = plan.job, plan.roofline
         lines.append(

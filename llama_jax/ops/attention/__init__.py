@@ -98,14 +98,14 @@ def _one_device(q_BTKGH, k_BKSH, v_BKSH, slots_BT, segment_ids_BT, *, name, bloc
         mask_BTS = None if segments is None else segments[0][:, :, None] == segments[1][:, None]
         return attend(q_BTKGH, k_BKSH, v_BKSH, mask_BTS=mask_BTS, scale=scale, causal=True)
 
-    def block(q_BTKGH, k_BKSH, v_BKSH, slots_BT, segments):
+    def part(q_BTKGH, k_BKSH, v_BKSH, slots_BT, segments):
         mask_BTS = jnp.arange(k_BKSH.shape[2]) <= slots_BT[:, :, None]
         if segments is not None:
             mask_BTS &= segments[0][:, :, None] == segments[1][:, None]
         return attend(q_BTKGH, k_BKSH, v_BKSH, mask_BTS=mask_BTS, scale=scale)
 
     if axes is not None:  # of a long sequence not even the masks of all blocks are kept for the gradient
-        block = jax.checkpoint(block)
+        part = jax.checkpoint(part)
     T, S = q_BTKGH.shape[1], k_BKSH.shape[2]
     ordered &= axes is None  # else this device's queries start anywhere
     width = min(QUERY_BLOCK, max(SMALL_BLOCK[name], T // 16)) if ordered else QUERY_BLOCK
@@ -114,7 +114,7 @@ def _one_device(q_BTKGH, k_BKSH, v_BKSH, slots_BT, segment_ids_BT, *, name, bloc
         queries = slice(start, min(start + width, T))
         keys = slice(0, min(queries.stop, S) if ordered else S)
         parts = None if segments is None else (segments[0][:, queries], segments[1][:, keys])
-        blocks.append(block(q_BTKGH[:, queries], k_BKSH[:, :, keys], v_BKSH[:, :, keys], slots_BT[:, queries], parts))
+        blocks.append(part(q_BTKGH[:, queries], k_BKSH[:, :, keys], v_BKSH[:, :, keys], slots_BT[:, queries], parts))
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
 
 
