@@ -75,9 +75,12 @@ def job(
     """
     where = machine(on)
     row = tuned.find(config, where, mode, seq_len or 0)
-    length = seq_len or (row.seq_len if row else min(LENGTH, config.max_seq_len))
-    size = batch or (row.batch if row and row.seq_len == length else where.devices if mode == "train" else BATCH)
-    asked = Job(config, where, mode, size, length, mesh or {}, remat or "full", microbatches or 1, attention)
+    length = min(LENGTH, config.max_seq_len) if row is None else row.seq_len
+    length = length if seq_len is None else seq_len
+    size = row.batch if row and row.seq_len == length else where.devices if mode == "train" else BATCH
+    size = size if batch is None else batch
+    parts = 1 if microbatches is None else microbatches
+    asked = Job(config, where, mode, size, length, mesh or {}, remat or "full", parts, attention)
     if mesh is None:
         check(
             dataclasses.replace(asked, mesh=default_mesh(dataclasses.replace(asked, batch=where.devices))), batch=False

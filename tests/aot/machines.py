@@ -15,22 +15,14 @@ from llama_jax import sharding
 from llama_jax.config import ModelConfig
 from llama_jax.infer import decode
 from llama_jax.infer.decode import DecodeState
+from llama_jax.machines import machine
 from llama_jax.model import Llama
 from llama_jax.ops.attention import dot_product_attention
+from llama_jax.plan import compiler
 from llama_jax.train.losses import cross_entropy
 
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu would ask Google's metadata server
 
-# What XLA knows of an H100 SXM (`GpuTargetConfigProto`).
-H100 = """
-gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth:
-3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84978434048
-shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 } registers_per_core_limit: 65536
-registers_per_block_limit: 65536 } platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
 DTYPES = ("pred", "s8", "u8", "bf16", "f16", "s32", "u32", "f32")
 
 
@@ -41,7 +33,7 @@ def tpu(topology: str, **options: Any) -> list[Any]:
 
 def h100s() -> list[Any]:
     """Eight H100 in one machine; needs the `cuda` extra."""
-    return topologies.get_topology_desc("h100", platform="cuda", topology="1x1x8", target_config=H100).devices
+    return compiler.devices(machine("8xh100"), say=print)
 
 
 def compile_for(devices: list[Any], function: Callable[..., Any], *args: Any, **options: Any) -> Any:
