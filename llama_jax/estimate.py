@@ -108,6 +108,7 @@ class Work:
       model_flops: without, the convention of MFU.
       memory_bytes: from and to its memory.
       link_bytes: received over the interconnect.
+      waited_bytes: of these, what the next product waits for: reductions of `tensor`, keys of `context`.
       network_bytes: received from other slices or machines.
     """
 
@@ -115,6 +116,7 @@ class Work:
     model_flops: float
     memory_bytes: float
     link_bytes: float
+    waited_bytes: float
     network_bytes: float
 
 
@@ -289,7 +291,7 @@ def work(job: Job) -> Work:
             else L * _gather(4 * K * H / ways["tensor_kv"] * job.seq_len * heads, ways["context"])
         )
         memory = held + cache + L * T * activations
-        return Work(flops, flops, memory, gathers + reduced + keys, 0)
+        return Work(flops, flops, memory, gathers + reduced + keys, reduced + keys, 0)
 
     again = sum(share * product for share, product in zip(_AGAIN[job.remat], products, strict=True))
     model_flops = 3 * T * (L * block + head) / TP
@@ -307,12 +309,13 @@ def work(job: Job) -> Work:
     chunks = math.ceil(job.tokens / LOSS_TOKENS)
     link = _gather(whole, W) * 3  # forward, backward, gradients
     link += M * chunks * _gather(2 * V * D / TP, W) * 2
-    link += L * _all_reduce(2 * T * D, TP) * (4 + (job.remat not in ("none", "matmuls")))
-    link += L * passes * _gather(4 * K * H / ways["tensor_kv"] * T * ways["context"], ways["context"]) * 1.5
+    waited = L * _all_reduce(2 * T * D, TP) * (4 + recomputed)
+    waited += L * passes * _gather(4 * K * H / ways["tensor_kv"] * T * ways["context"], ways["context"]) * 1.5
+    link += waited
     replicas = _all_reduce(2 * P / (W * TP), ways["data"])
     if job.machine.slices > 1:
-        return Work(flops, model_flops, memory, link, replicas)
-    return Work(flops, model_flops, memory, link + replicas, 0)
+        return Work(flops, model_flops, memory, link, waited, replicas)
+    return Work(flops, model_flops, memory, link + replicas, waited, 0)
 
 
 def _gather(size: float, ways: int) -> float:
@@ -353,7 +356,7 @@ def roofline(job: Job, work: Work) -> Roofline:
     return Roofline(compute, memory, link, network, work.model_flops / chip.flops / seconds, tokens / seconds)
 
 
-REMATS = ("none", "matmuls", "attention", "full", "groups", "offload")
+REMATS = ("matmuls", "none", "attention", "full", "groups", "offload")  # of equals the first
 MOST_TENSOR = 16  # devices on tensor that a search considers
 GPU_FRACTION = 0.75  # of a GPU's memory: XLA_PYTHON_CLIENT_MEM_FRACTION unless it is set
 SHARE = 0.9  # of the memory that a choice by arithmetic takes: the formula is within 15 % of the compilers
@@ -388,15 +391,23 @@ def candidates(
 def ranked(jobs: list[Job], share: float = 1.0) -> list[Job]:
     """Jobs that fit by arithmetic, the fastest first, then those that do not, the smallest first.
 
+    By the bound of the roofline and the time of what is waited for, which nothing hides; of equals those without the
+    host's memory, and with the least to do besides.
+
     Args:
       jobs: of one machine.
       share: of the memory that they may take.
     """
 
-    def key(job: Job) -> tuple[bool, float, float]:
-        bound = roofline(job, work(job))
+    def key(job: Job) -> tuple[bool, float, bool, float]:
+        need = work(job)
+        bound = roofline(job, need)
         others = bound.compute + bound.memory + bound.interconnect + bound.network
-        return (False, bound.seconds, others) if fits(job, share) else (True, memory(job).peak, others)
+        seconds = bound.seconds + need.waited_bytes / job.machine.chip.link
+        size = memory(job)
+        if not fits(job, share):
+            return True, size.peak, False, others
+        return False, seconds, size.host > 0, others
 
     return sorted(jobs, key=key)
 

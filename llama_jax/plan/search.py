@@ -63,14 +63,10 @@ def search(
             say(plan.why_not)
             break
         compiled.append(plan)
-    compiled.sort(key=_order)
+    compiled.sort(key=lambda plan: (not plan.fits, ranked.index(plan.job)))
     rest = [by_arithmetic(candidate) for candidate in ranked[len(compiled) :]]
     best = next((plan for plan in (compiled or rest) if plan.fits), None)
     return Found(compiled, rest, best)
-
-
-def _order(plan: Plan) -> tuple:
-    return not plan.fits, plan.roofline.seconds, plan.estimated_cycles, plan.peak_bytes
 
 
 def name(job: Job) -> str:
