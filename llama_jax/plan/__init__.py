@@ -1,0 +1,1 @@
+"""What a program will cost on a machine, found out by compiling it for one that is not there."""

@@ -1,0 +1,425 @@
+"""What a compiled program does, read from its text (`compiled.as_text()`): for TPU and GPU.
+
+Everything is of one device, and counts what is inside a loop as often as the loop runs. A loop whose length the text
+does not tell (the decode loop: until no row is running) counts once, so that its figures are of one step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+
+BITS = {"pred": 8, "token": 0, "opaque": 0, "bf16": 16, "c64": 64, "c128": 128}  # the others say: s4, u8, f8e4m3fn
+VMEM = "S(1)"  # the memory space of a TPU's own memory, in a layout
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
+_ARRAY = re.compile(r"\b([a-z]+[0-9]*\w*)\[([0-9,]*)\](\{[^}]*\})?")
+_CALLED = re.compile(r"\b(calls|to_apply|body|condition|\w+_computations?|called_computations)=(\{[^}]*\}|%?[\w.\-]+)")
+_NAME = re.compile(r"%([\w.\-]+)")
+_NO_WORK = frozenset(
+    "parameter constant tuple get-tuple-element bitcast while call conditional after-all partition-id replica-id"
+    " opt-barrier copy-done slice-done async-done async-update all-gather-done all-reduce-done"
+    " collective-permute-done".split()
+)
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """One array of a type: its element type, dimensions, and layout as text."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    layout: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Without padding."""
+        bits = BITS.get(self.dtype)
+        if bits is None:
+            bits = int(re.sub(r"^[a-z]+(\d+).*$", r"\1", self.dtype))
+        return math.prod(self.shape) * bits // 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line: `name = type opcode(operands), attributes`."""
+
+    name: str
+    type: str
+    opcode: str
+    operands: tuple[str, ...]
+    arguments: str
+    attributes: str
+    root: bool
+
+    @functools.cached_property
+    def arrays(self) -> tuple[Array, ...]:
+        """The arrays of the result."""
+        found = _ARRAY.findall(self.type)
+        return tuple(
+            Array(dtype, tuple(map(int, filter(None, dims.split(",")))), layout) for dtype, dims, layout in found
+        )
+
+    def attribute(self, name: str) -> str:
+        """Up to the next comma, or the text within its braces; empty if it has none."""
+        match = re.search(rf"\b{name}=(?:\{{([^}}]*)\}}|([^, ]*))", self.attributes)
+        return (match[1] or match[2] or "") if match else ""
+
+    @functools.cached_property
+    def config(self) -> dict:
+        """Its `backend_config`."""
+        at = self.attributes.find("backend_config=")
+        if at < 0 or self.attributes[at + 15 : at + 16] != "{":
+            return {}
+        return json.JSONDecoder().raw_decode(self.attributes[at + 15 :])[0]
+
+
+@dataclasses.dataclass
+class Program:
+    """The computations of a program, and how often each runs.
+
+    Attributes:
+      computations: instructions by name, in order, by computation.
+      entry: the computation that runs first.
+      times: how often each computation runs; those that never do are not in it.
+      fused: computations that run within one instruction (fusions, reductions).
+    """
+
+    computations: dict[str, dict[str, Instruction]]
+    entry: str
+    times: Counter[str] = dataclasses.field(default_factory=Counter)
+    fused: set[str] = dataclasses.field(default_factory=set)
+
+    def instructions(self, *, fused: bool) -> Iterator[tuple[Instruction, dict[str, Instruction], int]]:
+        """All that run, each with the instructions beside it and how often; those within fusions too, or not."""
+        for name, times in self.times.items():
+            if fused or name not in self.fused:
+                scope = self.computations[name]
+                for instruction in scope.values():
+                    yield instruction, scope, times
+
+
+@functools.lru_cache(maxsize=4)
+def parse(text: str) -> Program:
+    """Reads a program's text."""
+    computations, entry = {}, ""
+    scope: dict[str, Instruction] = {}
+    for line in _logical_lines(text):
+        header = _HEADER.match(line)
+        if header:
+            scope = computations[header[2]] = {}
+            entry = header[2] if header[1] else entry
+        else:
+            instruction = _instruction(line)
+            scope[instruction.name] = instruction
+    program = Program(computations, entry)
+    _count(program, entry, 1, fused=False)
+    return program
+
+
+def _logical_lines(text: str) -> Iterator[str]:
+    """Headers and instructions; the attributes of a Pallas kernel may span lines."""
+    pending = ""
+    for line in text.splitlines():
+        instruction = _INSTRUCTION.match(line)
+        if instruction or line == "}" or (_HEADER.match(line) and not line.startswith(("HloModule", " "))):
+            if pending:
+                yield pending
+            pending = "" if line == "}" else line
+        elif pending and not _HEADER.match(pending):
+            pending += "\n" + line
+    if pending:
+        yield pending
+
+
+def _instruction(line: str) -> Instruction:
+    start = _INSTRUCTION.match(line)
+    assert start, line
+    at = start.end()
+    end = _closing(line, at) + 1 if line[at] == "(" else line.index(" ", at)
+    opening = line.index("(", end)
+    closing = _closing(line, opening)
+    arguments = line[opening + 1 : closing]
+    operands = tuple(_NAME.findall(arguments))
+    opcode = line[end:opening].strip()
+    return Instruction(start[2], line[at:end], opcode, operands, arguments, line[closing + 1 :], bool(start[1]))
+
+
+def _closing(line: str, opening: int) -> int:
+    """Where the parenthesis at `opening` closes."""
+    depth = 0
+    for match in re.compile(r"[()]").finditer(line, opening):
+        depth += 1 if match[0] == "(" else -1
+        if depth == 0:
+            return match.start()
+    raise ValueError(f"not HLO: {line[:200]!r}")
+
+
+def _count(program: Program, name: str, times: int, *, fused: bool) -> None:
+    program.times[name] += times
+    if fused:
+        program.fused.add(name)
+    for instruction in program.computations[name].values():
+        inside = fused or instruction.opcode not in ("while", "call", "conditional", "async-start")
+        trips = _trip_count(program, name, instruction) if instruction.opcode == "while" else 1
+        for _, called in _CALLED.findall(instruction.attributes):
+            for target in re.findall(r"[\w.\-]+", called):
+                if target in program.computations:
+                    _count(program, target, times * trips, fused=inside)
+
+
+def _trip_count(program: Program, name: str, loop: Instruction) -> int:
+    """As XLA says; for TPU it says nothing, and the condition does: the counter, from 0, is less than a constant."""
+    known = loop.config.get("known_trip_count", {}).get("n")
+    if known is not None:
+        return int(known)
+    condition = program.computations[loop.attribute("condition").lstrip("%")]
+    root = next(x for x in condition.values() if x.root)
+    while root.opcode in ("fusion", "bitcast", "copy"):
+        inner = program.computations.get(root.attribute("calls").lstrip("%"))
+        if inner is None or len(condition) > 6:
+            return 1
+        condition, root = {**condition, **inner}, next(x for x in inner.values() if x.root)
+    if root.opcode != "compare" or root.attribute("direction") != "LT":
+        return 1
+    limits = [x for x in condition.values() if x.opcode == "constant" and x.type.startswith("s32[]")]
+    return int(limits[0].arguments) if len(limits) == 1 else 1
+
+
+def estimated_cycles(text: str) -> int:
+    """The sum of what the TPU compiler expects of each instruction.
+
+    Kernels, collectives, asynchronous copies and writes of a single slot have no estimate.
+    """
+    total = 0
+    for instruction, _, times in parse(text).instructions(fused=False):
+        match = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
+        total += times * int(match[1]) if match else 0
+    return total
+
+
+def flops(text: str) -> int:
+    """Two for each multiplication of a matrix product; products inside attention kernels (`kernels`) are not seen."""
+    total = 0
+    for instruction, scope, times in parse(text).instructions(fused=True):
+        if instruction.opcode == "dot":
+            contracted = instruction.attribute("lhs_contracting_dims").split(",")
+        elif instruction.opcode == "custom-call" and "__cublas$" in instruction.attribute("custom_call_target"):
+            config = instruction.config["gemm_backend_config"]
+            contracted = config["dot_dimension_numbers"]["lhs_contracting_dimensions"]
+        elif instruction.opcode == "convolution":
+            total += times * _convolution_flops(instruction, *(scope[name] for name in instruction.operands))
+            continue
+        else:
+            continue
+        left = scope[instruction.operands[0]].arrays[0]
+        size = math.prod(left.shape[int(i)] for i in contracted if i != "")
+        total += 2 * times * size * math.prod(instruction.arrays[0].shape)
+    return total
+
+
+def _convolution_flops(instruction: Instruction, left: Instruction, right: Instruction) -> int:
+    """TPU's form of a product. Batch dimensions are spatial ones with a window that sees one element of each."""
+    lhs, rhs, out = re.split("_|->", instruction.attribute("dim_labels"))
+    sizes = [
+        dict(zip(labels, x.arrays[0].shape, strict=True))
+        for labels, x in ((lhs, left), (rhs, right), (out, instruction))
+    ]
+    window = dict(part.split("=") for part in instruction.attribute("window").split() if "=" in part)
+    total = 2 * sizes[2]["b"] * sizes[2]["f"] * sizes[1]["i"]
+    for axis in sorted(filter(str.isdigit, lhs)):
+
+        def of(name, default, axis=axis):
+            return [int(i) for i in window[name].split("x")[int(axis)].split("_")] if name in window else [default]
+
+        padding, stride = of("pad", 0)[0], of("stride", 1)[0]
+        dilation, spread = of("rhs_dilate", 1)[0], of("lhs_dilate", 1)[0]
+        total *= _overlaps(sizes[0][axis], sizes[1][axis], sizes[2][axis], padding, stride, dilation, spread)
+    return total
+
+
+@functools.lru_cache(maxsize=1024)
+def _overlaps(size: int, window: int, out: int, padding: int, stride: int, dilation: int, spread: int) -> int:
+    """How many pairs of an output and a window element meet an element of the input, along one dimension."""
+    last = (size - 1) * spread
+    places = (o * stride - padding + k * dilation for o in range(out) for k in range(window))
+    return sum(0 <= place <= last and place % spread == 0 for place in places)
+
+
+def kernels(text: str) -> list[tuple[str, tuple[tuple[int, ...], ...], int]]:
+    """Calls of kernels whose work the text does not show: (name, shapes of the operands, times)."""
+    found = []
+    for instruction, scope, times in parse(text).instructions(fused=True):
+        target = instruction.attribute("custom_call_target").strip('"')
+        if target == "tpu_custom_call":
+            target = re.sub(r"\.\d+$", "", instruction.name)
+        elif "fmha" not in target and "triton" not in target:
+            continue
+        shapes = tuple(scope[name].arrays[0].shape for name in instruction.operands if scope[name].arrays)
+        found.append((target, shapes, times))
+    return found
+
+
+def bytes_moved(text: str) -> int:
+    """Bytes that instructions read and write outside a TPU's own memory: more than the traffic where an instruction
+    reads or writes a part of an array."""
+    total = 0
+    for instruction, scope, times in parse(text).instructions(fused=False):
+        if instruction.opcode in _NO_WORK or "ConcatBitcast" in instruction.attributes:
+            continue
+        sources = [array for name in instruction.operands if name in scope for array in scope[name].arrays]
+        results = list(instruction.arrays)
+        if instruction.opcode == "copy-start":  # (destination, source, context)
+            results = results[:1]
+        elif instruction.opcode in ("slice-start", "async-start"):  # ((sources), destination, context)
+            results = results[len(sources) :][:1]
+            sources = [dataclasses.replace(array, shape=results[0].shape) for array in sources[:1]]
+        elif instruction.opcode.endswith("-start"):
+            results = results[len(results) // 2 :]
+        elif instruction.opcode == "dynamic-update-slice":
+            sources = results = sources[1:2]
+        total += times * sum(x.num_bytes for x in (*sources, *results) if VMEM not in x.layout)
+    return total
+
+
+def collectives(text: str) -> dict[str, int]:
+    """Bytes that a device receives, by kind."""
+    received: defaultdict[str, int] = defaultdict(int)
+    seen = set()
+    for instruction, scope, times in parse(text).instructions(fused=True):
+        kind = instruction.opcode.removesuffix("-start")
+        if kind not in COLLECTIVES:
+            continue
+        # A fused asynchronous collective is in its start, its steps and its end.
+        channel = instruction.attribute("channel_id")
+        if "async_collective" in instruction.attributes or _in_fusion(text, instruction):
+            if channel in seen:
+                continue
+            seen.add(channel)
+        operands = sum(array.num_bytes for name in instruction.operands for array in scope[name].arrays)
+        arrays = instruction.arrays
+        if instruction.opcode.endswith("-start") and instruction.type.startswith("(") and kind != "all-reduce":
+            arrays = arrays[len(instruction.operands) : 2 * len(instruction.operands)]  # (operands, results, context)
+        result = sum(array.num_bytes for array in arrays)
+        n = _group_size(instruction)
+        received[kind] += times * {
+            "all-gather": result - operands,
+            "reduce-scatter": operands - result,
+            "all-reduce": 2 * operands * (n - 1) // n,
+            "all-to-all": operands * (n - 1) // n,
+        }.get(kind, operands)
+    return dict(received)
+
+
+def _in_fusion(text: str, instruction: Instruction) -> bool:
+    program = parse(text)
+    return any(program.computations[name].get(instruction.name) is instruction for name in program.fused)
+
+
+def _group_size(instruction: Instruction) -> int:
+    """How many devices take part, in any of the ways that `replica_groups` is written."""
+    text = instruction.attributes.partition("replica_groups=")[2]
+    if text.startswith("{{"):
+        return text[2:].partition("}")[0].count(",") + 1
+    if iota := re.match(r"\[\d+,(\d+)\]<=", text):
+        return int(iota[1])
+    if mesh := re.match(r"mesh\[([^\]]*)\] \{([^}]*)\}", text):
+        sizes = dict(part.split("=") for part in mesh[1].split(","))
+        return math.prod(int(sizes[axis.strip()]) for axis in mesh[2].split(","))
+    return 1
+
+
+def large_moves(text: str, at_least: int = 2**20) -> list[str]:
+    """Copies, conversions, transposes and slices of a parameter whose result has `at_least` bytes, one line each.
+
+    Followed from the program's parameters (weights and cache) through loops and their results. What a TPU fetches into
+    its own memory on the way to a product is no move: asynchronous copies, and what is done to them there counts.
+    """
+    program = parse(text)
+    found: list[str] = []
+    _follow(program, program.entry, None, found, at_least, set())
+    return found
+
+
+MOVES = frozenset(("copy", "convert", "transpose", "slice", "dynamic-slice", "reverse", "pad", "concatenate"))
+_SAME = frozenset(("bitcast", "get-tuple-element", "tuple", "opt-barrier", "reshape", "dynamic-update-slice"))
+
+
+def _follow(program, name, arguments, found, at_least, done):
+    """Finds moves in a computation; returns which leaves of its result are still parameters: a set of indices, or True.
+
+    `arguments` says so of each of its parameters; None: all of them.
+    """
+    key = (name, repr(arguments))
+    scope = program.computations[name]
+    held: dict[str, set[int] | bool] = {}
+    for x in scope.values():
+        if x.opcode == "parameter":
+            index = int(x.arguments)
+            held[x.name] = True if arguments is None else arguments[index]
+            continue
+        of = [held.get(operand, False) for operand in x.operands]
+        if x.opcode == "get-tuple-element":
+            index = int(x.attribute("index"))
+            held[x.name] = of[0] if isinstance(of[0], bool) else index in of[0]
+        elif x.opcode == "tuple":
+            held[x.name] = {i for i, kept in enumerate(of) if kept}
+        elif x.opcode in ("while", "call"):
+            target = x.attribute("body" if x.opcode == "while" else "to_apply").lstrip("%")
+            result = _follow(program, target, of, found, at_least, done)
+            if x.opcode == "while" and not isinstance(result, bool) and not isinstance(of[0], bool):
+                result = result & of[0]
+            held[x.name] = result
+        elif not any(of):
+            held[x.name] = False
+        elif x.opcode in ("copy-start", "slice-start", "async-start"):
+            to_vmem = VMEM in x.arrays[0 if x.opcode == "copy-start" else -2 if len(x.arrays) > 2 else -1].layout
+            held[x.name] = bool(of[0])
+            if not to_vmem and x.opcode != "copy-start":
+                _report(x, found, at_least, key, done)
+        elif x.opcode.endswith("-done") or x.opcode in _SAME or "ConcatBitcast" in x.attributes:
+            held[x.name] = bool(of[0])
+        elif x.opcode in MOVES:
+            held[x.name] = True
+            _report(x, found, at_least, key, done)
+        elif x.opcode == "fusion":
+            held[x.name] = _moved_by_fusion(program, x, of)
+            if held[x.name]:
+                _report(x, found, at_least, key, done)
+        elif x.opcode == "custom-call" and "output_to_operand_aliasing" in x.attributes:
+            held[x.name] = True
+        else:
+            held[x.name] = False
+    root = next(x for x in scope.values() if x.root)
+    return held.get(root.name, False)
+
+
+def _moved_by_fusion(program: Program, fusion: Instruction, of: list) -> bool:
+    """Whether the root of the fused computation is a parameter, moved: through bitcasts and other moves alone."""
+    scope = program.computations[fusion.attribute("calls").lstrip("%")]
+    x = next(x for x in scope.values() if x.root)
+    moved = False
+    while x.opcode in MOVES or x.opcode in ("bitcast", "reshape", "fusion"):
+        if x.opcode == "fusion":
+            inner = [
+                scope[operand].opcode == "parameter" and bool(of[int(scope[operand].arguments)])
+                for operand in x.operands
+            ]
+            return _moved_by_fusion(program, x, inner)
+        moved |= x.opcode in MOVES
+        x = scope[x.operands[0]]
+    return moved and x.opcode == "parameter" and bool(of[int(x.arguments)])
+
+
+def _report(x: Instruction, found: list[str], at_least: int, key: tuple, done: set) -> None:
+    size = max((array.num_bytes for array in x.arrays), default=0)
+    if size >= at_least and (key[0], x.name) not in done:
+        done.add((key[0], x.name))
+        source = re.search(r'op_name="([^"]*)"', x.attributes)
+        found.append(f"{x.opcode} {x.name} = {x.type[:120]} ({size} bytes), of {source[1] if source else '?'}")
