@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.config import ModelConfig
+from llama_jax.ops import put as kernel
+from llama_jax.ops.attention import device
 from llama_jax.sharding import ShardingRules
 
 AXES = ("batch", "kv_heads", "cache_seq", "head_dim")  # a head's keys lie together: attention reads them in order
@@ -67,6 +69,9 @@ def write(
     are written again before any query may see them.
     """
     put = _put_first if ordered else _put_one if slots_BT.shape[1] == 1 else _put_many
+    whole = jax.typeof(layer.k).sharding.spec[2] is None
+    if put is _put_one and whole and device()[0] == "tpu" and kernel.fits(layer.k):
+        return _put_with_kernel(layer, k_BTKH, v_BTKH, slots_BT, interpret=False)
     if jax.typeof(layer.k).sharding.spec[2] is not None:
         put = functools.partial(_put_split, put)
     elif jax.typeof(slots_BT).sharding.spec[1] is not None:  # a cache that does not divide
@@ -118,6 +123,13 @@ def _put_one(cache_BKSH: jax.Array, new_B1KH: jax.Array, slots_B1: jax.Array) ->
         return jax.lax.dynamic_update_slice(cache_KSH, jnp.where(slots_1[0] <= last, new_K1H, old_K1H), at)
 
     return jax.vmap(put)(cache_BKSH, new_B1KH, slots_B1)
+
+
+def _put_with_kernel(layer: LayerCache, k_B1KH, v_B1KH, slots_B1, *, interpret: bool) -> LayerCache:
+    """As `_put_one`, for keys and values at once."""
+    spec = jax.typeof(layer.k).sharding.spec
+    put = jax.shard_map(functools.partial(kernel.put, interpret=interpret), out_specs=(spec, spec), check_vma=False)
+    return LayerCache(*put(layer.k, layer.v, k_B1KH[:, 0], v_B1KH[:, 0], slots_B1[:, 0]))
 
 
 def of_tokens(k_BTKH: jax.Array, v_BTKH: jax.Array) -> LayerCache:

@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from llama_jax import kv_cache
 from llama_jax.config import ModelConfig
 from llama_jax.kv_cache import KVCache, LayerCache
-from llama_jax.ops.attention import dot_product_attention
+from llama_jax.ops.attention import attention_of_one, dot_product_attention, reads_before_write
 from llama_jax.ops.embed import embed
 from llama_jax.ops.linear import einsum
 from llama_jax.ops.norm import rms_norm
@@ -91,15 +91,23 @@ class Attention(nnx.Module):
             k_BTKH = apply_rope(einsum("BTD,DKH->BTKH", x_BTD, self.wk, out_sharding=heads), angles)
             v_BTKH = einsum("BTD,DKH->BTKH", x_BTD, self.wv, out_sharding=heads)
             q_BTKGH, k_BTKH, v_BTKH = (checkpoint_name(x, "qkv") for x in (q_BTKGH, k_BTKH, v_BTKH))
-        with jax.named_scope("cache"):
-            new = None if layer is None else kv_cache.write(layer, k_BTKH, v_BTKH, slots_BT, ordered=ordered)
-            # The first tokens of a cache see one another only, as without one.
-            seen = kv_cache.of_tokens(k_BTKH, v_BTKH) if new is None or ordered else kv_cache.prefix(new, span)
-        with jax.named_scope("attention"):
-            out_BTKGH = dot_product_attention(
-                q_BTKGH, seen.k, seen.v, slots_BT=slots_BT, segment_ids_BT=segment_ids_BT, ordered=ordered,
-                scale=H**-0.5, implementation=self.implementation,
-            )  # fmt: skip
+        if layer is not None and not ordered and reads_before_write(T, layer.k, self.implementation):
+            with jax.named_scope("attention"):
+                out_BTKGH = attention_of_one(
+                    q_BTKGH, k_BTKH, v_BTKH, layer.k, layer.v, slots_B1=slots_BT, scale=H**-0.5
+                )  # fmt: skip
+            with jax.named_scope("cache"):
+                new = kv_cache.write(layer, k_BTKH, v_BTKH, slots_BT)
+        else:
+            with jax.named_scope("cache"):
+                new = None if layer is None else kv_cache.write(layer, k_BTKH, v_BTKH, slots_BT, ordered=ordered)
+                # The first tokens of a cache see one another only, as without one.
+                seen = kv_cache.of_tokens(k_BTKH, v_BTKH) if new is None or ordered else kv_cache.prefix(new, span)
+            with jax.named_scope("attention"):
+                out_BTKGH = dot_product_attention(
+                    q_BTKGH, seen.k, seen.v, slots_BT=slots_BT, segment_ids_BT=segment_ids_BT, ordered=ordered,
+                    scale=H**-0.5, implementation=self.implementation,
+                )  # fmt: skip
         with jax.named_scope("out"):
             spec = self.rules.spec(("batch", "seq", "act_embed"), (B, T, D))
             return checkpoint_name(einsum("BTKGH,KGHD->BTD", out_BTKGH, self.wo, out_sharding=spec), "out"), new

@@ -158,10 +158,12 @@ def _emit(model: Llama, state: DecodeState, x_B1D, stop_ids, values) -> tuple[De
     """Samples from the residual stream at each row's position, and decides which rows have ended."""
     with jax.named_scope("sample"):
         logits_BV = model.logits(x_B1D)[:, 0]
-        logits_BV = jax.reshard(logits_BV, model.rules.spec(("batch", "sampled"), logits_BV.shape))
+        if values:
+            logits_BV = jax.reshard(logits_BV, model.rules.spec(("batch", "sampled"), logits_BV.shape))
         key_B = jax.vmap(jax.random.fold_in)(state.key_B, state.position_B)
         token_B = sample(logits_BV, values, key_B, state.seen_BV)
-        chosen_BV = jnp.arange(logits_BV.shape[-1]) == token_B[:, None]
+        ids_V = jnp.arange(logits_BV.shape[-1], out_sharding=jax.P(jax.typeof(logits_BV).sharding.spec[1]))
+        chosen_BV = ids_V == token_B[:, None]
         logprob_B = jnp.sum(jnp.where(chosen_BV, logits_BV, 0), axis=-1) - jax.nn.logsumexp(logits_BV, axis=-1)
     was_running = state.finish_B == RUNNING
     stopped = (token_B[:, None] == stop_ids).any(axis=-1)

@@ -68,7 +68,7 @@ def sample(
     """One token for each row.
 
     Args:
-      logits_BV: float32; not split over V (sorting a split axis needs communication).
+      logits_BV: float32; without `values` it may be split over V, else not (sorting a split axis needs communication).
       values: of `Sampling.values`.
       key_B: one random key a row.
       seen_BV: bool: tokens that the repetition penalty applies to; None where it is off.
@@ -82,9 +82,19 @@ def sample(
         penalized = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
         logits_BV = jnp.where(seen_BV, penalized, logits_BV)
     if "temperature" not in values:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+        return greedy(logits_BV)
     logits_BV = keep(logits_BV / values["temperature"], values)
     return jax.vmap(jax.random.categorical)(key_B, logits_BV).astype(jnp.int32)
+
+
+def greedy(logits_BV: jax.Array) -> jax.Array:
+    """As `jnp.argmax` over V, which may be split over the mesh: what devices exchange is one number a row."""
+    V, split = logits_BV.shape[-1], jax.typeof(logits_BV).sharding.spec[1]
+    if split is None:
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    ids_V = jnp.arange(V, dtype=jnp.int32, out_sharding=jax.P(split))
+    top_BV = (logits_BV == logits_BV.max(axis=-1, keepdims=True)) | jnp.isnan(logits_BV)
+    return jnp.where(top_BV, ids_V, V).min(axis=-1)
 
 
 def keep(logits_BV: jax.Array, values: dict[str, jax.Array]) -> jax.Array:

@@ -39,6 +39,7 @@ class Array:
 
     @property
     def num_bytes(self) -> int:
+        """Without padding."""
         bits = BITS.get(self.dtype)
         if bits is None:
             bits = int(re.sub(r"^[a-z]+(\d+).*$", r"\1", self.dtype))
@@ -192,8 +193,10 @@ def _trip_count(program: Program, name: str, loop: Instruction) -> int:
 
 
 def estimated_cycles(text: str) -> int:
-    """The sum of what the TPU compiler expects of each instruction. Kernels, collectives and asynchronous copies have no
-    estimate."""
+    """The sum of what the TPU compiler expects of each instruction.
+
+    Kernels, collectives, asynchronous copies and writes of a single slot have no estimate.
+    """
     total = 0
     for instruction, _, times in parse(text).instructions(fused=False):
         match = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)

@@ -108,6 +108,33 @@ def test_decode_never_reads_what_a_query_cannot_see(implementation):
     np.testing.assert_array_equal(dirty, run(implementation, q, k, v, slots_B1))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mesh", ["tensor=1", "data=2,tensor=4"])
+def test_one_token_before_it_is_in_the_cache(mesh, dtype):
+    """Its own slot, and those after it, hold anything."""
+    q, k, v = inputs(4, 1, 40, dtype=dtype)
+    slots = jnp.asarray([[0], [17], [39], [5]])
+    expected = run("reference", q, k, v, slots)
+    at = (jnp.arange(4), slice(None), slots[:, 0])
+    own_k, own_v = k[at][:, None], v[at][:, None]
+    unseen = (jnp.arange(40) >= slots)[:, None, :, None]
+    k, v = (jnp.where(unseen, 1e4, x).astype(dtype) for x in (k, v))
+    rules = sharding.ShardingRules()
+    with jax.set_mesh(sharding.make_mesh(tiny_config(num_kv_heads=2), **sharding.parse_mesh(mesh))):
+        cache = ("batch", "kv_heads", "cache_seq", "head_dim")
+        arrays = [
+            jax.device_put(x, rules.sharding(axes, x.shape))
+            for x, axes in (
+                (q, ("batch", "seq", "kv_heads", "groups", "head_dim")),
+                *((x, ("batch", "seq", "kv_heads", "head_dim")) for x in (own_k, own_v)),
+                *((x, cache) for x in (k, v)),
+                (slots, ("batch", "seq")),
+            )
+        ]
+        one = jax.jit(lambda *x: attention.attention_of_one(*x[:5], slots_B1=x[5], scale=SCALE))
+        assert_close(one(*arrays), expected, dtype)
+
+
 @pytest.mark.parametrize("implementation", FAST)
 def test_scores_of_hundreds(implementation):
     """A softmax without the maximum subtracted overflows here."""
@@ -360,13 +387,13 @@ def test_the_kernel_computes_what_jax_would(devices, by_column):
     ],
 )
 def test_the_platform_chooses(platform, kind, dtype, T, causal, name, monkeypatch):
-    monkeypatch.setattr(attention, "_device", lambda: (platform, kind))
+    monkeypatch.setattr(attention, "device", lambda: (platform, kind))
     q = jax.ShapeDtypeStruct((1, T, 2, 2, 128), dtype)
     assert attention._choose(None, q, causal=causal) == name
 
 
 def test_a_kernel_that_cannot_compute_this(monkeypatch):
-    monkeypatch.setattr(attention, "_device", lambda: ("gpu", "NVIDIA H100 80GB HBM3"))
+    monkeypatch.setattr(attention, "device", lambda: ("gpu", "NVIDIA H100 80GB HBM3"))
     q = jax.ShapeDtypeStruct((1, 256, 2, 2, 128), "float32")
     with pytest.raises(ValueError, match="'cudnn' computes in bfloat16 or float16.*not in float32 with 128.*'xla'"):
         attention._choose("cudnn", q, causal=True)

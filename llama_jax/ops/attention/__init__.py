@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from llama_jax.ops.attention import cpu, reference, tpu, xla
+from llama_jax.ops.attention import cpu, one, reference, tpu, xla
 
 # With a mask, for any queries and keys: here in blocks of queries, so that scores are never held for all of them.
 MASKED = {"reference": reference.attention, "xla": xla.attention, "cpu": cpu.attention}
@@ -82,6 +82,47 @@ def dot_product_attention(
     return out_BTKGH if name == "splash" else checkpoint_name(out_BTKGH, "attention")
 
 
+def reads_before_write(T: int, k_BKSH: jax.Array, implementation: str | None) -> bool:
+    """Whether `attention_of_one` is the way to attend from T tokens a row to a cache.
+
+    A CPU reads only the blocks of the cache in use, and of a cache split by length each device contributes a part.
+    """
+    whole = jax.typeof(k_BKSH).sharding.spec[2] is None
+    return T == 1 and whole and device()[0] != "cpu" and implementation not in ("reference", "cpu")
+
+
+def attention_of_one(
+    q_B1KGH: jax.Array,
+    own_k_B1KH: jax.Array,
+    own_v_B1KH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    *,
+    slots_B1: jax.Array,
+    scale: float,
+) -> jax.Array:
+    """As `dot_product_attention` for one token a row, from a cache as it was before their keys and values came.
+
+    Args:
+      q_B1KGH: queries.
+      own_k_B1KH: keys of the same tokens.
+      own_v_B1KH: values of the same tokens.
+      k_BKSH: keys of a cache whose slots are not split over the mesh.
+      v_BKSH: values likewise.
+      slots_B1: int: each token's own slot, which is not read; one of S or more (padding) sees every key.
+      scale: what the scores are multiplied by.
+
+    Returns:
+      [B, 1, K, G, H] in q's dtype.
+    """
+    q_BKGH, own_k_BKH, own_v_BKH = (x[:, 0] for x in (q_B1KGH, own_k_B1KH, own_v_B1KH))
+    local = functools.partial(one.attention, scale=scale)
+    out_BKGH = jax.shard_map(local, out_specs=jax.typeof(q_BKGH).sharding.spec)(
+        q_BKGH, own_k_BKH, own_v_BKH, k_BKSH, v_BKSH, slots_B1[:, 0]
+    )
+    return out_BKGH[:, None]
+
+
 def _one_device(q_BTKGH, k_BKSH, v_BKSH, slots_BT, segment_ids_BT, *, name, block, ordered, scale, axes):
     """Attention of one device's rows, heads and queries; keys are gathered over the mesh axes `axes`."""
     key_segments_BS = segment_ids_BT
@@ -90,7 +131,7 @@ def _one_device(q_BTKGH, k_BKSH, v_BKSH, slots_BT, segment_ids_BT, *, name, bloc
         if segment_ids_BT is not None:
             key_segments_BS = jax.lax.all_gather(segment_ids_BT, axes, axis=1, tiled=True)
     segments = None if segment_ids_BT is None else (segment_ids_BT, key_segments_BS)
-    on_cpu = _device()[0] == "cpu"
+    on_cpu = device()[0] == "cpu"
     if name == "splash":
         return tpu.attention(q_BTKGH, k_BKSH, v_BKSH, segments, scale=scale, axes=axes, block=block, interpret=on_cpu)
     attend = MASKED.get(name, xla.attention if on_cpu else xla.cudnn)  # on a CPU, XLA stands for cuDNN
@@ -139,7 +180,7 @@ def _parse(name: str | None) -> tuple[str | None, int | None]:
 def _choose(name: str | None, q_BTKGH: jax.Array, *, causal: bool) -> str:
     """The implementation for these queries."""
     _, T, _, _, H = q_BTKGH.shape
-    dtype, (platform, kind) = q_BTKGH.dtype, _device()
+    dtype, (platform, kind) = q_BTKGH.dtype, device()
     if name is None:
         if platform == "cpu":
             return "cpu"
@@ -158,7 +199,7 @@ def _choose(name: str | None, q_BTKGH: jax.Array, *, causal: bool) -> str:
     return name
 
 
-def _device() -> tuple[str, str]:
+def device() -> tuple[str, str]:
     """Platform and kind of the mesh in use, which may be of a machine that is not there (ahead-of-time compilation)."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is None:
