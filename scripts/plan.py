@@ -59,7 +59,8 @@ class Args:
     json: bool = False
     """Print one JSON object; of a search a list of them, the best first."""
     update_table: bool = False
-    """Compile every row of the tuned table whose compiler is here, and write its figures into llama_jax/tuned.json."""
+    """Compile every row of the tuned table (of --model and --machine alone, where they are given) whose compiler is here,
+    and write the figures into llama_jax/tuned.json."""
 
 
 def say(text: str) -> None:
@@ -76,7 +77,7 @@ def main(args: Args) -> int:
     from llama_jax.plan.table import update
 
     if args.update_table:
-        update(say=say)
+        update(model=args.model, machine=args.machine, say=say)
         return 0
     if not (args.model and args.machine):
         raise ValueError("give --model and --machine, such as --model llama3.1-8b --machine v5litepod-16")

@@ -54,7 +54,8 @@ def decode_floor(model: Llama, cache: KVCache, x_B1D: jax.Array) -> jax.Array:
     Returns:
       [B, 1, V] in x's dtype, split as logits are. The numbers mean nothing.
     """
-    assert not isinstance(cache, LayerCache) and not isinstance(model.blocks, Block), "blocks and caches in lists"
+    assert not isinstance(model.blocks, Block), "decoding walks a list of blocks"
+    assert not isinstance(cache, LayerCache), "a list of blocks takes a list of caches"
     for block, layer in zip(model.blocks, cache, strict=True):
         x_B1D = _block(block, layer, x_B1D)
     return _head(model, x_B1D)

@@ -267,14 +267,19 @@ def kernels(text: str) -> list[tuple[str, tuple[tuple[int, ...], ...], int]]:
 
 
 def bytes_moved(text: str) -> int:
-    """Bytes that instructions read and write outside a TPU's own memory: more than the traffic where an instruction
-    reads or writes a part of an array."""
-    total = 0
-    for instruction, scope, times in parse(text).instructions(fused=False):
+    """Bytes that instructions read and write outside a TPU's own memory.
+
+    Of a stack of which a fusion takes a slice, that slice; more than the traffic where a part is read otherwise.
+    """
+    program, total = parse(text), 0
+    for instruction, scope, times in program.instructions(fused=False):
         if instruction.opcode in _NO_WORK or "ConcatBitcast" in instruction.attributes:
             continue
         sources = [array for name in instruction.operands if name in scope for array in scope[name].arrays]
         results = list(instruction.arrays)
+        if instruction.opcode == "fusion":
+            total += times * _moved_by(program, instruction, scope)
+            continue
         if instruction.opcode == "copy-start":  # (destination, source, context)
             results = results[:1]
         elif instruction.opcode in ("slice-start", "async-start"):  # ((sources), destination, context)
@@ -282,9 +287,37 @@ def bytes_moved(text: str) -> int:
             sources = [dataclasses.replace(array, shape=results[0].shape) for array in sources[:1]]
         elif instruction.opcode.endswith("-start"):
             results = results[len(results) // 2 :]
+        elif instruction.opcode == "dynamic-slice":
+            sources = results
         elif instruction.opcode == "dynamic-update-slice":
             sources = results = sources[1:2]
         total += times * sum(x.num_bytes for x in (*sources, *results) if VMEM not in x.layout)
+    return total
+
+
+def _moved_by(program: Program, fusion: Instruction, scope: dict[str, Instruction]) -> int:
+    """Bytes that a fusion reads and writes."""
+    inside = program.computations[fusion.attribute("calls").lstrip("%")]
+    total = 0
+    for number, name in enumerate(fusion.operands):
+        if name not in scope:
+            continue
+        size = sum(array.num_bytes for array in scope[name].arrays if VMEM not in array.layout)
+        parameter = next(
+            (x.name for x in inside.values() if x.opcode == "parameter" and x.arguments == str(number)), ""
+        )
+        users = [x for x in inside.values() if parameter in x.operands]
+        if users and all(x.opcode == "dynamic-slice" for x in users):
+            size = min(size, sum(x.arrays[0].num_bytes for x in users))
+        elif users and all(x.opcode == "dynamic-update-slice" and x.operands[0] == parameter for x in users):
+            size = 0  # written in place
+        total += size
+    roots = [next(x for x in inside.values() if x.root)]
+    if roots[0].opcode == "tuple":
+        roots = [inside[name] for name in roots[0].operands]
+    for root, array in zip(roots, fusion.arrays, strict=False):
+        written = inside[root.operands[1]].arrays[0] if root.opcode == "dynamic-update-slice" else array
+        total += 0 if VMEM in array.layout else written.num_bytes
     return total
 
 

@@ -18,18 +18,32 @@ FIGURES = (
 )  # fmt: skip
 
 
-def update(*, say: Callable[[str], None]) -> None:
-    """Compiles every row whose compiler is here, and writes the figures; after each row, so that nothing is lost."""
+def update(*, model: str, machine: str, say: Callable[[str], None]) -> None:
+    """Compiles every row whose compiler is here, and writes the figures; after each row, so that nothing is lost.
+
+    Args:
+      model: only rows of it; empty is all.
+      machine: likewise.
+      say: is told what is done.
+    """
     rows = list(tuned.table())
     for i, row in enumerate(rows):
+        if model not in ("", row.model) or machine not in ("", row.machine):
+            continue
         what = f"{i + 1} of {len(rows)}: {row.model}, {row.mode}, {row.machine}, {name(row.job)}"
         if not compiler.is_installed(row.job.machine):
             say(f"{what}: its compiler is not here, the figures stay")
             continue
         say(what)
         found = make_plan(row.job, say=say).as_json()
-        rows[i] = dataclasses.replace(row, figures={key: found[key] for key in FIGURES})
+        rows = list(_read())  # which another process may have written meanwhile
+        rows[i] = dataclasses.replace(rows[i], figures={key: found[key] for key in FIGURES})
         write(rows)
+
+
+def _read() -> tuple[tuned.Row, ...]:
+    tuned.table.cache_clear()
+    return tuned.table()
 
 
 def write(rows: list[tuned.Row]) -> None:

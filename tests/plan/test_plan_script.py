@@ -148,7 +148,7 @@ def test_what_is_open_is_chosen_from_the_table():
     row = tuned.find(recipe.model, machine("v5litepod-16"), "train", 8192)
     assert row
     assert (chosen.mesh, chosen.remat) == ("fsdp=16", row.remat)
-    assert 2048 == chosen.batch.microbatches * 16 * row.rows
+    assert chosen.batch.microbatches * 16 * row.rows == 2048
     other = choose(recipe, recipe.model, machine("v5p-32"))  # not in the table
     assert memory(Job(recipe.model, machine("v5p-32"), "train", 2048, 8192, _sizes(other.mesh), other.remat,
                       other.batch.microbatches)).peak <= 0.9 * machine("v5p-32").chip.available  # fmt: skip
