@@ -29,5 +29,4 @@ def recipe() -> Recipe:
         ),
         optimizer=Optimizer(Schedule(peak=8e-5, steps=1_200_000, warmup_steps=8000, final=0.01)),
         checkpoints=Checkpoints(every=500, keep_every=10_000),
-        remat="offload",
     )

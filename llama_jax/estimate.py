@@ -129,6 +129,7 @@ class Roofline:
       memory: seconds of its traffic with memory.
       interconnect: seconds of what it receives over its links.
       network: seconds of what it receives from other slices or machines; 0 where the rate is not known.
+      waited: of the interconnect's, what the next product waits for.
       mfu: the bound on model FLOPs utilisation that follows.
       tokens_per_second: the bound of the whole machine.
     """
@@ -137,8 +138,14 @@ class Roofline:
     memory: float
     interconnect: float
     network: float
+    waited: float
     mfu: float
     tokens_per_second: float
+
+    @property
+    def expected(self) -> float:
+        """What configurations are ranked by: the bound, and what nothing hides."""
+        return self.seconds + self.waited
 
     @property
     def seconds(self) -> float:
@@ -294,6 +301,7 @@ def work(job: Job) -> Work:
         return Work(flops, flops, memory, gathers + reduced + keys, reduced + keys, 0)
 
     again = sum(share * product for share, product in zip(_AGAIN[job.remat], products, strict=True))
+    again += products[1] * (1.5 if job.machine.chip.platform == "tpu" else 0.5)  # kernels keep no scores
     model_flops = 3 * T * (L * block + head) / TP
     flops = model_flops + T * L * again / TP
     M, P = job.microbatches, L * matrices + V * D * (1 if config.tie_embeddings else 2)
@@ -353,7 +361,15 @@ def roofline(job: Job, work: Work) -> Roofline:
     network = work.network_bytes / chip.network if chip.network else 0.0
     seconds = max(compute, memory, link, network)
     tokens = job.batch * (1 if job.mode == "decode" else job.seq_len)
-    return Roofline(compute, memory, link, network, work.model_flops / chip.flops / seconds, tokens / seconds)
+    return Roofline(
+        compute,
+        memory,
+        link,
+        network,
+        work.waited_bytes / chip.link,
+        work.model_flops / chip.flops / seconds,
+        tokens / seconds,
+    )
 
 
 REMATS = ("matmuls", "none", "attention", "full", "groups", "offload")  # of equals the first
@@ -400,14 +416,9 @@ def ranked(jobs: list[Job], share: float = 1.0) -> list[Job]:
     """
 
     def key(job: Job) -> tuple[bool, float, bool, float]:
-        need = work(job)
-        bound = roofline(job, need)
+        bound, size = roofline(job, work(job)), memory(job)
         others = bound.compute + bound.memory + bound.interconnect + bound.network
-        seconds = bound.seconds + need.waited_bytes / job.machine.chip.link
-        size = memory(job)
-        if not fits(job, share):
-            return True, size.peak, False, others
-        return False, seconds, size.host > 0, others
+        return (False, bound.expected, size.host > 0, others) if fits(job, share) else (True, size.peak, False, others)
 
     return sorted(jobs, key=key)
 

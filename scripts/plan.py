@@ -59,8 +59,8 @@ class Args:
     json: bool = False
     """Print one JSON object; of a search a list of them, the best first."""
     update_table: bool = False
-    """Compile every row of the tuned table (of --model and --machine alone, where they are given) whose compiler is here,
-    and write the figures into llama_jax/tuned.json."""
+    """Compile every row of the tuned table whose compiler is here (of --model and --machine alone, where given), and
+    write the figures into llama_jax/tuned.json."""
 
 
 def say(text: str) -> None:

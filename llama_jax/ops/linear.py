@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +63,7 @@ def einsum(equation: str, x: jax.Array, w: nnx.Param | jax.Array | Narrowed, *, 
       w: the weight; its type decides how it is multiplied.
       out_sharding: of the result.
     """
-    leaf = w.get_value() if isinstance(w, nnx.Variable) else w
+    leaf: Any = w.get_value() if isinstance(w, nnx.Variable) else w
     w = _narrow(leaf.value, leaf.gradient) if isinstance(leaf, Narrowed) else leaf
     # The products of a float32 model are float32: the default on TPU is bfloat16, on GPU TF32.
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None

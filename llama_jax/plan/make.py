@@ -22,7 +22,7 @@ class Plan:
       job: what was planned.
       arithmetic: its memory by arithmetic.
       work: what it has to do, by arithmetic.
-      roofline: the least time of that.
+      roofline: the least time of that, with the FLOPs of the compiled program.
       available_bytes: what a program may use of a device.
       compiled: what the compiler says; None where it was not asked.
       sizes: bytes of parameters, optimizer and cache among the arguments, as the program has them; None likewise.
@@ -137,9 +137,12 @@ def make_plan(job: Job, *, floor: bool = True, say: Callable[[str], None] = lamb
     if not compiled.fits or not compiled.text:
         return plan
     kernels = [(name, times) for name, _, times in hlo.kernels(compiled.text)]
+    flops = hlo.flops(compiled.text) + estimate.kernel_flops(job, kernels)
     plan = dataclasses.replace(
         plan,
-        flops=hlo.flops(compiled.text) + estimate.kernel_flops(job, kernels),
+        flops=flops,
+        # Compilers that run out of memory compute more again than the policy says.
+        roofline=estimate.roofline(job, dataclasses.replace(plan.work, flops=max(flops, plan.work.flops))),
         traffic_bytes=hlo.bytes_moved(compiled.text),
         estimated_cycles=hlo.estimated_cycles(compiled.text),
     )

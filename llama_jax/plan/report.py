@@ -66,13 +66,15 @@ def _times(plan: Plan) -> list[str]:
             _gb(plan.traffic_bytes or work.memory_bytes),
             COMPILER if plan.traffic_bytes else ARITHMETIC,
         ),
-        _line("compute", _seconds(roofline.compute), ARITHMETIC, "at the data sheet's rate, as the next ones"),
-        _line("memory", _seconds(roofline.memory), ARITHMETIC, f"{_gb(work.memory_bytes)} that cannot be avoided"),
-        _line("interconnect", _seconds(roofline.interconnect), ARITHMETIC, f"{_gb(work.link_bytes)} received"),
+        _line("compute", _seconds(roofline.compute), SHEET, "of these FLOPs at its rate, as the next ones"),
+        _line(
+            "memory", _seconds(roofline.memory), SHEET, f"{_gb(work.memory_bytes)} (arithmetic) that cannot be avoided"
+        ),
+        _line("interconnect", _seconds(roofline.interconnect), SHEET, f"{_gb(work.link_bytes)} (arithmetic) received"),
     ]
     if job.machine.slices > 1:
         known = job.machine.chip.network
-        lines.append(_line("network", _seconds(roofline.network) if known else "not known", ARITHMETIC))
+        lines.append(_line("network", _seconds(roofline.network) if known else "not known", SHEET))
     lines.append(_line("bound", _seconds(roofline.seconds), ARITHMETIC, f"by {roofline.bound_by}"))
     share = "MFU at most" if job.mode != "decode" else "FLOPs used at most"
     lines.append(_line(share, f"{100 * roofline.mfu:.1f} %", ARITHMETIC))

@@ -63,7 +63,7 @@ def search(
             say(plan.why_not)
             break
         compiled.append(plan)
-    compiled.sort(key=lambda plan: (not plan.fits, ranked.index(plan.job)))
+    compiled.sort(key=lambda plan: (not plan.fits, plan.roofline.expected, plan.estimated_cycles))
     rest = [by_arithmetic(candidate) for candidate in ranked[len(compiled) :]]
     best = next((plan for plan in (compiled or rest) if plan.fits), None)
     return Found(compiled, rest, best)

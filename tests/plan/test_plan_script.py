@@ -112,10 +112,9 @@ def test_search_by_arithmetic_and_plot(plan, tmp_path):
     assert picture.read_bytes()[:4] == b"\x89PNG"
     out, _ = plan(*args, "--json")
     found = json.loads(out)
-    times = [one["roofline_seconds"] for one in found if one["fits"]]
-    assert times == sorted(times)
     (row,) = tuned.rows_of(PRESETS["llama2-70b"], "train")
-    assert found[0]["roofline_seconds"] <= row.figures["roofline_seconds"] * 1.0001
+    assert found[0]["fits"]
+    assert (found[0]["mesh"], found[0]["remat"], found[0]["microbatches"]) == (row.mesh, row.remat, row.microbatches)
 
 
 def test_a_folder_as_model(plan, tmp_path):

@@ -39,7 +39,7 @@ def attention(
       segments: int [B, T] and [B, S]: documents of the queries and of the keys.
       scale: what the scores are multiplied by.
       axes: mesh axes that split the queries by length.
-      block: queries and keys in a block, one of BLOCKS; None is the one that pads least.
+      block: queries and keys in a block, one of BLOCKS; None, or one of more than T, is that which pads least.
       interpret: compute with JAX instead of compiling for a TPU.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds  # 0.3 s that only a TPU needs
@@ -51,7 +51,7 @@ def attention(
     if axes is not None:
         q_BTKGH = context.balance(q_BTKGH, axes)
         own_BT = None if own_BT is None else context.balance(own_BT, axes)
-    block = block or _block(T)
+    block = block if block and block <= T else _block(T)
     q_BNTH = _pad(q_BTKGH.reshape(B, T, K * G, H).swapaxes(1, 2), 2, block)
     k_BKSH, v_BKSH = (_pad(x, 2, block) for x in (k_BKSH, v_BKSH))
     ids = None
