@@ -347,6 +347,8 @@ def kernel_flops(job: Job, kernels: Iterable[tuple[str, int]]) -> float:
     product /= ways["tensor_kv"] * ways["tensor_q"]  # two FLOPs, half of the keys
     found = 0.0
     for name, times in kernels:
+        if not any(word in name for word in ("splash", "fmha")):
+            continue
         backward = "Backward" in name
         products = 4 if "dkv" in name else 3 if "dq" in name else 5 if backward else 2
         found += times * products * product

@@ -23,7 +23,7 @@ from typing import Literal
 
 import tyro
 
-from llama_jax.cli import fail_clearly, import_jax
+from llama_jax.cli import fail_clearly, import_jax, working
 from llama_jax.plan import environment
 
 
@@ -63,10 +63,6 @@ class Args:
     write the figures into llama_jax/tuned.json."""
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def main(args: Args) -> int:
     environment.prepare()
     import_jax()
@@ -77,7 +73,8 @@ def main(args: Args) -> int:
     from llama_jax.plan.table import update
 
     if args.update_table:
-        update(model=args.model, machine=args.machine, say=say)
+        with working() as say:
+            update(model=args.model, machine=args.machine, say=say)
         return 0
     if not (args.model and args.machine):
         raise ValueError("give --model and --machine, such as --model llama3.1-8b --machine v5litepod-16")
@@ -89,19 +86,21 @@ def main(args: Args) -> int:
     job, chosen_by = request.job(
         config, args.machine, args.mode, batch=args.batch, seq_len=args.seq, attention=args.attention, **given
     )
-    if args.search:
-        found = search(job, **given, compile=args.compile, say=say)
-        plans = found.compiled + found.rest
-        if args.json:
-            print(json.dumps([plan.as_json() for plan in plans]))
+    with working() as say:
+        if args.search:
+            found = search(job, **given, compile=args.compile, say=say)
+            plans = found.compiled + found.rest
         else:
-            print(report.table(found))
-            print("\n" + (report.in_words(found.best, model=args.model) if found.best else report.verdict(plans[0])))
+            plan = make_plan(job, floor=args.floor, say=say) if args.compile else by_arithmetic(job, "--compile 0")
+            found, plans = None, [plan]
+    if args.json:
+        objects = [plan.as_json() for plan in plans]
+        print(json.dumps(objects if found else objects[0]))
+    elif found:
+        print(report.table(found))
+        print("\n" + (report.in_words(found.best, model=args.model) if found.best else report.verdict(plans[0])))
     else:
-        plan = make_plan(job, floor=args.floor, say=say) if args.compile else by_arithmetic(job, "--compile 0")
-        plans = [plan]
-        say(f"Mesh, remat and microbatches: {chosen_by}")
-        print(json.dumps(plan.as_json()) if args.json else report.in_words(plan, model=args.model))
+        print(report.in_words(plans[0], model=args.model, chosen_by=chosen_by))
     if args.plot:
         shown = plans[:8]
         report.plot(shown, args.plot, title=f"{args.model}, {args.mode}, on {job.machine.cloud_name}")

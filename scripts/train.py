@@ -26,7 +26,7 @@ from pathlib import Path
 
 import tyro
 
-from llama_jax.cli import ProcessArgs, fail_clearly, import_jax
+from llama_jax.cli import ProcessArgs, fail_clearly, import_jax, working
 from llama_jax.plan import environment
 from llama_jax.train.recipe import Recipe
 from llama_jax.train.report import count
@@ -84,8 +84,9 @@ def dry_run(recipe: Recipe, args: Args, name: str) -> int:
     from llama_jax.plan import report, request
     from llama_jax.plan.make import make_plan
 
-    recipe, job = request.of_recipe(recipe, args.machine)
-    plan = make_plan(job, say=lambda text: print(text, file=sys.stderr, flush=True))
+    _, job = request.of_recipe(recipe, args.machine)
+    with working() as say:
+        plan = make_plan(job, say=say)
     print(json.dumps(plan.as_json()) if args.json else report.in_words(plan, model=name))
     return 0 if plan.fits else 3
 

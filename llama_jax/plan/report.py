@@ -14,8 +14,14 @@ from llama_jax.plan.search import Found, name
 COMPILER, ARITHMETIC, SHEET = "compiler", "arithmetic", "data sheet"
 
 
-def in_words(plan: Plan, *, model: str) -> str:
-    """The whole plan; every line says who said it."""
+def in_words(plan: Plan, *, model: str, chosen_by: str = "") -> str:
+    """The whole plan; every line says who said it.
+
+    Args:
+      plan: what was found.
+      model: its name.
+      chosen_by: who chose mesh, remat and microbatches.
+    """
     job, compiled, memory = plan.job, plan.compiled, plan.arithmetic
     parameters, optimizer, cache = plan.sizes or (memory.parameters, memory.optimizer, memory.cache)
     exact = COMPILER if compiled else ARITHMETIC
@@ -23,6 +29,7 @@ def in_words(plan: Plan, *, model: str) -> str:
     sizes = f"{job.batch} x {job.seq_len} tokens" if job.mode != "decode" else f"batch {job.batch}, cache {job.seq_len}"
     lines = [
         f"{model}, {what}, {sizes}, on {job.machine.cloud_name} ({job.machine.devices} devices): {name(job)}",
+        *([f"Mesh, remat and microbatches: {chosen_by}"] if chosen_by else []),
         "",
         "Memory of each device",
         _line("parameters", _gb(parameters), exact),
