@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from llama_jax.config import ModelConfig
 from llama_jax.machines import Chip, Machine, sizes_of
+from llama_jax.metrics import training_flops
 
 Mode = Literal["train", "prefill", "decode"]
 AXES = ("data", "fsdp", "context", "tensor")
@@ -208,20 +210,28 @@ def memory(job: Job) -> Memory:
     return _training(job, blocks, tables) if job.mode == "train" else _serving(job, blocks, tables)
 
 
+def _local(job: Job) -> tuple[int, int, int, int]:
+    """Sizes on one device, whole where the mesh does not divide them: query heads x H, kv heads x H, F and V."""
+    config, ways = job.config, job.ways
+    TP = ways["tensor_kv"] * ways["tensor_q"]
+    keys = config.num_kv_heads // ways["tensor_kv"] * config.head_dim
+    groups = config.num_groups // (ways["tensor_q"] if config.num_groups % ways["tensor_q"] == 0 else 1)
+    F, V = (size // TP if size % TP == 0 else size for size in (config.mlp_dim, config.vocab_size))
+    return keys * groups, keys, F, V
+
+
 def _training(job: Job, blocks: int, tables: int) -> Memory:
     config, ways = job.config, job.ways
-    D, F, V, L, T = config.embed_dim, config.mlp_dim, config.vocab_size, config.num_layers, job.tokens
-    TP = ways["tensor_kv"] * ways["tensor_q"]
-    heads = config.head_dim * config.num_heads / TP
-    keys = config.head_dim * config.num_kv_heads / ways["tensor_kv"]
+    D, V, L, T = config.embed_dim, config.vocab_size, config.num_layers, job.tokens
+    heads, keys, mlp, vocab = _local(job)
     parameters = 4 * (blocks + tables)
     batch = 16 * T * job.microbatches  # tokens, targets, positions, segments
     accumulated = 4 * (blocks + tables) if job.microbatches > 1 else 0
     gradients = accumulated + 2 * blocks + 4 * shard(job, (D, V), ("embed", "vocab"))
 
     size = 2 * T * D  # of a block's input
-    kept = {"none": 4 * size + 2 * T * (2 * heads + 2 * keys + 4 * F / TP),
-            "matmuls": 2 * size + 2 * T * (2 * heads + 2 * keys + 2 * F / TP),
+    kept = {"none": 4 * size + 2 * T * (2 * heads + 2 * keys + 4 * mlp),
+            "matmuls": 2 * size + 2 * T * (2 * heads + 2 * keys + 2 * mlp),
             "attention": size + 2 * T * (2 * heads + 2 * keys)}.get(job.remat, size)  # fmt: skip
     group = _group(L)
     saved = {"groups": (L // group + group) * size, "offload": 2 * size}.get(job.remat, L * kept)
@@ -229,10 +239,10 @@ def _training(job: Job, blocks: int, tables: int) -> Memory:
 
     matrices = sum(shard(job, shape, axes, gathered=True) for shape, axes, n in weights(config).values() if n > 1)
     keys_of_all = 4 * keys * T * (ways["context"] - 1)
-    block = 2 * (_HELD_MATRICES * matrices + T * (_HELD_EMBED * D + _HELD_MLP * F / TP)) + keys_of_all
+    block = 2 * (_HELD_MATRICES * matrices + T * (_HELD_EMBED * D + _HELD_MLP * mlp)) + keys_of_all
     chunk = min(T, LOSS_TOKENS)
     head = 2 * shard(job, (D, V), ("embed", "vocab"), gathered=True)
-    loss = 2 * head + chunk * V / TP * 6 + size
+    loss = 2 * head + chunk * vocab * 6 + size
     at_loss = saved + accumulated + loss + 4 * shard(job, (D, V), ("embed", "vocab"))
     at_block = saved + gradients + block
     workspace = int(max(at_loss, at_block) - saved - gradients)
@@ -241,23 +251,16 @@ def _training(job: Job, blocks: int, tables: int) -> Memory:
 
 
 def _serving(job: Job, blocks: int, tables: int) -> Memory:
-    config, ways = job.config, job.ways
-    TP = ways["tensor_kv"] * ways["tensor_q"]
-    D, F, V, L, T = config.embed_dim, config.mlp_dim, config.vocab_size, config.num_layers, job.tokens
+    config, ways, T = job.config, job.ways, job.tokens
+    heads, keys, mlp, _ = _local(job)
     rows = math.ceil(job.batch / (ways["data"] * ways["fsdp"]))
-    kv = (
-        config.num_kv_heads // ways["tensor_kv"]
-        if config.num_kv_heads % ways["tensor_kv"] == 0
-        else config.num_kv_heads
-    )
     slots = job.seq_len // ways["context"] if job.seq_len % ways["context"] == 0 else job.seq_len
-    cache = 4 * L * rows * kv * slots * config.head_dim
+    cache = 4 * config.num_layers * rows * keys * slots
     parameters = 2 * (blocks + tables)
-    logits = 8 * rows * V
+    logits = 8 * rows * config.vocab_size
     if job.mode == "decode":
-        return Memory(parameters, 0, 0, cache, 0, logits + 2 * T * F // TP, parameters + cache, 0)
-    heads = config.head_dim * config.num_heads // TP
-    workspace = logits + 2 * T * (3 * D + 2 * F // TP + 2 * heads)
+        return Memory(parameters, 0, 0, cache, 0, logits + 2 * T * mlp, parameters + cache, 0)
+    workspace = logits + 2 * T * (3 * config.embed_dim + 2 * mlp + 2 * heads)
     return Memory(parameters, 0, 0, cache, cache, workspace, parameters, 0)
 
 
@@ -275,55 +278,74 @@ _AGAIN = {
 def work(job: Job) -> Work:
     """The least that each device has to do in a step: products, and traffic that cannot be avoided."""
     config, ways = job.config, job.ways
-    D, F, V, L = config.embed_dim, config.mlp_dim, config.vocab_size, config.num_layers
-    N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
-    TP, W = ways["tensor_kv"] * ways["tensor_q"], ways["fsdp"] * ways["context"]
-    T = job.tokens * job.microbatches
+    D, L = config.embed_dim, config.num_layers
+    heads, keys, mlp, vocab = _local(job)
+    TP, T = ways["tensor_kv"] * ways["tensor_q"], job.tokens * job.microbatches
     length = job.seq_len if job.mode == "decode" else job.seq_len / 2  # keys that a query sees, on average
-    products = (2 * D * H * (N + 2 * K), 4 * N * H * length, 2 * N * H * D, 4 * D * F, 2 * D * F)  # of a token
-    block, head = sum(products), 2 * V * D
-    matrices = D * H * (2 * N + 2 * K) + 3 * D * F
-    activations = 2 * (8 * D + (4 * N * H + 4 * K * H + 5 * F) / TP)  # bytes read and written, a token and block
-
+    products = (2 * D * (heads + 2 * keys), 4 * heads * length, 2 * heads * D, 4 * D * mlp, 2 * D * mlp)  # of a token
+    block, head = sum(products), 2 * vocab * D
+    matrices = 2 * D * (heads + keys) + 3 * D * mlp  # of a block, whole but for `tensor`
+    activations = 2 * (8 * D + 4 * heads + 4 * keys + 5 * mlp)  # bytes read and written, a token and block
     if job.mode != "train":
-        heads = job.batch / (ways["data"] * ways["fsdp"])  # of one token a row
-        flops = (T * L * block + heads * head) / TP
-        held = 2 * (L * matrices + V * D) / TP
-        gathers = held * (W - 1) / W if W > 1 and ways["fsdp"] > 1 else 0
-        cache = 4 * L * math.ceil(heads) * K * H / ways["tensor_kv"] * job.seq_len / ways["context"]
-        reduced = 2 * L * _all_reduce(2 * T * D, TP)
-        keys = (
-            0
-            if job.mode == "decode"
-            else L * _gather(4 * K * H / ways["tensor_kv"] * job.seq_len * heads, ways["context"])
-        )
-        memory = held + cache + L * T * activations
-        return Work(flops, flops, memory, gathers + reduced + keys, reduced + keys, 0)
+        return _work_of_serving(job, block, head, matrices, activations)
 
     again = sum(share * product for share, product in zip(_AGAIN[job.remat], products, strict=True))
     again += products[1] * (1.5 if job.machine.chip.platform == "tpu" else 0.5)  # kernels keep no scores
-    model_flops = 3 * T * (L * block + head) / TP
-    flops = model_flops + T * L * again / TP
-    M, P = job.microbatches, L * matrices + V * D * (1 if config.tie_embeddings else 2)
-    whole = 2 * M * L * matrices / TP  # the blocks' weights in bfloat16, once
+    # MFU counts what the model needs: a share of it, where all of it divides.
+    model_flops = training_flops(config, job.seq_len) * job.batch * job.seq_len / job.machine.devices
+    flops = 3 * T * (L * block + head) + T * L * again
+    M, W = job.microbatches, ways["fsdp"] * ways["context"]
+    parameters = L * matrices + D * vocab * (1 if config.tie_embeddings else 2)
+    whole = 2 * M * L * matrices  # the blocks' weights in bfloat16, once a microbatch
     recomputed = job.remat not in ("none", "matmuls")
     passes = 1 + any(_AGAIN[job.remat]) + (job.remat == "groups")
     memory = (
         whole * (7 if W > 1 else 4)  # gathered and read twice, their gradients written and read
         + L * T * activations * (3 + recomputed)
-        + T * V / TP * 12  # logits and their gradient
-        + 32 * P / (W * TP)  # the optimizer
+        + T * vocab * 12  # logits and their gradient
+        + 32 * parameters / W  # the optimizer
     )
     chunks = math.ceil(job.tokens / LOSS_TOKENS)
-    link = _gather(whole, W) * 3  # forward, backward, gradients
-    link += M * chunks * _gather(2 * V * D / TP, W) * 2
+    gathers = _gather(whole, W) * 3  # forward, backward, gradients
+    gathers += M * chunks * _gather(2 * vocab * D, W) * 2
     waited = L * _all_reduce(2 * T * D, TP) * (4 + recomputed)
-    waited += L * passes * _gather(4 * K * H / ways["tensor_kv"] * T * ways["context"], ways["context"]) * 1.5
-    link += waited
-    replicas = _all_reduce(2 * P / (W * TP), ways["data"])
-    if job.machine.slices > 1:
-        return Work(flops, model_flops, memory, link, waited, replicas)
-    return Work(flops, model_flops, memory, link + replicas, waited, 0)
+    waited += L * passes * _gather(4 * keys * T * ways["context"], ways["context"]) * 1.5
+    replicas = _all_reduce(2 * parameters / W, ways["data"])
+    slices = job.machine.slices
+    if slices == 1:
+        return Work(flops, model_flops, memory, gathers + waited + replicas, waited, 0)
+    network = replicas
+    if job.machine.chip.platform == "cuda" and ways["data"] < slices:  # then fsdp goes over the machines too
+        network += gathers * (slices - 1) / slices
+    return Work(flops, model_flops, memory, gathers + waited, waited, network)
+
+
+def _work_of_serving(job: Job, block: float, head: float, matrices: float, activations: float) -> Work:
+    """As `work`, of prefill and decode; of one token and block its FLOPs, elements of matrices and bytes."""
+    config, ways, T = job.config, job.ways, job.tokens
+    D, L, TP = config.embed_dim, config.num_layers, ways["tensor_kv"] * ways["tensor_q"]
+    heads, keys, mlp, vocab = _local(job)
+    rows = job.batch / (ways["data"] * ways["fsdp"])  # of which prefill needs one token's logits each
+    held = 2 * (L * matrices + vocab * D)
+    cache = 4 * L * math.ceil(rows) * keys * job.seq_len / ways["context"]
+    waited = 2 * L * _all_reduce(2 * T * D, TP)
+    decode = job.mode == "decode"
+    if (
+        decode and ways["context"] > 1
+    ):  # each device multiplies with its own part of the weights, and sums are exchanged
+        held /= ways["context"]
+        waited += L * _all_reduce(2 * T * (heads + 2 * keys + 2 * mlp), ways["context"])
+        waited += L * _gather(4 * T * D, ways["context"])
+        gathers = _gather(held, ways["fsdp"])
+    else:
+        gathers = _gather(held, ways["fsdp"] * ways["context"])
+        waited += 0 if decode else L * _gather(4 * keys * job.seq_len * rows, ways["context"])
+    flops = (T * L * block + rows * head) / (ways["context"] if decode else 1)
+    memory = held + cache + L * T * activations
+    network = 0.0
+    if job.machine.slices > 1 and ways["data"] < job.machine.slices:
+        network = (gathers + waited) * (job.machine.slices - 1) / job.machine.slices
+    return Work(flops, flops, memory, gathers + waited, waited, network)
 
 
 def _gather(size: float, ways: int) -> float:
@@ -376,7 +398,6 @@ def roofline(job: Job, work: Work) -> Roofline:
 
 REMATS = ("matmuls", "none", "attention", "full", "groups", "offload")  # of equals the first
 MOST_TENSOR = 16  # devices on tensor that a search considers
-GPU_FRACTION = 0.75  # of a GPU's memory: XLA_PYTHON_CLIENT_MEM_FRACTION unless it is set
 SHARE = 0.9  # of the memory that a choice by arithmetic takes: the formula is within 15 % of the compilers
 
 
@@ -428,20 +449,33 @@ def ranked(jobs: list[Job], share: float = 1.0) -> list[Job]:
 def fits(job: Job, share: float = 1.0) -> bool:
     """Whether a job takes no more than a share of the memory of its devices, and of their host."""
     chip, size = job.machine.chip, memory(job)
-    limit = share * chip.available * (1 if chip.platform == "tpu" else GPU_FRACTION)
-    return size.peak <= limit and size.host <= share * (chip.host or size.host)
+    return size.peak <= share * available_bytes(job.machine) and size.host <= share * (chip.host or size.host)
+
+
+def available_bytes(machine: Machine) -> int:
+    """What a program may use of a device: of a GPU the share that XLA takes.
+
+    Raises:
+      ValueError: XLA_PYTHON_CLIENT_MEM_FRACTION is no such share.
+    """
+    if machine.chip.platform == "tpu":
+        return machine.chip.available
+    text = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75")
+    try:
+        fraction = float(text)
+    except ValueError:
+        fraction = 0
+    if not 0 < fraction <= 1:
+        raise ValueError(f"XLA_PYTHON_CLIENT_MEM_FRACTION must be above 0 and at most 1, got {text!r}")
+    return int(machine.chip.available * fraction)
 
 
 def machines_that_fit(job: Job, chips: Iterable[Chip]) -> list[Machine]:
-    """The smallest machine of each kind on which some mesh and policy fits, by arithmetic.
-
-    A batch that a machine does not divide is made as large as the machine.
-    """
+    """The smallest machine of each kind on which some mesh and policy fits, by arithmetic; none for some kinds."""
     found = []
     for chip in chips:
         for other in sizes_of(chip):
-            batch = job.batch if job.mode != "train" else max(job.batch, other.devices)
-            jobs = candidates(dataclasses.replace(job, machine=other, batch=batch))
+            jobs = candidates(dataclasses.replace(job, machine=other))
             if jobs and fits(ranked(jobs, SHARE)[0], SHARE):
                 found.append(other)
                 break
@@ -451,9 +485,10 @@ def machines_that_fit(job: Job, chips: Iterable[Chip]) -> list[Machine]:
 def _meshes(job: Job) -> list[dict[str, int]]:
     slices = job.machine.slices if job.machine.chip.platform == "tpu" else 1
     devices = job.machine.devices // slices
+    most = min(job.machine.devices_per_slice, MOST_TENSOR if job.mode == "train" else devices)  # no network between
     found = []
-    for tensor in _powers(devices):
-        if devices % tensor or (job.mode == "train" and tensor > MOST_TENSOR):
+    for tensor in _powers(most):
+        if devices % tensor:
             continue
         for context in _powers(devices // tensor):
             rest = devices // tensor

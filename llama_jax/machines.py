@@ -27,7 +27,8 @@ class Chip:
       dimensions: of the torus that TPUs are linked in; 0 for GPUs.
       per_chip: JAX devices in a chip.
       counts_cores: whether the number in a Cloud name counts TensorCores, two a chip.
-      network: bytes/s for each device between slices or machines; 0 where it is not known.
+      network: bytes/s for each device between slices or machines; of GPUs the usual 400 Gbit/s each; 0 where it is not
+        known.
     """
 
     name: str
@@ -59,11 +60,11 @@ _CHIPS = (
          network=12.5e9),
     Chip("7x", ("TPU7x", "TPU v7x"), 2307e12 / 2, 7370e9 / 2, 300e9, 96 * GIB, int(94.75 * GIB), 120 * 10**9, 3,
          per_chip=2, counts_cores=True, network=6.25e9),
-    Chip("a100", ("NVIDIA A100",), 312e12, 2039e9, 300e9, 85_100_068_864, 85_100_068_864),
-    Chip("h100", ("NVIDIA H100",), 989e12, 3352e9, 450e9, 84_978_434_048, 84_978_434_048),
-    Chip("h100pcie", ("NVIDIA H100 PCIe",), 756e12, 2039e9, 64e9, 84_942_979_072, 84_942_979_072),
-    Chip("h200", ("NVIDIA H200",), 989e12, 4800e9, 450e9, 151_397_597_184, 151_397_597_184),
-    Chip("b200", ("NVIDIA B200",), 2250e12, 8000e9, 900e9, 191_514_411_008, 191_514_411_008),
+    Chip("a100", ("NVIDIA A100",), 312e12, 2039e9, 300e9, 85_100_068_864, 85_100_068_864, network=50e9),
+    Chip("h100", ("NVIDIA H100",), 989e12, 3352e9, 450e9, 84_978_434_048, 84_978_434_048, network=50e9),
+    Chip("h100pcie", ("NVIDIA H100 PCIe",), 756e12, 2039e9, 64e9, 84_942_979_072, 84_942_979_072, network=50e9),
+    Chip("h200", ("NVIDIA H200",), 989e12, 4800e9, 450e9, 151_397_597_184, 151_397_597_184, network=50e9),
+    Chip("b200", ("NVIDIA B200",), 2250e12, 8000e9, 900e9, 191_514_411_008, 191_514_411_008, network=50e9),
 )  # fmt: skip
 CHIPS = {chip.name: chip for chip in _CHIPS}
 _ALIASES = {
@@ -113,8 +114,11 @@ class Machine:
         if self.chip.platform == "cuda":
             name = self.chip.name if number == 1 else f"{number}x{self.chip.name}"
         else:
+            usual = _FLAT.get(number, "") if self.chip.dimensions == 2 else _cube(number)
             number *= 2 if self.chip.counts_cores else 1
             name = f"{_CLOUD.get(self.chip.name, self.chip.name)}-{number}"
+            if self.topology != usual:  # which Cloud calls by its topology
+                name = f"{self.chip.name}:{self.topology}"
         return name if self.slices == 1 else f"{self.slices}x{name}"
 
 
@@ -130,7 +134,9 @@ def machine(name: str) -> Machine:
     Raises:
       ValueError: there is no such machine; the message has the nearest names.
     """
-    text = name.strip().lower()
+    text, name = name.strip().lower(), name[:40]
+    if len(text) > 40:
+        raise _unknown(name)
     if (chip := CHIPS.get(_ALIASES.get(text, text))) and chip.dimensions:  # its usual host
         return Machine(name, chip, "2x4" if chip.dimensions == 2 else "2x2x1")
     if match := re.fullmatch(r"(?:(\d+)x)?(v?[a-z0-9]+)[-:](\d+(?:x\d+)*)", text):
@@ -144,7 +150,9 @@ def machine(name: str) -> Machine:
         if machines and not number:
             machines, number = None, machines
         if (chip := CHIPS.get(kind)) and not chip.dimensions:
-            return Machine(name, chip, str(_count(number, name)), _count(machines, name))
+            if (gpus := _count(number, name)) > 16:
+                raise ValueError(f"machine {name!r}: a machine has up to 16 GPUs; 4x8{kind} is four with 8 each")
+            return Machine(name, chip, str(gpus), _count(machines, name))
     raise _unknown(name)
 
 
@@ -176,9 +184,9 @@ def _shape(chip: Chip, number: int, name: str) -> str:
             raise ValueError(f"machine {name!r}: a {chip.name} slice has {sizes} chips")
         return _FLAT[number]
     chips, odd = divmod(number, 2)
-    if odd or chips < 4 or chips & (chips - 1):
+    if odd or not 4 <= chips <= 8192 or chips & (chips - 1):
         raise ValueError(
-            f"machine {name!r}: the number counts TensorCores, two a chip: 8, 16, 32, 64, ...; other shapes by their"
+            f"machine {name!r}: the number counts TensorCores, two a chip: 8, 16, 32, ... 16384; other shapes by their"
             f" topology, such as {chip.name}:4x4x8"
         )
     return _cube(chips)
@@ -197,17 +205,23 @@ def _cube(chips: int) -> str:
 
 def _checked(chip: Chip, shape: str, name: str) -> str:
     sides = shape.split("x")
-    if len(sides) != chip.dimensions or not all(1 <= int(side) <= 64 for side in sides):
+    if len(sides) != chip.dimensions:
         example = "4x4" if chip.dimensions == 2 else "4x4x4"
         raise ValueError(f"machine {name!r}: a topology of {chip.name} has {chip.dimensions} sides, such as {example}")
+    if chip.dimensions == 2 and shape not in _FLAT.values():
+        raise ValueError(f"machine {name!r}: the topologies of {chip.name} are {', '.join(_FLAT.values())}")
+    if chip.dimensions == 3 and any(len(side) > 2 or (int(side) not in (1, 2) and int(side) % 4) for side in sides):
+        raise ValueError(
+            f"machine {name!r}: the sides of a topology of {chip.name} are 1, 2, or 4, 8, 12, ... up to 96"
+        )
     return shape
 
 
 def _count(text: str | None, name: str) -> int:
     if text is None:
         return 1
-    if not 1 <= len(text) <= 5 or int(text) < 1:
-        raise ValueError(f"machine {name!r}: {text} is no number of machines")
+    if not 1 <= len(text) <= 3 or int(text) < 1:
+        raise ValueError(f"machine {name!r}: {text[:9]} is no number of machines or GPUs, from 1 to 999")
     return int(text)
 
 
@@ -223,6 +237,8 @@ def _unknown(name: str) -> ValueError:
 def of_devices(kind: str, devices: int, slices: int = 1) -> Machine | None:
     """The machine of so many JAX devices of a `device_kind`; None where there is no such one (a CPU, odd numbers)."""
     chip = chip_of(kind)
+    if re.search(r" MIG |-40GB| NVL", kind):  # memory of another size
+        return None
     if chip is None or devices % (slices * chip.per_chip):
         return None
     number = devices // slices // chip.per_chip

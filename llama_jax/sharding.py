@@ -149,7 +149,7 @@ def default_mesh(config: ModelConfig) -> Mesh:
     devices = jax.devices()
     slices = num_slices(devices)
     here = machines.of_devices(devices[0].device_kind, len(devices), slices)
-    if here and (row := tuned.find(config, here, "decode", 0)):
+    if here and (row := tuned.find(config, here, "decode", None)):
         return make_mesh(config, **row.mesh)  # pyright: ignore[reportArgumentType]
     return make_mesh(config, data=slices, tensor=len(devices) // slices)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -69,17 +70,34 @@ class Row:
 
 @functools.cache
 def table() -> tuple[Row, ...]:
-    """All rows."""
-    return tuple(Row(**row) for row in json.loads(FILE.read_text(encoding="utf-8")))
+    """All rows.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
+    try:
+        rows = tuple(Row(**row) for row in json.loads(FILE.read_text(encoding="utf-8")))
+        for row in rows:
+            assert row.job.machine.devices == math.prod(row.mesh.values()), row
+    except (ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
+        raise ValueError(f"{FILE} is damaged ({error!r:.100}): install llama_jax again, or git checkout it") from None
+    return rows
 
 
-def find(config: ModelConfig, on: Machine, mode: Mode, seq_len: int) -> Row | None:
-    """The row for a model of this shape on such a machine, made for sequences at least as long; None without one."""
+def find(config: ModelConfig, on: Machine, mode: Mode, seq_len: int | None) -> Row | None:
+    """The row for a model of this shape on such a machine, made for sequences as long or up to twice as long.
+
+    Args:
+      config: the model.
+      on: the machine.
+      mode: of the step.
+      seq_len: of its sequences; None takes the row with the shortest.
+    """
     fitting = [
         row
         for row in table()
-        if row.mode == mode and row.seq_len >= seq_len and _same(PRESETS[row.model], config)
-        and machine(row.machine).cloud_name == on.cloud_name
+        if row.mode == mode and _same(PRESETS[row.model], config) and machine(row.machine).cloud_name == on.cloud_name
+        and (seq_len is None or row.seq_len / 2 < seq_len <= row.seq_len)
     ]  # fmt: skip
     return min(fitting, key=lambda row: row.seq_len, default=None)
 

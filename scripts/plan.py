@@ -78,6 +78,10 @@ def main(args: Args) -> int:
         return 0
     if not (args.model and args.machine):
         raise ValueError("give --model and --machine, such as --model llama3.1-8b --machine v5litepod-16")
+    if args.compile < 0:
+        raise ValueError(f"compile must be at least 0, got {args.compile}")
+    if args.plot and (args.plot.suffix not in (".png", ".svg") or not args.plot.parent.is_dir()):
+        raise ValueError(f"plot {args.plot}: give a .png or .svg file in a folder that exists")
     config = request.model(args.model)
     given = {
         "mesh": None if args.mesh is None else sharding.parse_mesh(args.mesh),

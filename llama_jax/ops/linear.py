@@ -64,11 +64,11 @@ def einsum(equation: str, x: jax.Array, w: nnx.Param | jax.Array | Narrowed, *, 
       out_sharding: of the result.
     """
     leaf: Any = w.get_value() if isinstance(w, nnx.Variable) else w
-    w = _narrow(leaf.value, leaf.gradient) if isinstance(leaf, Narrowed) else leaf
+    array = _narrow(leaf.value, leaf.gradient) if isinstance(leaf, Narrowed) else leaf
     # The products of a float32 model are float32: the default on TPU is bfloat16, on GPU TF32.
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     rows = _spec(x)[: -_contracted(equation)[0]]
-    w = _gather(w.astype(x.dtype), {axis for entry in rows for axis in axes_of(entry)})
+    w = _gather(array.astype(x.dtype), {axis for entry in rows for axis in axes_of(entry)})
     x = _split_as(equation, x, w)
     matmul = _as_matmul(equation, x, w, out_sharding)
     if matmul is None:

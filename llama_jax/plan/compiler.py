@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 
+from llama_jax.estimate import available_bytes
 from llama_jax.machines import Machine
 from llama_jax.plan.program import Lowered
 
@@ -124,7 +125,7 @@ def _tpus(machine: Machine, say: Callable[[str], None]) -> list[Any]:
     from jax.experimental import topologies
 
     kind = _NAMES.get(machine.chip.name, machine.chip.name)
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", dataclasses.replace(machine, slices=1).cloud_name)
+    os.environ["TPU_ACCELERATOR_TYPE"] = dataclasses.replace(machine, slices=1).cloud_name
     options: dict[str, Any] = {"num_slices": machine.slices} if machine.slices > 1 else {}
     if machine.chip.name == "v4":
         options["chip_config_name"] = "megacore"  # else the two cores of a chip are two devices
@@ -231,20 +232,6 @@ def _for_gpu(program: Lowered, machine: Machine, options: dict[str, Any]) -> Com
     if found.peak_bytes > available_bytes(machine):
         return dataclasses.replace(found, fits=False, message="more than XLA_PYTHON_CLIENT_MEM_FRACTION allows")
     return found
-
-
-def available_bytes(machine: Machine) -> int:
-    """What a program may use of a device."""
-    if machine.chip.platform == "tpu":
-        return machine.chip.available
-    text = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75")
-    try:
-        fraction = float(text)
-    except ValueError:
-        fraction = 0
-    if not 0 < fraction <= 1:
-        raise ValueError(f"XLA_PYTHON_CLIENT_MEM_FRACTION must be above 0 and at most 1, got {text!r}")
-    return int(machine.chip.available * fraction)
 
 
 _SPACE = re.compile(r"Memory Space: (\w+) \(color=(\d+)\)\nTotal bytes: (\d+)")

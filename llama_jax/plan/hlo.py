@@ -283,7 +283,7 @@ def bytes_moved(text: str) -> int:
         if instruction.opcode == "copy-start":  # (destination, source, context)
             results = results[:1]
         elif instruction.opcode in ("slice-start", "async-start"):  # ((sources), destination, context)
-            results = results[len(sources) :][:1]
+            results = results[len(sources) :][:1] or results[-1:]
             sources = [dataclasses.replace(array, shape=results[0].shape) for array in sources[:1]]
         elif instruction.opcode.endswith("-start"):
             results = results[len(results) // 2 :]

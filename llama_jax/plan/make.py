@@ -9,6 +9,7 @@ from typing import Any
 
 from llama_jax import estimate
 from llama_jax.estimate import Job, Memory, Roofline, Work
+from llama_jax.ops.attention import check_implementation
 from llama_jax.plan import compiler, hlo, program
 from llama_jax.plan.compiler import Compiled
 from llama_jax.plan.floor import lower_floor
@@ -50,8 +51,14 @@ class Plan:
 
     @property
     def fits(self) -> bool:
+        """As the compiler says, else by arithmetic; and whether the host's memory holds its part, where it is known."""
+        enough = self.host_bytes <= (self.job.machine.chip.host or self.host_bytes)
+        return enough and (self.compiled.fits if self.compiled else self.peak_bytes <= self.available_bytes)
+
+    @property
+    def host_bytes(self) -> int:
         """As the compiler says, else by arithmetic."""
-        return self.compiled.fits if self.compiled else self.peak_bytes <= self.available_bytes
+        return self.compiled.host_bytes if self.compiled else self.arithmetic.host
 
     @property
     def peak_bytes(self) -> int:
@@ -80,15 +87,24 @@ class Plan:
             "argument_bytes": compiled.argument_bytes if compiled else memory.arguments,
             "temporary_bytes": compiled.temporary_bytes if compiled else memory.temporaries,
             "peak_bytes": self.peak_bytes,
-            "host_bytes": compiled.host_bytes if compiled else memory.host,
+            "host_bytes": self.host_bytes,
             "available_bytes": self.available_bytes,
             "arithmetic_peak_bytes": memory.peak,
             "flops": self.flops or self.work.flops,
             "traffic_bytes": self.traffic_bytes or self.work.memory_bytes,
             "link_bytes": self.work.link_bytes,
+            "waited_bytes": self.work.waited_bytes,
+            "network_bytes": self.work.network_bytes,
+            "attention": job.attention,
+            "compiler_options": dict(job.compiler_options),
+            "why_not": self.why_not or None,
             "estimated_cycles": self.estimated_cycles or None,
             "floor_cycles": self.floor_cycles or None,
             "roofline_seconds": self.roofline.seconds,
+            "seconds": {
+                name: getattr(self.roofline, name)
+                for name in ("compute", "memory", "interconnect", "network", "waited")
+            },
             "bound_by": self.roofline.bound_by,
             "mfu_bound": self.roofline.mfu,
             "tokens_per_second_bound": self.roofline.tokens_per_second,
@@ -106,7 +122,7 @@ def by_arithmetic(job: Job, why_not: str = "") -> Plan:
         estimate.memory(job),
         work,
         estimate.roofline(job, work),
-        compiler.available_bytes(job.machine),
+        estimate.available_bytes(job.machine),
         why_not=why_not,
     )
 
@@ -157,8 +173,14 @@ def check(job: Job, *, batch: bool = True) -> None:
     """Raises ValueError for a job whose parts do not go together, with what would; `batch` is whether that counts."""
     config, machine, ways = job.config, job.machine, job.ways
     for name in ("batch", "seq_len", "microbatches"):
-        if getattr(job, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(job, name)}")
+        if not 1 <= getattr(job, name) < 2**31:
+            raise ValueError(f"{name} must be at least 1 and below 2**31, got {str(getattr(job, name))[:20]}")
+    check_implementation(None if job.attention == "auto" else job.attention)
+    kernel = job.attention.partition(":")[0]
+    if (kernel, machine.chip.platform) in (("splash", "cuda"), ("cudnn", "tpu")):
+        raise ValueError(f"attention {job.attention!r} is not for {machine.name}: leave it out, or give xla")
+    if job.mode != "train" and job.microbatches > 1:
+        raise ValueError(f"microbatches are of training: leave them out with --mode {job.mode}")
     if job.seq_len > config.max_seq_len:
         raise ValueError(f"seq ({job.seq_len}) is more than the model's context, {config.max_seq_len}")
     product = math.prod(job.mesh.values())

@@ -11,7 +11,7 @@ from llama_jax.machines import CHIPS
 from llama_jax.plan.make import Plan
 from llama_jax.plan.search import Found, name
 
-COMPILER, ARITHMETIC, SHEET = "compiler", "arithmetic", "data sheet"
+COMPILER, ARITHMETIC, SHEET, LIMIT = "compiler", "arithmetic", "data sheet", "libtpu's limit"
 
 
 def in_words(plan: Plan, *, model: str, chosen_by: str = "") -> str:
@@ -45,10 +45,9 @@ def in_words(plan: Plan, *, model: str, chosen_by: str = "") -> str:
     lines += [
         _line("temporaries", _gb(temporary), exact),
         _line("peak", _gb(plan.peak_bytes), exact, f"by arithmetic {_gb(memory.peak)}" if compiled else ""),
-        _line("available", _gb(plan.available_bytes), COMPILER if job.machine.chip.platform == "tpu" else SHEET),
+        _line("available", _gb(plan.available_bytes), LIMIT if job.machine.chip.platform == "tpu" else SHEET),
     ]
-    host = compiled.host_bytes if compiled else memory.host
-    if host:
+    if host := plan.host_bytes:
         note = f"of about {_gb(job.machine.chip.host)} a device" if job.machine.chip.host else ""
         lines.append(_line("host memory", _gb(host), exact, note))
     lines += ["", verdict(plan), "", "Time of a step, at least"]
@@ -82,6 +81,8 @@ def _times(plan: Plan) -> list[str]:
     if job.machine.slices > 1:
         known = job.machine.chip.network
         lines.append(_line("network", _seconds(roofline.network) if known else "not known", SHEET))
+    if roofline.waited:
+        lines.append(_line("waited for", _seconds(roofline.waited), SHEET, "of the interconnect's, what nothing hides"))
     lines.append(_line("bound", _seconds(roofline.seconds), ARITHMETIC, f"by {roofline.bound_by}"))
     share = "MFU at most" if job.mode != "decode" else "FLOPs used at most"
     lines.append(_line(share, f"{100 * roofline.mfu:.1f} %", ARITHMETIC))
@@ -101,6 +102,10 @@ def verdict(plan: Plan) -> str:
         free = plan.available_bytes - plan.peak_bytes
         return f"FITS, with {_gb(free)} to spare a device" + ("" if plan.compiled else " (arithmetic)")
     need = f"{_gb(plan.peak_bytes)} are needed, {_gb(plan.available_bytes)} available"
+    if plan.peak_bytes <= plan.available_bytes:
+        need = (
+            f"{_gb(plan.host_bytes)} of the host's memory are needed, about {_gb(plan.job.machine.chip.host)} available"
+        )
     largest = "".join(f"\n    {text}" for text in (plan.compiled.largest[:4] if plan.compiled else ()))
     largest = f"\n  The largest buffers:{largest}" if largest else ""
     return f"DOES NOT FIT: {need}.{largest}\n  {remedy(plan.job)}"
@@ -118,12 +123,14 @@ def remedy(job: Job) -> str:
             return f"This would, by arithmetic: {options} (--search compiles the best few)"
     kinds = [job.machine.chip, *(chip for chip in CHIPS.values() if chip is not job.machine.chip)]
     larger = [other.cloud_name for other in estimate.machines_that_fit(job, kinds)]
+    if not larger:
+        return "No mesh, no remat policy and no machine would, by arithmetic: lower --batch or --seq"
     return f"No mesh and no remat policy would, by arithmetic. The smallest machines that would: {', '.join(larger)}"
 
 
 def table(found: Found, *, rows: int = 12) -> str:
     """The candidates of a search, the best first."""
-    head = ("", "mesh", "remat", "microb.", "peak", "said by", "fits", "bound", "by", "MFU <=", "Mcycles")
+    head = ("", "mesh", "remat", "microb.", "peak", "said by", "fits", "bound", "waits", "by", "MFU <=", "Mcycles")
     lines: list[tuple[str, ...]] = [head]
     for plan in (found.compiled + found.rest)[:rows]:
         job, r = plan.job, plan.roofline
@@ -137,6 +144,7 @@ def table(found: Found, *, rows: int = 12) -> str:
                 COMPILER if plan.compiled else ARITHMETIC,
                 "yes" if plan.fits else "no",
                 _seconds(r.seconds),
+                _seconds(r.waited) if r.waited else "",
                 r.bound_by,
                 f"{100 * r.mfu:.1f} %",
                 f"{plan.estimated_cycles / 1e6:.1f}" if plan.estimated_cycles else "",
@@ -169,7 +177,7 @@ def plot(plans: Sequence[Plan], path: Path, *, title: str) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("GB of each device")
     axes.set_title(title)
-    axes.legend(loc="lower right", fontsize="small")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25 if len(plans) < 4 else -0.12), ncols=6, fontsize="small")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -189,15 +197,21 @@ def parts(plan: Plan) -> dict[str, int]:
 
 
 def _line(what: str, value: str, who: str, note: str = "") -> str:
-    return f"  {what:20} {value:>14}   {who:10} {note}".rstrip()
+    return f"  {what:20} {value:>14}   {who:14} {note}".rstrip()
 
 
 def _gb(size: float) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
+
+
+def _count(number: float) -> str:
+    return f"{number / 1e12:.2f} T" if number >= 1e12 else f"{number / 1e9:.3g} G"
 
 
 def _seconds(seconds: float) -> str:
-    return f"{seconds:.3f} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+    if seconds >= 1:
+        return f"{seconds:.3f} s"
+    return f"{1e3 * seconds:.3g} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.3g} us"
 
 
 def _mesh(job: Job) -> str:

@@ -15,6 +15,7 @@ from llama_jax.plan.make import check, default_mesh
 from llama_jax.presets import PRESETS
 from llama_jax.train.choose import choose
 from llama_jax.train.recipe import Recipe
+from llama_jax.train.setup import check_numbers
 
 BATCH = 8  # of decode and prefill
 LENGTH = 4096  # of a sequence or a cache, if the model has so many
@@ -26,15 +27,21 @@ def model(name: str) -> ModelConfig:
     Raises:
       ValueError: there is none of that name; the message has the nearest ones.
     """
-    if name in PRESETS:
-        return PRESETS[name]
+    if name.lower() in PRESETS:
+        return PRESETS[name.lower()]
     if (path := Path(name).expanduser()).exists():
         file = path / "config.json" if path.is_dir() else path
         if file.name == "config.json" and file.is_file():
             try:
-                return presets.from_hf_config(json.loads(file.read_text(encoding="utf-8")))
-            except json.JSONDecodeError as error:
+                found = json.loads(file.read_text(encoding="utf-8"))
+            except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
                 raise ValueError(f"{file} is no JSON: {error}") from None
+            if not isinstance(found, dict):
+                raise ValueError(f"{file} is no JSON object")
+            try:
+                return presets.from_hf_config(found)
+            except ValueError as error:
+                raise ValueError(f"{file}: {error}") from None
         from llama_jax.weights.open import open_checkpoint
 
         return open_checkpoint(name).config
@@ -74,12 +81,14 @@ def job(
       ValueError: a name is not known, or the parts do not go together.
     """
     where = machine(on)
-    row = tuned.find(config, where, mode, seq_len or 0)
+    row = tuned.find(config, where, mode, seq_len)
     length = min(LENGTH, config.max_seq_len) if row is None else row.seq_len
     length = length if seq_len is None else seq_len
     size = row.batch if row and row.seq_len == length else where.devices if mode == "train" else BATCH
     size = size if batch is None else batch
     parts = 1 if microbatches is None else microbatches
+    if mode != "train" and remat:
+        raise ValueError(f"remat is of training: leave it out with --mode {mode}")
     asked = Job(config, where, mode, size, length, mesh or {}, remat or "full", parts, attention)
     if mesh is None:
         check(
@@ -116,6 +125,7 @@ def of_recipe(recipe: Recipe, on: str) -> tuple[Recipe, Job]:
       ValueError: the machine is not known, or the batch does not divide on it.
     """
     config, batch = recipe.model, recipe.batch
+    check_numbers(recipe)
     asked = Job(config, machine(on or "v5e"), "train", batch.sequences, batch.seq_len, {})
     if not on:
         rows = [machine(row.machine) for row in tuned.rows_of(config, "train") if row.seq_len >= batch.seq_len]

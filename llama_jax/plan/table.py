@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 
-from llama_jax import tuned
+from llama_jax import machines, tuned
 from llama_jax.plan import compiler
 from llama_jax.plan.make import make_plan
 from llama_jax.plan.search import name
@@ -26,10 +26,12 @@ def update(*, model: str, machine: str, say: Callable[[str], None]) -> None:
       machine: likewise.
       say: is told what is done.
     """
-    rows = list(tuned.table())
+    rows, done = list(tuned.table()), False
+    where = machines.machine(machine).cloud_name if machine else None
     for i, row in enumerate(rows):
-        if model not in ("", row.model) or machine not in ("", row.machine):
+        if model not in ("", row.model) or where not in (None, row.job.machine.cloud_name):
             continue
+        done = True
         what = f"{i + 1} of {len(rows)}: {row.model}, {row.mode}, {row.machine}, {name(row.job)}"
         if not compiler.is_installed(row.job.machine):
             say(f"{what}: its compiler is not here, the figures stay")
@@ -39,6 +41,8 @@ def update(*, model: str, machine: str, say: Callable[[str], None]) -> None:
         rows = list(_read())  # which another process may have written meanwhile
         rows[i] = dataclasses.replace(rows[i], figures={key: found[key] for key in FIGURES})
         write(rows)
+    if not done:
+        raise ValueError(f"the tuned table has no row for model {model or 'any'!r} and machine {machine or 'any'!r}")
 
 
 def _read() -> tuple[tuned.Row, ...]:
@@ -49,4 +53,6 @@ def _read() -> tuple[tuned.Row, ...]:
 def write(rows: list[tuned.Row]) -> None:
     """Writes the table."""
     text = json.dumps([dataclasses.asdict(row) for row in rows], indent=1)
-    tuned.FILE.write_text(text + "\n", encoding="utf-8")
+    partial = tuned.FILE.with_suffix(".partial")
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(tuned.FILE)

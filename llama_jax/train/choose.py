@@ -62,9 +62,10 @@ def by_arithmetic(recipe: Recipe, config: ModelConfig, machine: Machine) -> Job:
         microbatches=batch.microbatches or None,
     )
     if not jobs:
+        parts = f" in {batch.microbatches} microbatches" if batch.microbatches else ""
         raise ValueError(
-            f"a batch of {batch.sequences} sequences does not divide among the {machine.devices} devices of"
-            f" {machine.name}: change batch.sequences, or give --mesh"
+            f"a batch of {batch.sequences} x {batch.seq_len}{parts} does not divide on the {machine.devices} devices of"
+            f" {machine.name}, mesh {recipe.mesh}: change batch.sequences, batch.microbatches or --mesh"
         )
     return estimate.ranked(jobs, estimate.SHARE)[0]
 
