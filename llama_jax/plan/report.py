@@ -62,21 +62,15 @@ def in_words(plan: Plan, *, model: str, chosen_by: str = "") -> str:
 
 def _times(plan: Plan) -> list[str]:
     work, roofline, job = plan.work, plan.roofline, plan.job
-    flops = plan.flops or work.flops
+    exact = COMPILER if plan.flops else ARITHMETIC
+    again = ", what is computed again included" if job.mode == "train" else ""
+    avoidable, received = (f"of {_gb(size)} (arithmetic)" for size in (work.memory_bytes, work.link_bytes))
     lines = [
-        _line(
-            "FLOPs", f"{flops / 1e12:.2f} T", COMPILER if plan.flops else ARITHMETIC, "of a device, recomputed included"
-        ),
-        _line(
-            "memory traffic",
-            _gb(plan.traffic_bytes or work.memory_bytes),
-            COMPILER if plan.traffic_bytes else ARITHMETIC,
-        ),
+        _line("FLOPs", _count(plan.flops or work.flops), exact, f"of each device{again}"),
+        _line("memory traffic", _gb(plan.traffic_bytes or work.memory_bytes), exact),
         _line("compute", _seconds(roofline.compute), SHEET, "of these FLOPs at its rate, as the next ones"),
-        _line(
-            "memory", _seconds(roofline.memory), SHEET, f"{_gb(work.memory_bytes)} (arithmetic) that cannot be avoided"
-        ),
-        _line("interconnect", _seconds(roofline.interconnect), SHEET, f"{_gb(work.link_bytes)} (arithmetic) received"),
+        _line("memory", _seconds(roofline.memory), SHEET, f"{avoidable} that cannot be avoided"),
+        _line("interconnect", _seconds(roofline.interconnect), SHEET, f"{received} received"),
     ]
     if job.machine.slices > 1:
         known = job.machine.chip.network

@@ -14,6 +14,7 @@ import pytest
 from llama_jax import tuned
 from llama_jax.estimate import Job, memory
 from llama_jax.machines import machine
+from llama_jax.plan.request import model
 from llama_jax.presets import PRESETS, to_hf_config
 from llama_jax.train.choose import choose
 from tests.test_scripts import ROOT
@@ -53,8 +54,8 @@ def test_arithmetic_alone_is_labelled(plan):
     assert 'pip install -e ".[tpu]"' in out
     assert "FITS" in out
     figures = [line for line in out.splitlines() if line.startswith("  ") and "available" not in line]
-    assert all("arithmetic" in line for line in figures)
-    assert not any("   compiler " in line for line in figures)
+    assert all("arithmetic" in line or "data sheet" in line for line in figures)
+    assert not any("   compiler" in line for line in figures)
 
 
 def test_json(plan):
@@ -69,7 +70,8 @@ def test_json(plan):
 def test_what_does_not_fit_says_what_would(plan):
     out, _ = plan("--model", "llama3.1-8b", "--machine", "v5litepod-4", code=3)
     assert "DOES NOT FIT" in out
-    assert "v5litepod-16" in out
+    smallest = out.partition("machines that would: ")[2].split(",")[0]
+    plan("--model", "llama3.1-8b", "--machine", smallest, "--batch", "4", "--seq", "4096")  # and it does
     out, _ = plan("--model", "llama3.1-8b", "--machine", "v5litepod-16", "--remat", "none", "--seq", "8192", code=3)
     assert "This would, by arithmetic: --mesh fsdp" in out
     options = out.partition("by arithmetic: ")[2].partition(" (")[0].split()
@@ -88,6 +90,13 @@ def test_what_does_not_fit_says_what_would(plan):
         ("--model llama3.1-8b --machine v5p-8 --batch 0", "batch must be at least 1"),
         ("--model llama3.1-8b --machine v5p-8 --microbatches 0", "microbatches must be at least 1"),
         ("--model llama3.1-8b --machine 2xv5p-8 --mesh fsdp=8", "which only data may span"),
+        ("--model llama3.1-8b --machine v5p-8 --mode decode --remat full", "remat is of training"),
+        ("--model llama3.1-8b --machine v5p-8 --mode decode --microbatches 3", "microbatches are of training"),
+        ("--model llama3.1-8b --machine v5p-8 --attention splash:7", "splash alone has blocks, of 1024"),
+        ("--model llama3.1-8b --machine h100 --attention splash", "is not for h100"),
+        ("--model llama3.1-8b --machine v5p-8 --compile -1", "compile must be at least 0"),
+        ("--model llama3.1-8b --machine v5p-8 --plot /nowhere/x.png", "a folder that exists"),
+        ("--update-table --model nosuch", "no row for model 'nosuch'"),
         ("--model llama3.1-8b", "give --model and --machine"),
         ("--model / --machine v5p-8", "config"),
     ],
@@ -157,6 +166,36 @@ def test_what_is_open_is_chosen_from_the_table():
 
 def _sizes(text: str) -> dict[str, int]:
     return {axis: int(size) for axis, size in (part.split("=") for part in text.split(","))}
+
+
+def test_memory_of_the_host_counts(plan):
+    args = "--model llama3.1-8b --machine v5p-8 --remat offload --mesh tensor=4 --batch 64 --seq 8192 --microbatches 1"
+    out, _ = plan(*args.split(), code=3)
+    assert "137.44 GB of the host's memory are needed, about 112.00 GB available" in out
+
+
+def test_a_damaged_table(monkeypatch, tmp_path):
+    for text in ("{", "[{}]", '{"a": 1}', "[1]"):
+        (tmp_path / "tuned.json").write_text(text)
+        monkeypatch.setattr(tuned, "FILE", tmp_path / "tuned.json")
+        tuned.table.cache_clear()
+        with pytest.raises(ValueError, match=r"tuned\.json is damaged"):
+            tuned.table()
+    tuned.table.cache_clear()
+
+
+@pytest.mark.parametrize("text", ["[1]", "{}", "[" * 100_000, "\x00", "{"])
+def test_a_broken_config(text, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json"):
+        model(str(tmp_path))
+
+
+def test_a_row_of_another_length_is_not_taken():
+    assert tuned.find(PRESETS["llama3.1-8b"], machine("v5p-128"), "train", 4096) is None
+    row = tuned.find(PRESETS["llama3.1-8b"], machine("v5p-128"), "train", 131_072)
+    assert row
+    assert row.mesh["context"] == 8
 
 
 def test_a_missing_folder_is_no_model(plan, tmp_path: Path):
