@@ -18,11 +18,11 @@ from jax.ad_checkpoint import checkpoint_name
 from llama_jax import kv_cache
 from llama_jax.config import ModelConfig
 from llama_jax.kv_cache import KVCache, LayerCache
-from llama_jax.ops.attention import attention_of_one, dot_product_attention, reads_before_write
+from llama_jax.ops.attention import attention_of_one, device, dot_product_attention, reads_before_write
 from llama_jax.ops.embed import embed
 from llama_jax.ops.linear import einsum
 from llama_jax.ops.norm import rms_norm
-from llama_jax.ops.rope import apply_rope, inverse_frequencies, rope_angles
+from llama_jax.ops.rope import apply_rope, apply_rope_by_product, inverse_frequencies, rope_angles
 from llama_jax.sharding import ShardingRules
 
 INIT_STD = 0.02  # the family's initializer_range
@@ -88,7 +88,8 @@ class Attention(nnx.Module):
         with jax.named_scope("qkv"):
             grouped = self.rules.spec(("batch", "seq", "kv_heads", "groups", "head_dim"), (B, T, K, G, H))
             q_BTKGH = apply_rope(einsum("BTD,DKGH->BTKGH", x_BTD, self.wq, out_sharding=grouped), angles)
-            k_BTKH = apply_rope(einsum("BTD,DKH->BTKH", x_BTD, self.wk, out_sharding=heads), angles)
+            turn = apply_rope_by_product if T == 1 and device()[0] == "tpu" else apply_rope
+            k_BTKH = turn(einsum("BTD,DKH->BTKH", x_BTD, self.wk, out_sharding=heads), angles)
             v_BTKH = einsum("BTD,DKH->BTKH", x_BTD, self.wv, out_sharding=heads)
             q_BTKGH, k_BTKH, v_BTKH = (checkpoint_name(x, "qkv") for x in (q_BTKGH, k_BTKH, v_BTKH))
         if layer is not None and not ordered and reads_before_write(T, layer.k, self.implementation):
