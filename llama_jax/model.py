@@ -20,7 +20,7 @@ from llama_jax.config import ModelConfig
 from llama_jax.kv_cache import KVCache, LayerCache
 from llama_jax.ops.attention import attention_of_one, device, dot_product_attention, reads_before_write
 from llama_jax.ops.embed import embed
-from llama_jax.ops.linear import einsum
+from llama_jax.ops.linear import einsum, flatten
 from llama_jax.ops.norm import rms_norm
 from llama_jax.ops.rope import apply_rope, apply_rope_by_product, inverse_frequencies, rope_angles
 from llama_jax.sharding import ShardingRules
@@ -266,6 +266,21 @@ class Llama(nnx.Module):
     def init_cache(self, batch: int, size: int) -> KVCache:
         """An empty cache of `size` slots for `batch` rows."""
         return kv_cache.init(self.config, self.rules, batch=batch, size=size, dtype=self.dtype, stacked=self.stacked)
+
+
+def flatten_queries(model: Llama) -> Llama:
+    """Puts the query weights of a list of blocks into the form that TPUs multiply with, `linear.Flattened`.
+
+    Args:
+      model: is changed; its mesh must be in use.
+
+    Returns:
+      The model.
+    """
+    assert not isinstance(model.blocks, Block), "of decoding, which walks a list of blocks"
+    for block in model.blocks:
+        block.attn.wq.set_value(flatten(block.attn.wq.get_value()))
+    return model
 
 
 def _stack(x: jax.ShapeDtypeStruct, num_layers: int) -> jax.ShapeDtypeStruct:

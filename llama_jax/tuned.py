@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.metadata
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llama_jax.config import ModelConfig
 from llama_jax.estimate import Job, Mode
-from llama_jax.machines import Machine, machine
+from llama_jax.machines import Machine, machine, of_devices
 from llama_jax.presets import PRESETS
 
 FILE = Path(__file__).with_suffix(".json")
@@ -100,6 +101,24 @@ def find(config: ModelConfig, on: Machine, mode: Mode, seq_len: int | None) -> R
         and (seq_len is None or row.seq_len / 2 < seq_len <= row.seq_len)
     ]  # fmt: skip
     return min(fitting, key=lambda row: row.seq_len, default=None)
+
+
+def options(config: ModelConfig, devices: Sequence[Any]) -> dict[str, Any]:
+    """Compiler options of decoding on these devices; none for a libtpu that they were not tried with."""
+    number, kind = len(devices), devices[0].device_kind
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+    here = of_devices(kind, number, slices)
+    row = find(config, here, "decode", None) if here else None
+    return dict(row.compiler_options) if row and _tried() else {}
+
+
+def _tried() -> bool:
+    """Whether the compiler knows the table's options: libtpu 0.0.42 and 0.0.52 do."""
+    try:
+        version = tuple(map(int, importlib.metadata.version("libtpu").split(".")[:3]))
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return False
+    return (0, 0, 42) <= version <= (0, 0, 52)
 
 
 def rows_of(config: ModelConfig, mode: Mode) -> list[Row]:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from llama_jax import tuned
 from llama_jax.infer.sampling import sample
 from llama_jax.kv_cache import KVCache, num_slots
 from llama_jax.model import Llama
@@ -186,7 +187,7 @@ class Programs:
     """`prefill` and `decode` compiled for one model, called with its leaves: flattening a module at every call would
     cost more than a small model's step."""
 
-    def __init__(self, model: Llama):
+    def __init__(self, model: Llama, compiler_options: dict[str, Any] | None = None):
         self.leaves, treedef = jax.tree.flatten(model)
 
         def on_leaves(function):
@@ -207,7 +208,9 @@ class Programs:
             return call
 
         self._prefill = jax.jit(on_leaves(for_the_host(prefill)), static_argnames=("size", "span"), donate_argnums=9)
-        self._decode = jax.jit(on_leaves(for_the_host(decode)), donate_argnums=1)
+        self._decode = jax.jit(
+            on_leaves(for_the_host(decode)), donate_argnums=1, compiler_options=compiler_options or None
+        )
         self._forward = jax.jit(on_leaves(lambda model, tokens_BT: model(tokens_BT)[0]))
 
     def on(self, model: Llama) -> Programs:
@@ -243,7 +246,7 @@ _PROGRAMS: weakref.WeakKeyDictionary[Any, Programs] = weakref.WeakKeyDictionary(
 def programs_of(llama: Any) -> Programs:
     """The compiled programs of a loaded model, made once."""
     if llama not in _PROGRAMS:
-        _PROGRAMS[llama] = Programs(llama.model)
+        _PROGRAMS[llama] = Programs(llama.model, tuned.options(llama.config, list(llama.mesh.devices.flat)))
     return _PROGRAMS[llama]
 
 

@@ -36,6 +36,49 @@ class Narrowed:
         return self.value.shape
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Flattened:
+    """A weight with its output dimensions merged, as a TPU multiplies with it.
+
+    XLA turns the [D, 1, 4, 128] of a chip's query heads into that form before the loop of decoding, and holds copies of
+    all layers: 0.67 GB for 70B on 16 v5e, and no room is left to fetch other weights ahead.
+
+    Attributes:
+      matrix: [D, outputs].
+      shape: of the weight.
+      spec: how its dimensions are split.
+    """
+
+    matrix: jax.Array
+    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    spec: P = dataclasses.field(metadata={"static": True})
+
+
+def flatten(w: jax.Array) -> jax.Array | Flattened:
+    """The weight [D, K, G, H], abstract or not, flattened; as it is where its parts would not lie together."""
+    D, K, *_ = w.shape
+    sharding: Any = w.sharding
+    spec = (*sharding.spec, *(None for _ in range(w.ndim - len(sharding.spec))))
+    rows, kv, q, rest = spec
+    if rest is not None or (q is not None and math.prod(sharding.mesh.shape[axis] for axis in axes_of(kv)) != K):
+        return w
+    merged = (*axes_of(kv), *axes_of(q))
+    flat = P(rows, merged if len(merged) > 1 else merged[0] if merged else None)
+    if isinstance(w, jax.ShapeDtypeStruct):
+        where = jax.NamedSharding(sharding.mesh, flat)
+        matrix = jax.ShapeDtypeStruct((D, math.prod(w.shape[1:])), w.dtype, sharding=where)
+    else:
+        matrix = jax.jit(jax.shard_map(lambda w: w.reshape(len(w), -1), out_specs=flat))(w)
+    return Flattened(matrix, w.shape, P(*spec))  # pyright: ignore[reportArgumentType]
+
+
+def unflatten(w: Flattened) -> jax.Array:
+    """The weight as it was."""
+    local = jax.NamedSharding(jax.sharding.get_abstract_mesh(), w.spec).shard_shape(w.shape)
+    return jax.jit(jax.shard_map(lambda x: x.reshape(local), out_specs=w.spec))(w.matrix)
+
+
 @jax.custom_vjp
 def _narrow(value: jax.Array, gradient: jax.Array) -> jax.Array:
     if (value.dtype, gradient.dtype) == (jnp.float32, jnp.bfloat16):
@@ -48,7 +91,9 @@ def _narrow(value: jax.Array, gradient: jax.Array) -> jax.Array:
 _narrow.defvjp(lambda value, gradient: (_narrow(value, gradient), None), lambda _, cotangent: (None, cotangent))
 
 
-def einsum(equation: str, x: jax.Array, w: nnx.Param | jax.Array | Narrowed, *, out_sharding: P) -> jax.Array:
+def einsum(
+    equation: str, x: jax.Array, w: nnx.Param | jax.Array | Narrowed | Flattened, *, out_sharding: P
+) -> jax.Array:
     """Activation times weight, in the activation's dtype; float32 at full precision on every platform.
 
     Lowered to one two-dimensional matmul wherever sharding allows: XLA on CPU runs the three-dimensional contraction of
@@ -64,9 +109,11 @@ def einsum(equation: str, x: jax.Array, w: nnx.Param | jax.Array | Narrowed, *, 
       out_sharding: of the result.
     """
     leaf: Any = w.get_value() if isinstance(w, nnx.Variable) else w
-    array = _narrow(leaf.value, leaf.gradient) if isinstance(leaf, Narrowed) else leaf
     # The products of a float32 model are float32: the default on TPU is bfloat16, on GPU TF32.
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    if isinstance(leaf, Flattened):
+        return _flattened_product(x, leaf, precision, out_sharding)
+    array = _narrow(leaf.value, leaf.gradient) if isinstance(leaf, Narrowed) else leaf
     rows = _spec(x)[: -_contracted(equation)[0]]
     w = _gather(array.astype(x.dtype), {axis for entry in rows for axis in axes_of(entry)})
     x = _split_as(equation, x, w)
@@ -76,6 +123,19 @@ def einsum(equation: str, x: jax.Array, w: nnx.Param | jax.Array | Narrowed, *, 
     x_RC, w_2d, contract, shape, spec_2d = matmul
     y = jax.lax.dot_general(x_RC, w_2d, (((1,), (contract,)), ((), ())), precision=precision, out_sharding=spec_2d)
     return jax.lax.reshape(y, shape, out_sharding=out_sharding)
+
+
+def _flattened_product(x_BTD: jax.Array, w: Flattened, precision: Any, out: P) -> jax.Array:
+    rows = _spec(x_BTD)[:-1]
+    matrix = _gather(w.matrix.astype(x_BTD.dtype), {axis for entry in rows for axis in axes_of(entry)})
+    inner, outer = _spec(matrix)
+    x_BTD = x_BTD if _spec(x_BTD)[-1] == inner else jax.reshard(x_BTD, P(*rows, inner))
+    y = jax.lax.dot_general(
+        x_BTD, matrix, (((x_BTD.ndim - 1,), (0,)), ((), ())), precision=precision, out_sharding=P(*rows, outer)
+    )
+    shape = (*x_BTD.shape[:-1], *w.shape[1:])
+    local = jax.NamedSharding(jax.sharding.get_abstract_mesh(), out).shard_shape(shape)
+    return jax.shard_map(lambda y: y.reshape(local), out_specs=out)(y)
 
 
 def _as_matmul(equation: str, x: jax.Array, w: jax.Array, out: P):

@@ -124,6 +124,11 @@ def load(
     if mesh is None or isinstance(mesh, str):
         mesh = sharding.mesh_of(config, mesh)
     model = read_model(checkpoint, mesh, dtype=dtype, attention=attention)
+    if mesh.devices.flat[0].platform == "tpu":
+        from llama_jax.model import flatten_queries
+
+        with jax.set_mesh(mesh):
+            model = flatten_queries(model)
     return LoadedLlama(config, model, checkpoint.tokenizer, mesh, max_seq_len, chat_format, checkpoint)
 
 

@@ -234,24 +234,30 @@ def _of_loaded(llama: LoadedLlama) -> Checkpoint:
     """The arrays of a model as a checkpoint in our format."""
     import jax
 
+    from llama_jax.ops.linear import Flattened, unflatten
     from llama_jax.weights.load import parameter_name
 
     tensors: dict[str, Tensor] = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(llama.model)[0]:
+    leaves = jax.tree_util.tree_flatten_with_path(llama.model, is_leaf=lambda x: isinstance(x, Flattened))[0]
+    for path, leaf in leaves:
         name = parameter_name(path)
-        if not leaf.is_fully_addressable:
+        dtype = leaf.matrix.dtype if isinstance(leaf, Flattened) else leaf.dtype
+        if not (leaf.matrix if isinstance(leaf, Flattened) else leaf).is_fully_addressable:
             raise ValueError("this model is spread over several processes: convert the checkpoint it was loaded from")
         row, layer = names.row_of(name)
         stacked = "{}" in row.ours and layer is None
         for i in range(llama.config.num_layers) if stacked else [layer]:
             shape = leaf.shape[1:] if stacked else leaf.shape
-            nbytes = math.prod(shape) * leaf.dtype.itemsize
+            nbytes = math.prod(shape) * dtype.itemsize
 
             def read(index: tuple[slice, ...], leaf: Any = leaf, first: Any = (i,) if stacked else ()) -> np.ndarray:
+                if isinstance(leaf, Flattened):  # of decoding on a TPU
+                    with jax.set_mesh(llama.mesh):
+                        leaf = unflatten(leaf)
                 return np.asarray(leaf[(*first, *index)] if first else leaf)[() if first else index]
 
             stored = row.name("native", i)
-            tensors[stored] = Tensor(stored, shape, leaf.dtype, nbytes, read)
+            tensors[stored] = Tensor(stored, shape, dtype, nbytes, read)
     origin = llama.checkpoint
     name = origin.path if origin else Path("llama")
     files, generation = (origin.tokenizer_files, origin.generation) if origin else (dict, {})

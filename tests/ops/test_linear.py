@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from llama_jax import sharding
-from llama_jax.ops.linear import einsum
+from llama_jax.ops.linear import Flattened, einsum, flatten, unflatten
 from tests.builders import tiny_config
 
 SIZES = {"B": 4, "T": 6, "D": 48, "K": 2, "G": 4, "H": 16, "F": 32, "V": 40}
@@ -88,3 +88,34 @@ def test_other_equations_are_refused(equation):
         pytest.raises(ValueError, match=f"einsum '{equation}': contract the last dimensions of x"),
     ):
         einsum(equation, x, w, out_sharding=jax.P())
+
+
+@pytest.mark.parametrize("mesh", [*MESHES, "context=8", "fsdp=2,context=2,tensor=2", "tensor=3"])
+@pytest.mark.parametrize("T", [6, 1])
+def test_a_flattened_weight_is_the_same(mesh, T):
+    """[D, K, G, H] as [D, K * G * H], wherever the part of each device is one of both."""
+    equation = "BTD,DKGH->BTKGH"
+    x, _, w, w_axes, _ = operands(equation)
+    x = x[:, :T]
+    rules = sharding.ShardingRules()
+    with jax.set_mesh(sharding.make_mesh(tiny_config(num_kv_heads=2), **sharding.parse_mesh(mesh))):
+        whole = jax.device_put(w, rules.sharding(names(w_axes, "embed"), w.shape))
+        placed = jax.device_put(x, rules.sharding(("batch", "seq", "act_embed"), x.shape))
+        flat = flatten(whole)
+        assert isinstance(flat, Flattened)
+        assert flat.matrix.shape == (48, 2 * 4 * 16)
+        spec = rules.spec(("batch", "seq", "kv_heads", "groups", "head_dim"), (4, T, 2, 4, 16))
+        out = jax.jit(lambda x, w: einsum(equation, x, w, out_sharding=spec))(placed, flat)
+        assert out.sharding.spec == spec
+        np.testing.assert_array_equal(unflatten(flat), w)
+        assert unflatten(flat).sharding == whole.sharding
+    np.testing.assert_allclose(out, np.einsum(equation, x.astype(np.float64), w.astype(np.float64)), atol=1e-5)
+
+
+def test_what_would_not_lie_together_stays():
+    """Six devices on tensor, four kv heads: two of them on each half, their groups in three."""
+    w = jnp.zeros((48, 4, 3, 16))
+    rules = sharding.ShardingRules()
+    with jax.set_mesh(sharding.make_mesh(tiny_config(num_heads=12, num_kv_heads=4), tensor=6)):
+        w = jax.device_put(w, rules.sharding(("embed", "kv_heads", "groups", "head_dim"), w.shape))
+        assert flatten(w) is w
