@@ -91,9 +91,7 @@ def job(
         raise ValueError(f"remat is of training: leave it out with --mode {mode}")
     asked = Job(config, where, mode, size, length, mesh or {}, remat or "full", parts, attention)
     if mesh is None:
-        check(
-            dataclasses.replace(asked, mesh=default_mesh(dataclasses.replace(asked, batch=where.devices))), batch=False
-        )
+        check(dataclasses.replace(asked, mesh=default_mesh(asked)), batch=False)
     else:
         check(asked)
     if row and mesh in (None, dict(row.mesh)) and remat in (None, row.remat):
