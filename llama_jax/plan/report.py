@@ -171,7 +171,7 @@ def plot(plans: Sequence[Plan], path: Path, *, title: str) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("GB of each device")
     axes.set_title(title)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25 if len(plans) < 4 else -0.12), ncols=6, fontsize="small")
+    figure.legend(loc="outside lower center", ncols=6, fontsize="small")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
