@@ -95,8 +95,7 @@ def test_builds_abstractly(name, stacked):
     assert len(leaves) == 2 + (not config.tie_embeddings) + 9 * (1 if stacked else config.num_layers)
     assert sum(math.prod(leaf.shape) for leaf in leaves) == PARAMETERS[name]
     split = [math.prod(leaf.shape) / math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves]
-    ways = {1.0, 8.0} if name != "smollm2-135m" else {1.0, 2.0, 8.0}  # its 3 kv heads stay whole
-    assert set(split) == ways
+    assert set(split) == {2.0, 8.0}  # norms, and SmolLM2's 3 kv heads, over fsdp alone
 
 
 # -----------------------------------------------------------------------------------------------------------
