@@ -230,7 +230,7 @@ def _training(job: Job, blocks: int, tables: int) -> Memory:
     gradients = accumulated + 2 * blocks + 4 * shard(job, (D, V), ("embed", "vocab"))
 
     size = 2 * T * D  # of a block's input
-    kept = {"none": 4 * size + 2 * T * (2 * heads + 2 * keys + 4 * mlp),
+    kept = {"none": 15 * size + 2 * T * (2 * heads + 2 * keys + 6 * mlp),
             "matmuls": 2 * size + 2 * T * (2 * heads + 2 * keys + 2 * mlp),
             "attention": size + 2 * T * (2 * heads + 2 * keys)}.get(job.remat, size)  # fmt: skip
     group = _group(L)
