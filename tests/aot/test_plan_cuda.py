@@ -1,4 +1,4 @@
-"""Plans by the real CUDA compiler: python -m pytest -m cuda_compiler -k plan (2 minutes)."""
+"""Plans by the real CUDA compiler: python -m pytest -m cuda_compiler -k plan (the `cuda` extra)."""
 
 from __future__ import annotations
 
