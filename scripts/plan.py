@@ -7,9 +7,10 @@
     python scripts/plan.py --model llama3.1-8b --machine 8xh100 --json
 
 The very step that train.py or generate.py would run is compiled by the machine's own compiler, on any Linux host and
-without the machine: pip install -e ".[tpu]" for TPUs, ".[cuda]" for GPUs; without it, arithmetic (within 15 % of the
-compilers on the programs of docs/planning.md). Machines: v4-N, v5litepod-N, v5p-N, v6e-N, tpu7x-N as on Cloud TPU (v5p-128 has 64 chips), v5e:4x4 by
-topology, 2xv6e-256 for two slices; a100, h100, h200, b200, 8xh100, 2x8xh100. docs/planning.md explains each line.
+without the machine: pip install -e ".[tpu]" for TPUs, ".[cuda]" for GPUs. Without it the plan is arithmetic, within
+15 % of the compilers on the programs of docs/planning.md, which explains each line.
+Machines: v4-N, v5litepod-N, v5p-N, v6e-N, tpu7x-N as on Cloud TPU (v5p-128 has 64 chips), v5e:4x4 by topology,
+2xv6e-256 for two slices; a100, h100, h200, b200, 8xh100, 2x8xh100.
 Exit code 0: it fits; 3: it does not; 1: an error.
 """
 
