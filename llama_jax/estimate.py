@@ -257,10 +257,10 @@ def _serving(job: Job, blocks: int, tables: int) -> Memory:
     slots = job.seq_len // ways["context"] if job.seq_len % ways["context"] == 0 else job.seq_len
     cache = 4 * config.num_layers * rows * keys * slots
     parameters = 2 * (blocks + tables)
-    logits = 8 * rows * config.vocab_size
     if job.mode == "decode":
+        logits = 8 * rows * config.vocab_size
         return Memory(parameters, 0, 0, cache, 0, logits + 2 * T * mlp, parameters + cache, 0)
-    workspace = logits + 2 * T * (3 * config.embed_dim + 2 * mlp + 2 * heads)
+    workspace = 2 * T * (3 * config.embed_dim + 2 * mlp + 2 * heads)
     return Memory(parameters, 0, 0, cache, cache, workspace, parameters, 0)
 
 
@@ -325,14 +325,12 @@ def _work_of_serving(job: Job, block: float, head: float, matrices: float, activ
     config, ways, T = job.config, job.ways, job.tokens
     D, L, TP = config.embed_dim, config.num_layers, ways["tensor_kv"] * ways["tensor_q"]
     heads, keys, mlp, vocab = _local(job)
-    rows = job.batch / (ways["data"] * ways["fsdp"])  # of which prefill needs one token's logits each
-    held = 2 * (L * matrices + vocab * D)
+    decode = job.mode == "decode"  # prefill leaves the head to it
+    rows = job.batch / (ways["data"] * ways["fsdp"])
+    held = 2 * (L * matrices + decode * vocab * D)
     cache = 4 * L * math.ceil(rows) * keys * job.seq_len / ways["context"]
     waited = 2 * L * _all_reduce(2 * T * D, TP)
-    decode = job.mode == "decode"
-    if (
-        decode and ways["context"] > 1
-    ):  # each device multiplies with its own part of the weights, and sums are exchanged
+    if decode and ways["context"] > 1:  # each device multiplies with its part of the weights; sums are exchanged
         held /= ways["context"]
         waited += L * _all_reduce(2 * T * (heads + 2 * keys + 2 * mlp), ways["context"])
         waited += L * _gather(4 * T * D, ways["context"])
@@ -340,7 +338,7 @@ def _work_of_serving(job: Job, block: float, head: float, matrices: float, activ
     else:
         gathers = _gather(held, ways["fsdp"] * ways["context"])
         waited += 0 if decode else L * _gather(4 * keys * job.seq_len * rows, ways["context"])
-    flops = (T * L * block + rows * head) / (ways["context"] if decode else 1)
+    flops = (T * L * block + decode * rows * head) / (ways["context"] if decode else 1)
     memory = held + cache + L * T * activations
     network = 0.0
     if job.machine.slices > 1 and ways["data"] < job.machine.slices:

@@ -81,7 +81,8 @@ class Attention(nnx.Module):
         self.rules, self.implementation = params.rules, implementation
 
     def __call__(self, x_BTD, layer: LayerCache | None, *, angles, slots_BT, segment_ids_BT, span, ordered):
-        """Returns the attention output [B, T, D] and the layer's cache with the new keys and values."""
+        """Returns the attention output [B, T, D], the layer's cache, and what is still to be written to it: nothing, or
+        the key, value and slot of one token a row."""
         B, T, _ = x_BTD.shape
         D, K, G, H = self.wq.shape
         heads = self.rules.spec(("batch", "seq", "kv_heads", "head_dim"), (B, T, K, H))
@@ -97,13 +98,13 @@ class Attention(nnx.Module):
                 out_BTKGH = attention_of_one(
                     q_BTKGH, k_BTKH, v_BTKH, layer.k, layer.v, slots_B1=slots_BT, scale=H**-0.5
                 )  # fmt: skip
-            with jax.named_scope("cache"):
-                new = kv_cache.write(layer, k_BTKH, v_BTKH, slots_BT)
+            unwritten = (k_BTKH, v_BTKH, slots_BT)
         else:
+            unwritten = None
             with jax.named_scope("cache"):
-                new = None if layer is None else kv_cache.write(layer, k_BTKH, v_BTKH, slots_BT, ordered=ordered)
+                layer = None if layer is None else kv_cache.write(layer, k_BTKH, v_BTKH, slots_BT, ordered=ordered)
                 # The first tokens of a cache see one another only, as without one.
-                seen = kv_cache.of_tokens(k_BTKH, v_BTKH) if new is None or ordered else kv_cache.prefix(new, span)
+                seen = kv_cache.of_tokens(k_BTKH, v_BTKH) if layer is None or ordered else kv_cache.prefix(layer, span)
             with jax.named_scope("attention"):
                 out_BTKGH = dot_product_attention(
                     q_BTKGH, seen.k, seen.v, slots_BT=slots_BT, segment_ids_BT=segment_ids_BT, ordered=ordered,
@@ -111,7 +112,8 @@ class Attention(nnx.Module):
                 )  # fmt: skip
         with jax.named_scope("out"):
             spec = self.rules.spec(("batch", "seq", "act_embed"), (B, T, D))
-            return checkpoint_name(einsum("BTKGH,KGHD->BTD", out_BTKGH, self.wo, out_sharding=spec), "out"), new
+            out_BTD = checkpoint_name(einsum("BTKGH,KGHD->BTD", out_BTKGH, self.wo, out_sharding=spec), "out")
+        return out_BTD, layer, unwritten
 
 
 class MLP(nnx.Module):
@@ -146,11 +148,20 @@ class Block(nnx.Module):
 
     def __call__(self, x_BTD, layer: LayerCache | None, **where):
         """Returns the residual stream [B, T, D] and the layer's cache."""
-        attended_BTD, layer = self.attn(rms_norm(x_BTD, self.attn_norm.get_value(), eps=self.eps), layer, **where)
+        normed_BTD = rms_norm(x_BTD, self.attn_norm.get_value(), eps=self.eps)
+        attended_BTD, layer, unwritten = self.attn(normed_BTD, layer, **where)
         x_BTD = x_BTD + attended_BTD
         with jax.named_scope("mlp"):
-            x_BTD = x_BTD + self.mlp(rms_norm(x_BTD, self.mlp_norm.get_value(), eps=self.eps))
-        return x_BTD, layer
+            out_BTD = self.mlp(rms_norm(x_BTD, self.mlp_norm.get_value(), eps=self.eps))
+        if unwritten is not None:
+            assert layer is not None
+            with jax.named_scope("cache"):
+                # Between two blocks. Left alone the TPU compiler writes for all blocks at the end of a step: until then
+                # the keys and values wait in HBM (8B on 8 v5e: 4 % of the cycles). Written before the MLP, the next
+                # block's cache is not fetched ahead (70B on 16 v5e: 10 %).
+                out_BTD, layer = jax.lax.optimization_barrier((out_BTD, layer))
+                out_BTD, layer = jax.lax.optimization_barrier((out_BTD, kv_cache.write(layer, *unwritten)))
+        return x_BTD + out_BTD, layer
 
 
 class Llama(nnx.Module):

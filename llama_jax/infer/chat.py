@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from llama_jax.weights.load import LoadedLlama
 
 FIRST_CACHE = 4096  # slots of a conversation's first cache; it doubles when they are used up
-STREAM_CHUNK = 2  # tokens in the first chunk of a stream, which then doubles
+STREAM_CHUNK = 1  # token in the first chunk of a stream, which then doubles
 
 Message = Mapping[str, Any]
 
@@ -126,7 +126,7 @@ class Conversation:
             self._streaming = False
             if run.state is not None:
                 self._cache = run.state.cache
-                self._cached = [*ids, *run.emitted[:-1]]  # the last token is not written yet
+                self._cached = [*ids, *run.emitted[:-1]]  # the last token may not be written
             self.completion = row.completion(reason, logprobs=False)
             self.messages = [*said, {"role": "assistant", "content": self.completion.text}]
 

@@ -1,7 +1,11 @@
-"""The two programs of generation, on the device: prefill (whole prompts into the cache) and decode (token by token).
+"""The programs of generation, on the device: prefill (whole prompts into the cache), decode (token by token), and the
+last token.
 
 Shapes are static: prompts are padded to a bucket, the cache has a fixed number of slots, and the decode loop runs on
 the device until its steps are done or no row is running. The host sees tokens in chunks.
+
+A step samples first and then runs the blocks on what it has sampled, so that the first block's weights can be fetched
+while the head is multiplied: a loop's body cannot fetch what its next turn begins with.
 """
 
 from __future__ import annotations
@@ -32,9 +36,9 @@ class DecodeState:
     """Where every row stands between two steps.
 
     Attributes:
-      cache: keys and values up to `position_B`.
-      token_B: int32: the last token, not yet in the cache.
-      position_B: int32: the slot it will be written to.
+      cache: keys and values up to and with `position_B`; of a row that has ended, without its last token's.
+      x_B1D: the residual stream after the last block at `position_B`, of which the next token is sampled.
+      position_B: int32: the slot of the last token.
       remaining_B: int32: how many more tokens the row may emit.
       finish_B: int32: RUNNING, STOP, LENGTH or CACHE.
       key_B: each row's random key.
@@ -42,7 +46,7 @@ class DecodeState:
     """
 
     cache: KVCache
-    token_B: jax.Array
+    x_B1D: jax.Array
     position_B: jax.Array
     remaining_B: jax.Array
     finish_B: jax.Array
@@ -57,15 +61,13 @@ def prefill(
     length_B: jax.Array,
     remaining_B: jax.Array,
     seed: jax.Array,
-    stop_ids: jax.Array,
-    values: dict[str, jax.Array],
     seen_BV: jax.Array | None,
     cache: KVCache | None,
     *,
     size: int,
     span: int | None,
-) -> tuple[DecodeState, jax.Array, jax.Array]:
-    """Runs the prompts and samples each row's first token.
+) -> DecodeState:
+    """Runs the prompts, up to where each row's first token is sampled.
 
     Args:
       model: the model.
@@ -74,15 +76,10 @@ def prefill(
       length_B: tokens in each row; 0 is a dead row, which only fills the batch.
       remaining_B: how many tokens each row may emit.
       seed: uint32.
-      stop_ids: tokens that end a row.
-      values: of `Sampling.values`.
       seen_BV: tokens of the prompts, where the repetition penalty needs them.
       cache: of earlier turns, or None for a new one.
       size: slots of a new cache.
       span: static bound on the slots that these queries can see.
-
-    Returns:
-      The state, the first token of each row (NO_TOKEN where there is none) and its log-probability.
     """
     B, T = tokens_BT.shape
     fresh = cache is None
@@ -98,16 +95,15 @@ def prefill(
     x_B1D = jnp.sum(jnp.where(last_BT[..., None], x_BTD, 0), axis=1, keepdims=True)
     rows_B = jnp.arange(B, dtype=jnp.uint32, out_sharding=jax.P(row))
     assert filled is not None
-    state = DecodeState(
+    return DecodeState(
         cache=filled,
-        token_B=jnp.zeros_like(length_B),
+        x_B1D=x_B1D,
         position_B=start_B + length_B - 1,
         remaining_B=remaining_B,
         finish_B=jnp.where(length_B > 0, RUNNING, LENGTH),
         key_B=jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows_B),
         seen_BV=seen_BV,
     )
-    return _emit(model, state, x_B1D, stop_ids, values)
 
 
 def decode(
@@ -131,9 +127,9 @@ def decode(
     Returns:
       The state, and the tokens and log-probabilities [B, CHUNK] in order, NO_TOKEN where a row had ended.
     """
-    state = dataclasses.replace(state, finish_B=jnp.where(halt_B, STOP, state.finish_B))
-    B = state.token_B.shape[0]
-    spec = jax.P(jax.typeof(state.token_B).sharding.spec[0], None)
+    state = _halted(state, halt_B)
+    B = state.position_B.shape[0]
+    spec = jax.P(jax.typeof(state.position_B).sharding.spec[0], None)
     tokens_BC = jnp.full((B, CHUNK), NO_TOKEN, jnp.int32, out_sharding=spec)
     logprobs_BC = jnp.zeros((B, CHUNK), jnp.float32, out_sharding=spec)
 
@@ -143,22 +139,43 @@ def decode(
 
     def body(carry):
         step, state, tokens_BC, logprobs_BC = carry
-        # Rows that have ended write past the end of the cache, that is nowhere.
-        slot_B = jnp.where(state.finish_B == RUNNING, state.position_B, num_slots(state.cache))
-        x_B1D, cache = model.hidden(state.token_B[:, None], positions_BT=slot_B[:, None], cache=state.cache)
-        state, token_B, logprob_B = _emit(model, dataclasses.replace(state, cache=cache), x_B1D, stop_ids, values)
+        state, sampled_B, token_B, logprob_B = _emit(model, state, stop_ids, values)
         tokens_BC = jax.lax.dynamic_update_slice(tokens_BC, token_B[:, None], (0, step))
         logprobs_BC = jax.lax.dynamic_update_slice(logprobs_BC, logprob_B[:, None], (0, step))
-        return step + 1, state, tokens_BC, logprobs_BC
+        # Rows that have ended write past the end of the cache, that is nowhere.
+        slot_B = jnp.where(state.finish_B == RUNNING, state.position_B, num_slots(state.cache))
+        x_B1D, cache = model.hidden(sampled_B[:, None], positions_BT=slot_B[:, None], cache=state.cache)
+        return step + 1, dataclasses.replace(state, x_B1D=x_B1D, cache=cache), tokens_BC, logprobs_BC
 
     _, state, tokens_BC, logprobs_BC = jax.lax.while_loop(running, body, (0, state, tokens_BC, logprobs_BC))
     return state, tokens_BC, logprobs_BC
 
 
-def _emit(model: Llama, state: DecodeState, x_B1D, stop_ids, values) -> tuple[DecodeState, jax.Array, jax.Array]:
-    """Samples from the residual stream at each row's position, and decides which rows have ended."""
+def sample_last(
+    model: Llama,
+    state: DecodeState,
+    halt_B: jax.Array,
+    stop_ids: jax.Array,
+    values: dict[str, jax.Array],
+) -> tuple[DecodeState, jax.Array, jax.Array]:
+    """The last token of each row, which the blocks need not see: as `decode` of one step, and nothing after it."""
+    state, _, token_B, logprob_B = _emit(model, _halted(state, halt_B), stop_ids, values)
+    return state, token_B[:, None], logprob_B[:, None]
+
+
+def _halted(state: DecodeState, halt_B: jax.Array) -> DecodeState:
+    return dataclasses.replace(state, finish_B=jnp.where(halt_B, STOP, state.finish_B))
+
+
+def _emit(model: Llama, state: DecodeState, stop_ids, values) -> tuple[DecodeState, jax.Array, jax.Array, jax.Array]:
+    """Samples each row's next token, and decides which rows have ended.
+
+    Returns:
+      The state, whose residual stream is that of the token before; what was sampled; and that again as the host takes
+      it, NO_TOKEN where there is none, with its log-probability.
+    """
     with jax.named_scope("sample"):
-        logits_BV = model.logits(x_B1D)[:, 0]
+        logits_BV = model.logits(state.x_B1D)[:, 0]
         if values:
             logits_BV = jax.reshard(logits_BV, model.rules.spec(("batch", "sampled"), logits_BV.shape))
         key_B = jax.vmap(jax.random.fold_in)(state.key_B, state.position_B)
@@ -174,18 +191,17 @@ def _emit(model: Llama, state: DecodeState, x_B1D, stop_ids, values) -> tuple[De
     ending_B = jnp.where(stopped, STOP, jnp.where(remaining_B <= 0, LENGTH, jnp.where(full, CACHE, RUNNING)))
     state = dataclasses.replace(
         state,
-        token_B=token_B,
         position_B=position_B,
         remaining_B=remaining_B,
         finish_B=jnp.where(was_running, ending_B, state.finish_B),
         seen_BV=None if state.seen_BV is None else state.seen_BV | (chosen_BV & was_running[:, None]),
     )
-    return state, jnp.where(was_running & ~stopped, token_B, NO_TOKEN), logprob_B
+    return state, token_B, jnp.where(was_running & ~stopped, token_B, NO_TOKEN), logprob_B
 
 
 class Programs:
-    """`prefill` and `decode` compiled for one model, called with its leaves: flattening a module at every call would
-    cost more than a small model's step."""
+    """`prefill`, `decode` and `sample_last` compiled for one model, called with its leaves: flattening a module at
+    every call would cost more than a small model's step."""
 
     def __init__(self, model: Llama, compiler_options: dict[str, Any] | None = None):
         self.leaves, treedef = jax.tree.flatten(model)
@@ -207,10 +223,14 @@ class Programs:
 
             return call
 
-        self._prefill = jax.jit(on_leaves(for_the_host(prefill)), static_argnames=("size", "span"), donate_argnums=9)
+        # The head is not used but held: a plan counts it.
+        self._prefill = jax.jit(
+            on_leaves(prefill), static_argnames=("size", "span"), donate_argnums=7, keep_unused=True
+        )
         self._decode = jax.jit(
             on_leaves(for_the_host(decode)), donate_argnums=1, compiler_options=compiler_options or None
         )
+        self._sample_last = jax.jit(on_leaves(for_the_host(sample_last)), donate_argnums=1)
         self._forward = jax.jit(on_leaves(lambda model, tokens_BT: model(tokens_BT)[0]))
 
     def on(self, model: Llama) -> Programs:
@@ -220,12 +240,16 @@ class Programs:
         return other
 
     def prefill(self, *args: Any, **kwargs: Any):
-        """As `prefill` without the model, with the finish codes beside the state; the cache is donated."""
+        """As `prefill` without the model; the cache is donated."""
         return self._prefill(self.leaves, *args, **kwargs)
 
     def decode(self, *args: Any):
         """As `decode` without the model, with the finish codes beside the state, which is donated."""
         return self._decode(self.leaves, *args)
+
+    def sample_last(self, *args: Any):
+        """As `sample_last`, likewise."""
+        return self._sample_last(self.leaves, *args)
 
     def lower_prefill(self, *args: Any, **kwargs: Any) -> Any:
         """The program of `prefill` for abstract arguments, to compile for machines that are not there."""

@@ -225,7 +225,7 @@ class Run:
       start: see `cache`.
       size: slots of a new cache; None fits them to the prompts.
       history: for the repetition penalty: tokens before `ids`.
-      first_chunk: tokens in the first chunk after the first token; chunks double up to CHUNK. Streaming wants few.
+      first_chunk: tokens in the first chunk; chunks double up to CHUNK. Streaming wants few.
 
     Attributes:
       state: after the last finished chunk; its cache outlives the run. None while a program runs, which owns it.
@@ -261,7 +261,7 @@ class Run:
                 + (" or raise max_seq_len" if self.size < llama.config.max_seq_len else "")
             )
         self.state: DecodeState | None = None
-        self._finish_B = np.zeros(len(ids), np.int32)
+        self._finish_B = np.full(len(self._halt), RUNNING, np.int32)
         self.emitted: list[int] = []
 
     def halt(self, row: int) -> None:
@@ -274,16 +274,17 @@ class Run:
 
     def __iter__(self) -> Iterator[tuple[list[list[int]], list[list[float]]]]:
         values = self._sampling.values()
-        self.state, token_B, logprob_B, finish_B = self._prefill(values)
-        self._finish_B = np.asarray(finish_B)
-        yield self._rows(np.asarray(token_B)[:, None], np.asarray(logprob_B)[:, None])
-        steps, rest = self._first_chunk, self._max_new - 1
+        self.state = self._prefill(values)
+        steps, rest = self._first_chunk, self._max_new
         while rest > 0 and (~self._halt & (self._finish_B == RUNNING)).any():
-            steps = min(steps, CHUNK, rest)
+            steps = max(1, min(steps, CHUNK, rest - 1))
             state, self.state = self.state, None
-            self.state, tokens_BC, logprobs_BC, finish_B = self._programs.decode(
-                state, self._on_rows(self._halt), steps, self._stop_ids, values
-            )
+            args = state, self._on_rows(self._halt)
+            if rest == 1:
+                outcome = self._programs.sample_last(*args, self._stop_ids, values)
+            else:
+                outcome = self._programs.decode(*args, steps, self._stop_ids, values)
+            self.state, tokens_BC, logprobs_BC, finish_B = outcome
             self._finish_B = np.asarray(finish_B)
             yield self._rows(np.asarray(tokens_BC), np.asarray(logprobs_BC))
             rest -= steps
@@ -305,8 +306,6 @@ class Run:
             self._on_rows(length_B),
             self._on_rows(np.full(rows, self._max_new, np.int32)),
             np.uint32(self._sampling.seed),
-            self._stop_ids,
-            values,
             None if seen is None else self._on_rows(seen, "sampled"),
             self._cache,
             size=self.size,

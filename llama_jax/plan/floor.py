@@ -118,19 +118,19 @@ def _contract(q_BKGH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array) -> jax.Ar
 
 
 def prefill_floor(model: Llama, x_BTD: jax.Array) -> jax.Array:
-    """The products of a prompt, as `decode_floor`: attention by the kernel of the step, the head for the last token.
+    """The products of a prompt, as `decode_floor`: attention by the kernel of the step, no head.
 
     Args:
       model: blocks in a list.
       x_BTD: the residual stream.
 
     Returns:
-      [B, 1, V].
+      [B, T, D].
     """
     assert not isinstance(model.blocks, Block), "blocks in a list"
     for block in model.blocks:
         x_BTD = _sequence(block, x_BTD)
-    return _head(model, x_BTD[:, -1:])
+    return x_BTD
 
 
 def training_floor(model: Llama, x_BTD: jax.Array) -> Any:

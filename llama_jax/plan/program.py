@@ -77,7 +77,7 @@ def _decoding(job: Job) -> Lowered:
     cache = abstract_cache(model, job)
     state = DecodeState(
         cache=cache,
-        token_B=_rows(model, job, jnp.int32),
+        x_B1D=_placed(model, ("batch", "seq", "act_embed"), (job.batch, 1, job.config.embed_dim), model.dtype),
         position_B=_rows(model, job, jnp.int32),
         remaining_B=_rows(model, job, jnp.int32),
         finish_B=_rows(model, job, jnp.int32),
@@ -93,8 +93,7 @@ def _prefilling(job: Job) -> Lowered:
     model = serving_model(job)
     row = _rows(model, job, jnp.int32)
     tokens = _placed(model, ("batch", "seq"), (job.batch, job.seq_len), jnp.int32)
-    seed, stop_ids = jax.ShapeDtypeStruct((), jnp.uint32), jax.ShapeDtypeStruct((STOP_IDS,), jnp.int32)
-    args = (tokens, row, row, row, seed, stop_ids, Sampling().values(), None, None)
+    args = (tokens, row, row, row, jax.ShapeDtypeStruct((), jnp.uint32), None, None)
     step = Programs(model).lower_prefill(*args, size=job.seq_len, span=job.seq_len)
     return lowered(step, (model, args), model, cache=abstract_cache(model, job))
 
@@ -115,7 +114,7 @@ def abstract_cache(model: Llama, job: Job) -> Any:
     )
 
 
-def _placed(model: Llama, axes: tuple[str, ...], shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+def _placed(model: Llama, axes: tuple[str, ...], shape: tuple[int, ...], dtype: Any) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=model.rules.sharding(axes, shape))
 
 

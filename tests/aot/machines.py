@@ -97,7 +97,7 @@ def decoding(config: ModelConfig, B: int, size: int, **options: Any) -> tuple[Ca
 
     state = DecodeState(
         cache=jax.eval_shape(lambda: model.init_cache(B, size)),
-        token_B=rows(jnp.int32),
+        x_B1D=abstract(model.rules, ("batch", "seq", "act_embed"), (B, 1, config.embed_dim), model.dtype),
         position_B=rows(jnp.int32),
         remaining_B=rows(jnp.int32),
         finish_B=rows(jnp.int32),
@@ -113,14 +113,11 @@ def prefilling(config: ModelConfig, B: int, T: int, size: int, **options: Any) -
     model = Llama(config, dtype="bfloat16", param_dtype="bfloat16", rngs=None, **options)
     tokens = abstract(model.rules, ("batch", "seq"), (B, T), jnp.int32)
     row = abstract(model.rules, ("batch",), (B,), jnp.int32)
-    seed, stops = jax.ShapeDtypeStruct((), jnp.uint32), jax.ShapeDtypeStruct((2,), jnp.int32)
 
-    def prefill(model, tokens_BT, start_B, length_B, remaining_B, seed, stop_ids):
-        return decode.prefill(
-            model, tokens_BT, start_B, length_B, remaining_B, seed, stop_ids, {}, None, None, size=size, span=T
-        )
+    def prefill(model, tokens_BT, start_B, length_B, remaining_B, seed):
+        return decode.prefill(model, tokens_BT, start_B, length_B, remaining_B, seed, None, None, size=size, span=T)
 
-    return prefill, (model, tokens, row, row, row, seed, stops)
+    return prefill, (model, tokens, row, row, row, jax.ShapeDtypeStruct((), jnp.uint32))
 
 
 def _key_dtype() -> Any:

@@ -57,26 +57,12 @@ def rows(mode: str) -> list[tuned.Row]:
     return [row for row in tuned.table() if row.mode == mode and row.job.machine.chip.platform == "tpu"]
 
 
-# 8B on 8 v5e misses: 1.29 of the floor with the row's compiler options, 1.24 of it with the compiler's defaults.
-MISSES = {
-    "v5litepod-8": [pytest.mark.xfail(strict=True, reason="1.29: small operations, and layer 0 is not prefetched")]
-}
-
-
 @pytest.mark.parametrize("row", rows("decode"), ids=lambda row: f"{row.model}-{row.machine}")
-def test_decoding_moves_no_weight_and_no_cache(row):
-    plan = make_plan(row.job, floor=False, say=print)
+def test_decoding_is_its_products_and_moves_no_weight(row):
+    plan = make_plan(row.job, say=print)
     assert plan.fits
     assert plan.compiled
     assert hlo.large_moves(plan.compiled.text) == []
-
-
-@pytest.mark.parametrize(
-    "row", [pytest.param(row, marks=MISSES.get(row.machine, [])) for row in rows("decode")],
-    ids=lambda row: f"{row.model}-{row.machine}",
-)  # fmt: skip
-def test_decoding_is_its_products(row):
-    plan = make_plan(row.job, say=print)
     print(f"{row.machine}: {plan.estimated_cycles / plan.floor_cycles:.3f} of the floor's cycles")
     assert plan.estimated_cycles <= 1.25 * plan.floor_cycles
 
