@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import re
 
 GIB = 2**30
@@ -257,3 +258,21 @@ def sizes_of(chip: Chip) -> list[Machine]:
         return [machine(f"{n}x{chip.name}") for n in (1, 2, 4, 8, "2x8", "4x8", "8x8", "16x8")]
     shapes = list(_FLAT.values()) if chip.dimensions == 2 else [_cube(4 << i) for i in range(11)]
     return [Machine(f"{chip.name}:{shape}", chip, shape) for shape in shapes]
+
+
+def available_bytes(machine: Machine) -> int:
+    """What a program may use of a device: of a GPU the share that XLA takes.
+
+    Raises:
+      ValueError: XLA_PYTHON_CLIENT_MEM_FRACTION is no such share.
+    """
+    if machine.chip.platform == "tpu":
+        return machine.chip.available
+    text = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75")
+    try:
+        fraction = float(text)
+    except ValueError:
+        fraction = 0
+    if not 0 < fraction <= 1:
+        raise ValueError(f"XLA_PYTHON_CLIENT_MEM_FRACTION must be above 0 and at most 1, got {text!r}")
+    return int(machine.chip.available * fraction)

@@ -16,8 +16,7 @@ from typing import Any
 
 import jax
 
-from llama_jax.estimate import available_bytes
-from llama_jax.machines import Machine
+from llama_jax.machines import Machine, available_bytes
 from llama_jax.plan.program import Lowered
 
 LOCK = Path("/tmp/libtpu_lockfile")

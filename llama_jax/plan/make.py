@@ -9,6 +9,7 @@ from typing import Any
 
 from llama_jax import estimate
 from llama_jax.estimate import Job, Memory, Roofline, Work
+from llama_jax.machines import available_bytes
 from llama_jax.ops.attention import check_implementation
 from llama_jax.plan import compiler, hlo, program
 from llama_jax.plan.compiler import Compiled
@@ -122,7 +123,7 @@ def by_arithmetic(job: Job, why_not: str = "") -> Plan:
         estimate.memory(job),
         work,
         estimate.roofline(job, work),
-        estimate.available_bytes(job.machine),
+        available_bytes(job.machine),
         why_not=why_not,
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from llama_jax import estimate
+from llama_jax import candidates
 from llama_jax.estimate import Job
 from llama_jax.machines import CHIPS
 from llama_jax.plan.make import Plan
@@ -108,7 +108,7 @@ def verdict(plan: Plan) -> str:
 def remedy(job: Job) -> str:
     """What would fit, by arithmetic: on this machine, else on more of it."""
     for share in (0.95, 1.0):
-        fitting = [other for other in estimate.ranked(estimate.candidates(job))[:1] if estimate.fits(other, share)]
+        fitting = [other for other in candidates.ranked(candidates.of(job))[:1] if candidates.fits(other, share)]
         if fitting:
             other = fitting[0]
             options = f"--mesh {_mesh(other)}"
@@ -116,7 +116,7 @@ def remedy(job: Job) -> str:
                 options += f" --remat {other.remat} --microbatches {other.microbatches}"
             return f"This would, by arithmetic: {options} (--search compiles the best few)"
     kinds = [job.machine.chip, *(chip for chip in CHIPS.values() if chip is not job.machine.chip)]
-    larger = [other.cloud_name for other in estimate.machines_that_fit(job, kinds)]
+    larger = [other.cloud_name for other in candidates.machines_that_fit(job, kinds)]
     if not larger:
         return "No mesh, no remat policy and no machine would, by arithmetic: lower --batch or --seq"
     return f"No mesh and no remat policy would, by arithmetic. The smallest machines that would: {', '.join(larger)}"

@@ -7,7 +7,7 @@ import difflib
 import json
 from pathlib import Path
 
-from llama_jax import estimate, presets, sharding, tuned
+from llama_jax import candidates, presets, sharding, tuned
 from llama_jax.config import ModelConfig
 from llama_jax.estimate import Job, Mode
 from llama_jax.machines import CHIPS, Machine, machine
@@ -105,11 +105,11 @@ def job(
             return found, f"the tuned table, {row.machine}"
     if mesh is not None and (mode != "train" or (remat and microbatches)):
         return asked, "as given"
-    jobs = estimate.candidates(asked, mesh=mesh, remat=remat, microbatches=microbatches)
+    jobs = candidates.of(asked, mesh=mesh, remat=remat, microbatches=microbatches)
     if not jobs:
         check(dataclasses.replace(asked, mesh=mesh or default_mesh(asked)))
         raise ValueError(f"nothing divides a batch of {size} x {length} on {where.name}")
-    return estimate.ranked(jobs, estimate.SHARE)[0], "arithmetic"
+    return candidates.ranked(jobs, candidates.SHARE)[0], "arithmetic"
 
 
 def of_recipe(recipe: Recipe, on: str) -> tuple[Recipe, Job]:
@@ -128,9 +128,9 @@ def of_recipe(recipe: Recipe, on: str) -> tuple[Recipe, Job]:
     if not on:
         rows = [machine(row.machine) for row in tuned.rows_of(config, "train") if row.seq_len >= batch.seq_len]
         tpus = [chip for chip in CHIPS.values() if chip.dimensions]
-        choices = [*rows, *sorted(estimate.machines_that_fit(asked, tpus), key=lambda m: m.devices)]
+        choices = [*rows, *sorted(candidates.machines_that_fit(asked, tpus), key=lambda m: m.devices)]
         jobs = (_job(choose(recipe, config, where), where) for where in choices)
-        asked = next((job for job in jobs if estimate.fits(job)), asked)
+        asked = next((job for job in jobs if candidates.fits(job)), asked)
     chosen = choose(recipe, config, asked.machine)
     return chosen, _job(chosen, asked.machine)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from llama_jax import estimate
+from llama_jax import candidates
 from llama_jax.estimate import Job
 from llama_jax.plan.make import Plan, by_arithmetic, make_plan
 
@@ -38,7 +38,7 @@ def search(
 
     Args:
       job: what to plan; its mesh, remat and microbatches are open where the next three are None.
-      mesh: as of `estimate.candidates`, like the next two.
+      mesh: as of `candidates.of`, like the next two.
       remat: see `mesh`.
       microbatches: see `mesh`.
       compile: how many to compile; 0 is none.
@@ -47,13 +47,13 @@ def search(
     Raises:
       ValueError: nothing divides the batch.
     """
-    jobs = estimate.candidates(job, mesh=mesh, remat=remat, microbatches=microbatches)
+    jobs = candidates.of(job, mesh=mesh, remat=remat, microbatches=microbatches)
     if not jobs:
         raise ValueError(
             f"a batch of {job.batch} x {job.seq_len} divides on no mesh of {job.machine.devices} devices: give another"
             " --batch"
         )
-    ranked = estimate.ranked(jobs)
+    ranked = candidates.ranked(jobs)
     say(f"{len(ranked)} configurations ranked by arithmetic")
     compiled: list[Plan] = []
     for number, candidate in enumerate(ranked[:compile], start=1):

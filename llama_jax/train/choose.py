@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from llama_jax import estimate, sharding, tuned
+from llama_jax import candidates, sharding, tuned
 from llama_jax.config import ModelConfig
 from llama_jax.estimate import Job
 from llama_jax.machines import Machine
@@ -55,7 +55,7 @@ def choose(recipe: Recipe, config: ModelConfig, machine: Machine | None) -> Reci
 def by_arithmetic(recipe: Recipe, config: ModelConfig, machine: Machine) -> Job:
     """The fastest job by its roofline of those that fit; where none does, the smallest."""
     batch = recipe.batch
-    jobs = estimate.candidates(
+    jobs = candidates.of(
         Job(config, machine, "train", batch.sequences, batch.seq_len, {}),
         mesh=None if recipe.mesh == "auto" else sharding.parse_mesh(recipe.mesh),
         remat=None if recipe.remat == "auto" else recipe.remat,
@@ -67,14 +67,14 @@ def by_arithmetic(recipe: Recipe, config: ModelConfig, machine: Machine) -> Job:
             f"a batch of {batch.sequences} x {batch.seq_len}{parts} does not divide on the {machine.devices} devices of"
             f" {machine.name}, mesh {recipe.mesh}: change batch.sequences, batch.microbatches or --mesh"
         )
-    return estimate.ranked(jobs, estimate.SHARE)[0]
+    return candidates.ranked(jobs, candidates.SHARE)[0]
 
 
 def in_words(recipe: Recipe, config: ModelConfig, machine: Machine) -> str:
     """Where the choice comes from."""
     row = tuned.find(config, machine, "train", recipe.batch.seq_len)
     if row and (_text(row.mesh), row.remat) == (recipe.mesh, recipe.remat):
-        return f"the tuned table for {machine.name}"
+        return f"as in the tuned table for {machine.name}"
     return "by arithmetic, or as given"
 
 

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from llama_jax import estimate, tuned
+from llama_jax import candidates, estimate, tuned
 from llama_jax.estimate import Job
 from llama_jax.machines import machine
 from llama_jax.metrics import training_flops
@@ -89,21 +89,21 @@ def test_slices_and_context():
 
 def test_candidates_and_their_order():
     asked = job("llama2-70b", "v6e-64", "train", 64, 4096, "")
-    jobs = estimate.candidates(asked)
+    jobs = candidates.of(asked)
     assert {tuple(found.mesh.items()) for found in jobs} == {
         (("fsdp", 64),), (("fsdp", 32), ("tensor", 2)), (("fsdp", 16), ("tensor", 4)), (("fsdp", 8), ("tensor", 8)),
         (("fsdp", 4), ("tensor", 16)),
     }  # fmt: skip
-    ranked = estimate.ranked(jobs)
-    fitting = [found for found in ranked if estimate.fits(found)]
+    ranked = candidates.ranked(jobs)
+    fitting = [found for found in ranked if candidates.fits(found)]
     assert ranked[: len(fitting)] == fitting
     times = [estimate.roofline(found, estimate.work(found)).expected for found in fitting]
     assert times == sorted(times)
-    assert all(found.remat == "groups" for found in estimate.candidates(asked, remat="groups"))
+    assert all(found.remat == "groups" for found in candidates.of(asked, remat="groups"))
 
 
 def test_what_would_fit():
     asked = job("llama3.1-405b", "v5litepod-16", "train", 16, 4096, "fsdp=16")
-    found = {other.chip.name: other for other in estimate.machines_that_fit(asked, [machine("v6e-8").chip])}
+    found = {other.chip.name: other for other in candidates.machines_that_fit(asked, [machine("v6e-8").chip])}
     assert found["v6e"].cloud_name == "v6e-256"
-    assert not estimate.machines_that_fit(asked, [asked.machine.chip])  # 405B is 19 GB of state on each of 256
+    assert not candidates.machines_that_fit(asked, [asked.machine.chip])  # 405B is 19 GB of state on each of 256
