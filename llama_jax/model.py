@@ -278,8 +278,9 @@ class Llama(nnx.Module):
         return kv_cache.init(self.config, self.rules, batch=batch, size=size, dtype=self.dtype, stacked=self.stacked)
 
 
-def flatten_queries(model: Llama) -> Llama:
-    """Puts the query weights of a list of blocks into the form that TPUs multiply with, `linear.Flattened`.
+def flatten_heads(model: Llama) -> Llama:
+    """Puts the weights of queries, keys and values of a list of blocks into the form that TPUs multiply with,
+    `linear.Flattened`.
 
     Args:
       model: is changed; its mesh must be in use.
@@ -289,7 +290,8 @@ def flatten_queries(model: Llama) -> Llama:
     """
     assert not isinstance(model.blocks, Block), "of decoding, which walks a list of blocks"
     for block in model.blocks:
-        block.attn.wq.set_value(flatten(block.attn.wq.get_value()))
+        for w in (block.attn.wq, block.attn.wk, block.attn.wv):
+            w.set_value(flatten(w.get_value()))
     return model
 
 

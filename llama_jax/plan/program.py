@@ -14,7 +14,7 @@ from llama_jax import sharding
 from llama_jax.estimate import Job
 from llama_jax.infer.decode import DecodeState, Programs
 from llama_jax.infer.sampling import Sampling
-from llama_jax.model import Llama, flatten_queries
+from llama_jax.model import Llama, flatten_heads
 from llama_jax.train import setup
 from llama_jax.train.recipe import Batch, Data, Optimizer, Recipe, Schedule
 
@@ -102,7 +102,7 @@ def serving_model(job: Job) -> Llama:
     """The abstract model of prefill and decode; its mesh must be in use."""
     attention = None if job.attention == "auto" else job.attention
     model = Llama(job.config, dtype="bfloat16", param_dtype="bfloat16", attention=attention, rngs=None)
-    return flatten_queries(model) if job.machine.chip.platform == "tpu" else model
+    return flatten_heads(model) if job.machine.chip.platform == "tpu" else model
 
 
 def abstract_cache(model: Llama, job: Job) -> Any:

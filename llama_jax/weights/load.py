@@ -125,10 +125,10 @@ def load(
         mesh = sharding.mesh_of(config, mesh)
     model = read_model(checkpoint, mesh, dtype=dtype, attention=attention)
     if mesh.devices.flat[0].platform == "tpu":
-        from llama_jax.model import flatten_queries
+        from llama_jax.model import flatten_heads
 
         with jax.set_mesh(mesh):
-            model = flatten_queries(model)
+            model = flatten_heads(model)
     return LoadedLlama(config, model, checkpoint.tokenizer, mesh, max_seq_len, chat_format, checkpoint)
 
 

@@ -15,7 +15,7 @@ from llama_jax.config import RopeScaling
 from llama_jax.infer.decode import CHUNK
 from llama_jax.infer.generate import Run
 from llama_jax.infer.sampling import Sampling
-from llama_jax.model import flatten_queries
+from llama_jax.model import flatten_heads
 from tests.builders import tiny_config
 from tests.infer.helpers import random_ids, random_llama
 
@@ -408,14 +408,14 @@ def test_the_cache_of_a_finished_row_is_not_written(gqa):
 
 
 @pytest.mark.parametrize("mesh", ["tensor=8", "fsdp=2,tensor=4", "context=8"])
-def test_flattened_queries_change_nothing(mesh, tmp_path):
+def test_flattened_heads_change_nothing(mesh, tmp_path):
     """As `load` leaves them on a TPU: the same tokens, and the same weights when they are saved."""
     llama = random_llama(SPLIT, mesh=mesh)
     prompts = [random_ids(n) for n in (3, 17)]
     expected = llama_jax.generate(llama, prompts, max_new_tokens=8)
     llama_jax.save(llama, tmp_path / "before", format="hf")
     with jax.set_mesh(llama.mesh):
-        flat = dataclasses.replace(llama, model=flatten_queries(llama.model))
+        flat = dataclasses.replace(llama, model=flatten_heads(llama.model))
     assert llama_jax.generate(flat, prompts, max_new_tokens=8) == expected
     llama_jax.save(flat, tmp_path / "after", format="hf")
     before, after = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("before", "after"))

@@ -92,10 +92,10 @@ def test_other_equations_are_refused(equation):
 
 @pytest.mark.parametrize("mesh", [*MESHES, "context=8", "fsdp=2,context=2,tensor=2", "tensor=3"])
 @pytest.mark.parametrize("T", [6, 1])
-def test_a_flattened_weight_is_the_same(mesh, T):
+@pytest.mark.parametrize("equation", ["BTD,DKGH->BTKGH", "BTD,DKH->BTKH"])
+def test_a_flattened_weight_is_the_same(mesh, T, equation):
     """[D, K, G, H] as [D, K * G * H], wherever the part of each device is one of both."""
-    equation = "BTD,DKGH->BTKGH"
-    x, _, w, w_axes, _ = operands(equation)
+    x, _, w, w_axes, out_axes = operands(equation)
     x = x[:, :T]
     rules = sharding.ShardingRules()
     with jax.set_mesh(sharding.make_mesh(tiny_config(num_kv_heads=2), **sharding.parse_mesh(mesh))):
@@ -103,8 +103,8 @@ def test_a_flattened_weight_is_the_same(mesh, T):
         placed = jax.device_put(x, rules.sharding(("batch", "seq", "act_embed"), x.shape))
         flat = flatten(whole)
         assert isinstance(flat, Flattened)
-        assert flat.matrix.shape == (48, 2 * 4 * 16)
-        spec = rules.spec(("batch", "seq", "kv_heads", "groups", "head_dim"), (4, T, 2, 4, 16))
+        assert flat.matrix.shape == (48, w[0].size)
+        spec = rules.spec(names(out_axes, "act_embed"), (4, T, *w.shape[1:]))
         out = jax.jit(lambda x, w: einsum(equation, x, w, out_sharding=spec))(placed, flat)
         assert out.sharding.spec == spec
         np.testing.assert_array_equal(unflatten(flat), w)
