@@ -5,7 +5,8 @@ Shapes are static: prompts are padded to a bucket, the cache has a fixed number 
 the device until its steps are done or no row is running. The host sees tokens in chunks.
 
 A step samples first and then runs the blocks on what it has sampled, so that the first block's weights can be fetched
-while the head is multiplied: a loop's body cannot fetch what its next turn begins with.
+while the head is multiplied: a loop's body cannot fetch what its next turn begins with. The price is one step for
+nothing where the last row stops; where rows end by their length there is none, as `sample_last` runs no blocks.
 """
 
 from __future__ import annotations
