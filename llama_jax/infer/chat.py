@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from llama_jax.weights.load import LoadedLlama
 
 FIRST_CACHE = 4096  # slots of a conversation's first cache; it doubles when they are used up
-STREAM_CHUNK = 1  # token in the first chunk of a stream, which then doubles
+STREAM_CHUNK = 1  # tokens in the first chunk of a stream, which then doubles
 
 Message = Mapping[str, Any]
 

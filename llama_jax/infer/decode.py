@@ -6,7 +6,8 @@ the device until its steps are done or no row is running. The host sees tokens i
 
 A step samples first and then runs the blocks on what it has sampled, so that the first block's weights can be fetched
 while the head is multiplied: a loop's body cannot fetch what its next turn begins with. The price is one step for
-nothing where the last row stops; where rows end by their length there is none, as `sample_last` runs no blocks.
+nothing where the last row stops or fills the cache; rows that end by their length cost none: `sample_last` runs no
+blocks.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ class DecodeState:
     """Where every row stands between two steps.
 
     Attributes:
-      cache: keys and values up to and with `position_B`; of a row that has ended, without its last token's.
-      x_B1D: the residual stream after the last block at `position_B`, of which the next token is sampled.
-      position_B: int32: the slot of the last token.
+      cache: keys and values, of running rows up to and with `position_B`; what ends a row is not written.
+      x_B1D: of running rows the residual stream after the last block at `position_B`: of it the next token is sampled.
+      position_B: int32: the slot of the last token; past the end where the cache is full.
       remaining_B: int32: how many more tokens the row may emit.
       finish_B: int32: RUNNING, STOP, LENGTH or CACHE.
       key_B: each row's random key.

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from llama_jax.weights.load import LoadedLlama
 
 MIN_BUCKET = 16  # a shorter prompt compiles nothing smaller
+STOP_CHUNK = 8  # tokens in the first chunk where the host looks for stop strings: what follows one is for nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +100,10 @@ def generate(
     rows = [Row(llama, stops, goes_on=isinstance(prompt, str)) for prompt in prompts]
     with jax.set_mesh(llama.mesh):
         stop_ids = llama.tokenizer.stop_ids if llama.tokenizer else ()
-        run = Run(llama, ids, max_new_tokens=max_new_tokens, sampling=sampling, stop_ids=stop_ids)
+        run = Run(
+            llama, ids, max_new_tokens=max_new_tokens, sampling=sampling, stop_ids=stop_ids,
+            first_chunk=STOP_CHUNK if stops else CHUNK,
+        )  # fmt: skip
         for tokens, token_logprobs in run:
             for i, row in enumerate(rows):
                 row.push(tokens[i], token_logprobs[i])
@@ -225,10 +229,12 @@ class Run:
       start: see `cache`.
       size: slots of a new cache; None fits them to the prompts.
       history: for the repetition penalty: tokens before `ids`.
-      first_chunk: tokens in the first chunk; chunks double up to CHUNK. Streaming wants few.
+      first_chunk: tokens in the first chunk; chunks double up to CHUNK, and the last possible token is one of its own.
+        Streaming wants few.
 
     Attributes:
-      state: after the last finished chunk; its cache outlives the run. None while a program runs, which owns it.
+      state: after prefill or the last finished chunk; its cache outlives the run. None while a program runs, which owns
+        it.
       emitted: every token of the first row, those after a stop string included: what the cache holds.
     """
 
