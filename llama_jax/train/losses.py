@@ -7,6 +7,7 @@ its gradient at once, and dropped: three products with the head, where computing
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -99,7 +100,7 @@ def cross_entropy(
     no_sums = (jnp.float32(0),) * 3
 
     @jax.custom_vjp
-    def sums(x_nBtD, weights, *rest):
+    def sums(x_nBtD, weights, *rest) -> Any:
         def step(total, parts):
             return jax.tree.map(jnp.add, total, chunk(parts[0], weights, *parts[1:])[1]), None
 
