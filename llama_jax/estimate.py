@@ -78,6 +78,7 @@ class Memory:
       workspace: the most that one block, or the loss, needs at once.
       arguments: parameters, optimizer, cache and the batch.
       host: of the host's memory.
+      results: that do not lie where arguments lay: the cache that prefill makes.
     """
 
     parameters: int
@@ -88,16 +89,17 @@ class Memory:
     workspace: int
     arguments: int
     host: int
+    results: int = 0
 
     @property
     def temporaries(self) -> int:
-        """All that is not an argument."""
+        """All that is neither argument nor result."""
         return self.gradients + self.saved + self.workspace
 
     @property
     def peak(self) -> int:
-        """Arguments and temporaries; results lie where arguments lay."""
-        return self.arguments + self.temporaries
+        """Arguments, temporaries and results, where these do not lie where arguments lay."""
+        return self.arguments + self.temporaries + self.results
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,7 +262,7 @@ def _serving(job: Job, blocks: int, tables: int) -> Memory:
         logits = 8 * rows * config.vocab_size
         return Memory(parameters, 0, 0, cache, 0, logits + 2 * T * mlp, parameters + cache, 0)
     workspace = 2 * T * (3 * config.embed_dim + 2 * mlp + 2 * heads)
-    return Memory(parameters, 0, 0, cache, cache, workspace, parameters, 0)
+    return Memory(parameters, 0, 0, cache, 0, workspace, parameters, 0, results=cache)
 
 
 def _group(num_layers: int) -> int:

@@ -99,7 +99,7 @@ def main(args: Args) -> int:
             plan = make_plan(job, floor=args.floor, say=say) if args.compile else by_arithmetic(job, "--compile 0")
             found, plans = None, [plan]
     if args.json:
-        objects = [plan.as_json() for plan in plans]
+        objects = [{"model": args.model, **plan.as_json()} for plan in plans]
         print(json.dumps(objects if found else objects[0]))
     elif found:
         print(report.table(found))

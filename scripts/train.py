@@ -83,11 +83,16 @@ def dry_run(recipe: Recipe, args: Args, name: str) -> int:
     import_jax()
     from llama_jax.plan import report, request
     from llama_jax.plan.make import make_plan
+    from llama_jax.train import choose
 
-    _, job = request.of_recipe(recipe, args.machine)
+    chosen, job = request.of_recipe(recipe, args.machine)
     with working() as say:
         plan = make_plan(job, say=say)
-    print(json.dumps(plan.as_json()) if args.json else report.in_words(plan, model=name))
+    if args.json:
+        print(json.dumps({"model": name, **plan.as_json()}))
+    else:
+        by = choose.in_words(chosen, recipe.model, job.machine)
+        print(report.in_words(plan, model=name, chosen_by=by, recipe=True))
     return 0 if plan.fits else 3
 
 

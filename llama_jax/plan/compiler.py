@@ -136,7 +136,10 @@ def _tpus(machine: Machine, say: Callable[[str], None]) -> list[Any]:
             if "lockfile" not in str(error):
                 raise ValueError(f"libtpu does not know {machine.name}: {_first_line(error)}") from None
         if not waiting:
-            say(f"Waiting: {_holder()} uses libtpu, which serves one process at a time (Ctrl-C gives up)")
+            say(
+                f"Waiting: {_holder()} uses libtpu, which serves one process at a time (Ctrl-C gives up;"
+                " plan.py --compile 0 does without)"
+            )
             waiting = True
         time.sleep(WAIT)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from llama_jax import candidates
+from llama_jax import candidates, tuned
 from llama_jax.estimate import Job
 from llama_jax.machines import CHIPS
 from llama_jax.plan.make import Plan
@@ -14,21 +14,23 @@ from llama_jax.plan.search import Found, name
 COMPILER, ARITHMETIC, SHEET, LIMIT = "compiler", "arithmetic", "data sheet", "libtpu's limit"
 
 
-def in_words(plan: Plan, *, model: str, chosen_by: str = "") -> str:
+def in_words(plan: Plan, *, model: str, chosen_by: str = "", recipe: bool = False) -> str:
     """The whole plan; every line says who said it.
 
     Args:
       plan: what was found.
       model: its name.
       chosen_by: who chose mesh, remat and microbatches.
+      recipe: whether options are named as `train.py` has them.
     """
     job, compiled, memory = plan.job, plan.compiled, plan.arithmetic
     parameters, optimizer, cache = plan.sizes or (memory.parameters, memory.optimizer, memory.cache)
     exact = COMPILER if compiled else ARITHMETIC
     what = {"train": "training step", "prefill": "prefill", "decode": "decode step"}[job.mode]
     sizes = f"{job.batch} x {job.seq_len} tokens" if job.mode != "decode" else f"batch {job.batch}, cache {job.seq_len}"
+    count = job.machine.devices
     lines = [
-        f"{model}, {what}, {sizes}, on {job.machine.cloud_name} ({job.machine.devices} devices): {name(job)}",
+        f"{model}, {what}, {sizes}, on {job.machine.cloud_name} ({count} device{'s' * (count > 1)}): {name(job)}",
         *([f"Mesh, remat and microbatches: {chosen_by}"] if chosen_by else []),
         "",
         "Memory of each device",
@@ -37,7 +39,7 @@ def in_words(plan: Plan, *, model: str, chosen_by: str = "") -> str:
     if job.mode == "train":
         lines += [
             _line("optimizer state", _gb(optimizer), exact),
-            _line("gradients", _gb(memory.gradients), ARITHMETIC),
+            _line("gradients", _gb(memory.gradients), ARITHMETIC, "among the temporaries"),
         ]
     if job.mode != "train":
         lines.append(_line("KV cache", _gb(cache), exact))
@@ -50,10 +52,15 @@ def in_words(plan: Plan, *, model: str, chosen_by: str = "") -> str:
     if host := plan.host_bytes:
         note = f"of about {_gb(job.machine.chip.host)} a device" if job.machine.chip.host else ""
         lines.append(_line("host memory", _gb(host), exact, note))
-    lines += ["", verdict(plan), "", "Time of a step, at least"]
+    lines += ["", verdict(plan, recipe=recipe), "", "Time of a step, at least"]
     lines += _times(plan)
     if plan.why_not:
-        lines += ["", f"Arithmetic alone: {plan.why_not}"]
+        lines += ["", f"Arithmetic alone, which is within 15 % of the compilers: {plan.why_not}"]
+        if row := next((row for row in tuned.table() if row.job == job), None):
+            said = ", ".join(f"{key} {value}" for key, value in row.figures["compiler"].items())
+            lines.append(
+                f"The compiler said of this row of the tuned table: peak {_gb(row.figures['peak_bytes'])} ({said})"
+            )
     elif compiled:
         versions = ", ".join(f"{key} {value}" for key, value in plan.versions.items())
         lines += ["", f"Compiled in {compiled.seconds:.0f} s ({versions})"]
@@ -90,8 +97,8 @@ def _times(plan: Plan) -> list[str]:
     return lines
 
 
-def verdict(plan: Plan) -> str:
-    """Whether it fits; if not, what would."""
+def verdict(plan: Plan, *, recipe: bool = False) -> str:
+    """Whether it fits; if not, what would, in the options of `plan.py` or of a recipe."""
     if plan.fits:
         free = plan.available_bytes - plan.peak_bytes
         return f"FITS, with {_gb(free)} to spare a device" + ("" if plan.compiled else " (arithmetic)")
@@ -102,10 +109,10 @@ def verdict(plan: Plan) -> str:
         )
     largest = "".join(f"\n    {text}" for text in (plan.compiled.largest[:4] if plan.compiled else ()))
     largest = f"\n  The largest buffers:{largest}" if largest else ""
-    return f"DOES NOT FIT: {need}.{largest}\n  {remedy(plan.job)}"
+    return f"DOES NOT FIT: {need}.{largest}\n  {remedy(plan.job, recipe=recipe)}"
 
 
-def remedy(job: Job) -> str:
+def remedy(job: Job, *, recipe: bool = False) -> str:
     """What would fit, by arithmetic: on this machine, else on more of it."""
     for share in (0.95, 1.0):
         fitting = [other for other in candidates.ranked(candidates.of(job))[:1] if candidates.fits(other, share)]
@@ -113,13 +120,14 @@ def remedy(job: Job) -> str:
             other = fitting[0]
             options = f"--mesh {_mesh(other)}"
             if job.mode == "train":
-                options += f" --remat {other.remat} --microbatches {other.microbatches}"
-            return f"This would, by arithmetic: {options} (--search compiles the best few)"
+                options += f" --remat {other.remat} --{'batch.' * recipe}microbatches {other.microbatches}"
+            return f"This would, by arithmetic: {options}" + ("" if recipe else " (--search compiles the best few)")
     kinds = [job.machine.chip, *(chip for chip in CHIPS.values() if chip is not job.machine.chip)]
     larger = [other.cloud_name for other in candidates.machines_that_fit(job, kinds)]
     if not larger:
         return "No mesh, no remat policy and no machine would, by arithmetic: lower --batch or --seq"
-    return f"No mesh and no remat policy would, by arithmetic. The smallest machines that would: {', '.join(larger)}"
+    nothing = "No mesh and no remat policy" if job.mode == "train" else "No mesh"
+    return f"{nothing} would, by arithmetic. The smallest machines that would: {', '.join(larger)}"
 
 
 def table(found: Found, *, rows: int = 12) -> str:

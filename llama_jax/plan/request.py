@@ -105,11 +105,12 @@ def job(
             return found, f"the tuned table, {row.machine}"
     if mesh is not None and (mode != "train" or (remat and microbatches)):
         return asked, "as given"
+    nothing_given = mesh is None and remat is None and microbatches is None
     jobs = candidates.of(asked, mesh=mesh, remat=remat, microbatches=microbatches)
     if not jobs:
         check(dataclasses.replace(asked, mesh=mesh or default_mesh(asked)))
         raise ValueError(f"nothing divides a batch of {size} x {length} on {where.name}")
-    return candidates.ranked(jobs, candidates.SHARE)[0], "arithmetic"
+    return candidates.ranked(jobs, candidates.SHARE)[0], "arithmetic" if nothing_given else "arithmetic, and as given"
 
 
 def of_recipe(recipe: Recipe, on: str) -> tuple[Recipe, Job]:
