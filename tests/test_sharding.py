@@ -152,6 +152,7 @@ def trace(config: ModelConfig, mesh: str, what: str, **options: Any) -> list[str
         else:
             program, args = machines.prefilling(config, B, T, T, attention="splash", **options)
         sizes = dict(jax.sharding.get_abstract_mesh().shape)
+        # Prefill has no use for the head.
         return violations(config, jax.jit(program, keep_unused=True).trace(*args), sizes)
 
 

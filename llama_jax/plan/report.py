@@ -55,7 +55,7 @@ def in_words(plan: Plan, *, model: str, chosen_by: str = "", recipe: bool = Fals
     lines += ["", verdict(plan, recipe=recipe), "", "Time of a step, at least"]
     lines += _times(plan)
     if plan.why_not:
-        lines += ["", f"Arithmetic alone, which is within 15 % of the compilers: {plan.why_not}"]
+        lines += ["", f"Arithmetic alone, within 15 % of the compilers where it was compared: {plan.why_not}"]
         if row := next((row for row in tuned.table() if row.job == job), None):
             said = ", ".join(f"{key} {value}" for key, value in row.figures["compiler"].items())
             lines.append(
