@@ -420,3 +420,18 @@ def test_flattened_heads_change_nothing(mesh, tmp_path):
     llama_jax.save(flat, tmp_path / "after", format="hf")
     before, after = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("before", "after"))
     assert before == after
+
+
+@pytest.mark.parametrize(("mesh", "stacked"), [("tensor=1", False), ("tensor=1", True), ("fsdp=2,tensor=4", False)])
+def test_a_cache_that_is_read_before_it_is_written(mesh, stacked, monkeypatch):
+    """As on TPU and GPU, where a block writes after its MLP: the same tokens as where it writes first."""
+    prompts = [random_ids(n) for n in (3, 17)]
+    expected = llama_jax.generate(random_llama(SPLIT, mesh=mesh), prompts, max_new_tokens=12, logprobs=True)
+    used = []
+    monkeypatch.setattr("llama_jax.model.reads_before_write", lambda T, *_: used.append(T) or T == 1)
+    llama = random_llama(SPLIT, mesh=mesh, stacked=stacked)
+    found = llama_jax.generate(llama, prompts, max_new_tokens=12, logprobs=True)
+    assert 1 in used
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.tokens == theirs.tokens
+        np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-4)
