@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from llama_jax.config import ConfigError, ModelConfig, RopeScaling
     from llama_jax.infer.chat import Conversation, chat, chat_stream
     from llama_jax.infer.generate import Completion, generate, logits
+    from llama_jax.infer.infill import infill
     from llama_jax.infer.sampling import Sampling
     from llama_jax.presets import PRESETS
     from llama_jax.weights.load import LoadedLlama, load
@@ -19,6 +20,7 @@ _HOME = {
     "config": ("ConfigError", "ModelConfig", "RopeScaling"),
     "infer.chat": ("Conversation", "chat", "chat_stream"),
     "infer.generate": ("Completion", "generate", "logits"),
+    "infer.infill": ("infill",),
     "infer.sampling": ("Sampling",),
     "presets": ("PRESETS",),
     "weights.load": ("LoadedLlama", "load"),
@@ -29,7 +31,7 @@ _MODULES = {name: f"llama_jax.{module}" for module, names in _HOME.items() for n
 
 __all__ = [
     "PRESETS", "CheckpointError", "Completion", "ConfigError", "Conversation", "LoadedLlama", "ModelConfig",
-    "RopeScaling", "Sampling", "chat", "chat_stream", "convert", "generate", "load", "logits", "save",
+    "RopeScaling", "Sampling", "chat", "chat_stream", "convert", "generate", "infill", "load", "logits", "save",
 ]  # fmt: skip
 
 

@@ -50,6 +50,13 @@ class Completion:
     logprobs: list[float] | None = None
 
 
+class ContinuedText(tuple[int, ...]):
+    """A prompt of ids that spell a text: a space at the beginning of its completion is text, as after a prompt of text.
+
+    After a plain list of ids nobody knows, and SentencePiece's first space is dropped.
+    """
+
+
 def generate(
     llama: LoadedLlama,
     prompts: Sequence[str | Sequence[int]],
@@ -97,7 +104,7 @@ def generate(
         return []
     ids = [encode_prompt(llama, prompt, where=f"prompt {i}") for i, prompt in enumerate(prompts)]
     stops = [stop] if isinstance(stop, str) else list(stop)
-    rows = [Row(llama, stops, goes_on=isinstance(prompt, str)) for prompt in prompts]
+    rows = [Row(llama, stops, goes_on=isinstance(prompt, (str, ContinuedText))) for prompt in prompts]
     with jax.set_mesh(llama.mesh):
         stop_ids = llama.tokenizer.stop_ids if llama.tokenizer else ()
         run = Run(

@@ -84,6 +84,10 @@ class Tokenizer(Protocol):
         """Returns the bytes that one id adds to the text: none for a control token."""
         ...
 
+    def infill_prompt(self, prefix: str, suffix: str, *, suffix_first: bool = False) -> list[int]:
+        """Returns the ids of Code Llama's prompt for the text between `prefix` and `suffix`."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
