@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from llama_jax.weights.dequantize import BLOCK_FORMATS, dequantize
-from llama_jax.weights.source import DOWNLOAD_AGAIN, CheckpointError, Index, Tensor, map_file, plain_tensor
+from llama_jax.weights.source import DOWNLOAD_AGAIN, CheckpointError, Index, Tensor, exists, map_file, plain_tensor
 
 # By ggml_type; 4, 5, 31 to 33 and 36 to 38 were formats that llama.cpp has removed.
 TYPE_NAMES = {
@@ -53,6 +53,7 @@ BOOL, STRING, ARRAY = 7, 8, 9
 
 OTHER_FILE = "use another conversion of this model"
 PART_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+ONE_SPLIT = "put the parts of one model side by side, under the names that they were made with"
 REQUANTIZE = "use another file of this model, or convert it: `llama-quantize --allow-requantize IN OUT Q8_0`"
 
 
@@ -111,20 +112,20 @@ def _join_parts(path: Path, count: int) -> GGUFFile:
             " give it its name back"
         )
     paths = [path.with_name(f"{name[1]}-{i:05}-of-{count:05}.gguf") for i in range(1, count + 1)]
-    missing = [part.name for part in paths if not part.exists()]
+    missing = [part.name for part in paths if not exists(part)]
     if missing:
         raise CheckpointError(f"{path.parent}: lacks {len(missing)} of {count} parts, first {missing[0]}; fetch them")
     parts = [_read_file(part) for part in paths]
     tensors: dict[str, Tensor] = {}
     for i, part in enumerate(parts):
         if part.metadata.get("split.no") != i or part.metadata.get("split.count") != count:
-            raise CheckpointError(f"{part.path}: does not say that it is part {i + 1} of {count}; {DOWNLOAD_AGAIN}")
+            raise CheckpointError(f"{part.path}: does not say that it is part {i + 1} of {count}; {ONE_SPLIT}")
         if clash := tensors.keys() & part.tensors.keys():
-            raise CheckpointError(f"{part.path}: {min(clash)!r} is in another part too; {DOWNLOAD_AGAIN}")
+            raise CheckpointError(f"{part.path}: {min(clash)!r} is in another part too; {ONE_SPLIT}")
         tensors |= part.tensors
     expected = parts[0].metadata.get("split.tensors.count", len(tensors))
     if expected != len(tensors):
-        raise CheckpointError(f"{path}: the parts hold {len(tensors)} tensors, {expected} expected; {DOWNLOAD_AGAIN}")
+        raise CheckpointError(f"{path}: the parts hold {len(tensors)} tensors, {expected} expected; {ONE_SPLIT}")
     return GGUFFile(paths[0], parts[0].metadata, tensors)
 
 

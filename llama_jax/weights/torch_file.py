@@ -51,6 +51,15 @@ DTYPES = {
 }
 
 
+# Values that trainers keep beside weights; never more than a name here.
+NAMES_OF_DTYPES = frozenset(
+    f"torch {name}"
+    for name in (
+        "float64 double float32 float float16 half bfloat16 int64 long int32 int int16 short int8 uint8 bool complex64"
+    ).split()
+)
+
+
 class _Call(enum.StrEnum):
     """The functions that a pickle may call."""
 
@@ -58,9 +67,29 @@ class _Call(enum.StrEnum):
     TENSOR = "torch._utils _rebuild_tensor_v2"
     TENSOR_OF_DTYPE = "torch._utils _rebuild_tensor_v3"
     PARAMETER = "torch._utils _rebuild_parameter"
+    SIZE = "torch Size"
+    DEVICE = "torch device"
 
 
-ALLOWED = frozenset([*STORAGES, UNTYPED, *DTYPES, *_Call])
+ALLOWED = frozenset([*STORAGES, UNTYPED, *DTYPES, *NAMES_OF_DTYPES, *_Call])
+
+# What trainers pickle beside weights, or in their place: names of classes, and a few functions that rebuild values.
+# `torch` alone is not among them: most of its functions run code.
+OF_TRAINERS = re.compile(
+    r"(?!(os|posix|nt|subprocess|sys|shutil|socket|ctypes|importlib|runpy|pty|code|pickle|_pickle|dill|cloudpickle"
+    r"|builtins|__builtin__|copyreg|copy_reg|_codecs|operator|functools|webbrowser|torch|llama_jax)\b)"
+    r"[\w.]+ (\w+\.)*_*[A-Z]\w*"
+    r"|numpy[\w.]* (scalar|dtype|ndarray|_reconstruct|__\w+_ctor|[a-z]+\d*)"
+    r"|(builtins|__builtin__) (set|frozenset|slice|complex|bytearray|range)"
+    r"|collections (defaultdict|deque|Counter|namedtuple)|datetime \w+|pathlib \w+|decimal \w+"
+    r"|torch\.(nn\.modules|nn\.parallel|optim|torch_version|distributed|ao|cuda\.amp|amp|quantization)[\w.]* \w+"
+    r"|torch\._tensor _rebuild_from_type_v2|torch\._utils _rebuild_(wrapper_subclass|device_tensor_\w+|meta_tensor\w*)"
+    r"|(torchao|transformers|bitsandbytes|peft|trl|accelerate|deepspeed|omegaconf|megatron)[\w.]* \w+"
+)
+
+# Entries that hold the model where a file holds more, as DeepSpeed ("module"), Lightning ("state_dict") and others do.
+CONTAINERS = ("model", "state_dict", "module", "model_state_dict", "model_state", "network", "weights")
+DEPTH = 8  # of dictionaries inside each other
 
 # Bytes; the 405B model's pickle has 300 KB, its zip directory 100 KB. As Python objects, up to 80 times as much.
 MAX_PICKLE = MAX_DIRECTORY = 4_000_000
@@ -70,14 +99,14 @@ SAVE_AGAIN = "load it with torch.load(..., weights_only=True) and torch.save it 
 
 
 def read_torch_file(path: Path) -> dict[str, Tensor]:
-    """Opens what `torch.save` wrote: a dictionary of tensors, alone or as the entry "model" or "state_dict" of another.
+    """Opens what `torch.save` wrote: a dictionary of tensors, alone or as an entry of another, such as "model".
 
     Args:
       path: the file.
 
     Returns:
       Name -> tensor, in the order of the file, by the strides that it states; `Tensor.read` gives views of the mapped
-      file. Entries that are no tensors are left out.
+      file. Entries that are no tensors are left out, and so is what a trainer keeps beside the model.
 
     Raises:
       CheckpointError: not such a file, damaged, cut short, of an unsupported kind, or with code in it.
@@ -88,17 +117,33 @@ def read_torch_file(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path}: its numbers are big-endian; load it on such a machine and save it as safetensors"
         )
-    content = _Unpickler(path, members).load()
-    for key in ("model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
+    content = _model_in(_Unpickler(path, members).load())
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds no dictionary of tensors; save the model's state_dict()")
-    return {
-        name: plain_tensor(name, array)
-        for name, array in content.items()
-        if isinstance(name, str) and isinstance(array, np.ndarray)
-    }
+    if {"state", "param_groups"} <= content.keys():
+        raise CheckpointError(f"{path}: the state of an optimizer, not of a model; give the model's own file")
+    return {name: plain_tensor(name, array) for name, array in _arrays(content)}
+
+
+def _model_in(content: Any) -> Any:
+    """The dictionary of the model, where a trainer saved it among others."""
+    for _ in range(DEPTH):
+        found = [key for key in CONTAINERS if isinstance(content, dict) and isinstance(content.get(key), dict)]
+        if not found:
+            break
+        content = content[found[0]]
+    return content
+
+
+def _arrays(content: dict[Any, Any], prefix: str = "", depth: int = DEPTH) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and array of each tensor; of dictionaries inside each other only where there is none at the top."""
+    items = {name: value for name, value in content.items() if isinstance(name, str)}
+    found = [(f"{prefix}{name}", value) for name, value in items.items() if isinstance(value, np.ndarray)]
+    yield from found
+    if depth and (prefix or not found):
+        for name, value in items.items():
+            if isinstance(value, dict):
+                yield from _arrays(value, f"{prefix}{name}.", depth - 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -258,10 +303,15 @@ class _Unpickler:
 
     def find(self, name: str) -> _Global:
         if name not in ALLOWED:
-            raise self.refused(name.replace(" ", ".", 1))
+            raise self.refused(name.replace(" ", ".", 1), of_trainer=OF_TRAINERS.fullmatch(name) is not None)
         return _Global(name)
 
-    def refused(self, what: str) -> CheckpointError:
+    def refused(self, what: str, *, of_trainer: bool = False) -> CheckpointError:
+        if of_trainer:
+            return CheckpointError(
+                f"{self.path}: made by a trainer, which pickled its own {what[:200]} into it, and such objects are not"
+                " read: save its state_dict() alone where it was made, torch.save(model.state_dict(), FILE)"
+            )
         return CheckpointError(
             f"{self.path}: asks for {what[:200]}, which is not part of a checkpoint: do not trust this file; take the"
             " weights from elsewhere, best as safetensors"
@@ -284,6 +334,10 @@ class _Unpickler:
         match (_expect(function, _Global).name, *_expect(arguments, tuple)):
             case (_Call.DICT,):
                 return {}
+            case (_Call.SIZE, tuple(sizes)):
+                return sizes
+            case (_Call.DEVICE, str(kind), *_):
+                return kind
             case (_Call.PARAMETER, np.ndarray() as tensor, *_):
                 return tensor
             case (_Call.TENSOR, _Storage(data, np.dtype() as dtype), offset, tuple(shape), tuple(strides), *_):
