@@ -95,14 +95,14 @@ SIGNS = (
          r"weight_scale_inv$|weight_scale$|input_scale$|activation_scale$|_scale_inv$",
          _dtypes("float8_e4m3fn", "float8_e5m2")),
     Sign("FP8 weights", UNQUANTIZED, r"", _dtypes("float8_e4m3fn", "float8_e5m2")),
-    Sign("quantized weights with their scales apart", UNQUANTIZED,
-         r"(weight_scale|\.scales?|\.zeros|\.zero_point|qscale|weight_scale_inv|input_scale)$"),
     # --- Wrapped, divided or other models ---
     Sign("weights saved by DeepSpeed ZeRO-3 without gathering them: tensors of size 0 stand for them",
          "run `python zero_to_fp32.py . OUTPUT` in the checkpoint's folder, or train with"
          " stage3_gather_16bit_weights_on_model_save", r"", _empty),
     Sign("flattened parameters of FSDP", "save a full state dict (FullStateDictConfig) where it was trained",
          r"_flat_param|flat_param_\d+"),
+    Sign("Megatron's tensors", "convert it with Megatron's own checkpoint converter to Hugging Face's format",
+         r"language_model\.(encoder|embedding)|decoder\.layers\.\d+\.self_attention|linear_qkv|query_key_value"),
     Sign("a Llama 3.2 Vision model (Mllama), whose text layers attend to images", OTHER_MODEL,
          r"cross_attn|cross_attention"),
     Sign("the text tower of a vision-language model (such as LLaVA)",
@@ -112,8 +112,6 @@ SIGNS = (
     Sign("a vision-language or audio model: it has the tensors of another encoder beside a Llama's",
          "take the language model that it was made from",
          r"vision_(tower|model|encoder)|visual\.|mm_projector|multi_modal_projector|audio_(tower|encoder)|image_newline"),
-    Sign("Megatron's tensors", "convert it with Megatron's own checkpoint converter to Hugging Face's format",
-         r"language_model\.(encoder|embedding)|decoder\.layers\.\d+\.self_attention|linear_qkv|query_key_value"),
     Sign("Meta's tensors under a config.json",
          "put Meta's params.json beside them, named consolidated.00.pth and so on, and give that folder",
          r"^layers\.\d+\.attention\.wq\.weight$", format="hf"),
@@ -126,6 +124,8 @@ SIGNS = (
          r"transformer\.h\.\d+\.attn\.(attn|qkv)\."),
     Sign("GGUF's tensors in another kind of file", "take the .gguf file itself",
          r"^blk\.\d+\.attn_q\.weight$", format="hf"),
+    Sign("quantized weights with their scales apart", UNQUANTIZED,
+         r"(weight_scale|\.scales?|\.zeros|\.zero_point|qscale|weight_scale_inv|input_scale)$"),
     # --- Other heads ---
     Sign("a reward model or classifier: its head gives scores, not tokens",
          "this library computes the next token only; take the language model that it was made from",
@@ -185,10 +185,10 @@ def _other_layers(found: Mapping[str, Tensor], config: ModelConfig, format: name
     if layers == set(range(len(layers))):
         if len(layers) == config.num_layers:
             return ""
-        more = "more layers than" if config.num_layers > len(layers) else "fewer layers than"
+        more = "more" if config.num_layers > len(layers) else "fewer"
         return (
-            f"the configuration names {config.num_layers} layers, {more} the {len(layers)} of the files; weights and"
-            " configuration do not belong together"
+            f"the configuration names {config.num_layers}, {more} layers than the files, which hold {len(layers)}:"
+            " weights and configuration do not belong together"
         )
     gone = sorted(set(range(config.num_layers)) - layers)
     return (

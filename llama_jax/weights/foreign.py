@@ -87,11 +87,13 @@ def folder(path: Path, *, configured: bool = False) -> str:
       path: the folder.
       configured: whether it has a config.json, and only weights are missing.
     """
-    present = listing(path)
+    present = sorted(listing(path), key=lambda name: (name.startswith("."), name))
     if "adapter_config.json" in present:
         return _adapter(path / "adapter_config.json")
     for sign in FOLDERS:
-        found = [name for name in present if re.fullmatch(sign.names, name)]
+        found = [
+            name for name in sorted(present, key=lambda name: (name[0] == ".", name)) if re.fullmatch(sign.names, name)
+        ]
         if found and not (configured and sign.what.startswith(("a tokenizer", "weights without a config"))):
             last = max(found, key=lambda name: [int(digits) for digits in re.findall(r"\d+", name)])
             return f"{sign.what}: {sign.remedy}".format(first=found[0], last=last, path=path)
@@ -105,19 +107,19 @@ def _adapter(path: Path) -> str:
         said = json.loads(path.read_bytes())
     said = said if isinstance(said, dict) else {}
     kind = str(said.get("peft_type", "LORA"))
-    name = "DoRA" if said.get("use_dora") else {"LORA": "LoRA"}.get(kind, kind)
+    name = "a DoRA adapter" if said.get("use_dora") else {"LORA": "a LoRA adapter"}.get(kind, f"an adapter ({kind})")
     base = said.get("base_model_name_or_path") or "its base model"
     if re.search(r"PROMPT|PREFIX|P_TUNING", kind):
         return f"an adapter of {base} ({kind}), which cannot be merged into weights: this library does not compute it"
     return (
-        f"a {name} adapter of {base}, without that model's weights: load {base} with peft, add the adapter, and save"
+        f"{name} of {base}, without that model's weights: load {base} with peft, add the adapter, and save"
         " `model.merge_and_unload()`; then give that folder"
     )
 
 
 def _inside(path: Path, present: list[str]) -> str:
     """Names the checkpoints in a folder's folders."""
-    signs = ("config.json", "params.json", "params")
+    signs = ("config.json", "params.json", "params", "snapshots")
     inside = [name for name in present if (path / name).is_dir() and any(exists(path / name / s) for s in signs)]
     if not inside:
         return ""
@@ -209,6 +211,16 @@ def begins(data: bytes) -> str:
         if data.startswith(magic) or (magic[:1] == b"<" and text[: len(magic)].lower() == magic.lower()):
             return f"{what}: {remedy}"
     return ""
+
+
+def answer(data: bytes) -> str:
+    """What a file of weights is that begins so and is not what its name says; "" where nothing is known."""
+    for start, what, ending in ((b"PK\3\4", "torch's", "pytorch_model.bin"), (b"GGUF", "a GGUF", "model.gguf")):
+        if data.startswith(start):
+            return f"its name says otherwise, but it is {what} file: name it like {ending}"
+    if data[8:10] == b'{"':
+        return "its name says otherwise, but it is a safetensors file: name it like model.safetensors"
+    return begins(data)
 
 
 def check_file(path: Path) -> None:

@@ -14,7 +14,15 @@ from typing import Any, NamedTuple
 
 from llama_jax.weights import foreign, names, verdict
 from llama_jax.weights.safetensors import read_safetensors
-from llama_jax.weights.source import DOWNLOAD_AGAIN, CheckpointError, Tensor, exists, listing, system_errors
+from llama_jax.weights.source import (
+    DOWNLOAD_AGAIN,
+    CheckpointError,
+    Tensor,
+    exists,
+    link_to_nothing,
+    listing,
+    system_errors,
+)
 from llama_jax.weights.torch_file import read_torch_file
 
 
@@ -141,6 +149,8 @@ def read_json(path: Path, purpose: str) -> dict[str, Any]:
       CheckpointError: no such file, or not a JSON object.
     """
     if not exists(path):
+        if answer := link_to_nothing(path):
+            raise CheckpointError(f"{path}: no such file{answer}")
         raise CheckpointError(f"{path}: no such file; {purpose}: put it there, or give the folder that holds it")
     with system_errors(path):
         data = path.read_bytes()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -35,38 +36,37 @@ def read_native(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
     Raises:
       CheckpointError: damaged, or a parameter has not the shape that `config` asks for.
     """
+    _check_readable(folder / PARAMS)
     try:
         arrays = open_arrays(folder / PARAMS)
     except DamagedError as error:
-        _check_readable(folder / PARAMS)
         raise CheckpointError(f"{error}; {DOWNLOAD_AGAIN}") from error
     unknown = arrays.keys() - {stacked_name(row) for row, _ in names.parameters(config)}
-    tensors = {name: _tensor(folder, name, arrays[name].shape, arrays[name], ()) for name in unknown}
+    tensors = {name: _tensor(name, arrays[name].shape, arrays[name], ()) for name in unknown}
     for row, layer in names.parameters(config):
         array = arrays.get(stacked_name(row))
         if array is None:
             continue  # names.check says what is missing
         name = row.name("native", layer)
         if layer is None:
-            tensors[name] = _tensor(folder, name, array.shape, array, ())
+            tensors[name] = _tensor(name, array.shape, array, ())
         elif array.shape[:1] != (config.num_layers,):
             raise CheckpointError(
                 f"{folder}: {stacked_name(row)!r} has shape {list(array.shape)}, but the configuration has"
                 f" {config.num_layers} layers; weights and configuration do not belong together"
             )
         else:
-            tensors[name] = _tensor(folder, name, array.shape[1:], array, (layer,))
+            tensors[name] = _tensor(name, array.shape[1:], array, (layer,))
     return tensors
 
 
-def _tensor(folder: Path, name: str, shape: tuple[int, ...], array: SavedArray, first: tuple[int, ...]) -> Tensor:
+def _tensor(name: str, shape: tuple[int, ...], array: SavedArray, first: tuple[int, ...]) -> Tensor:
     nbytes = math.prod(shape) * array.dtype.itemsize
 
     def read(index: Index) -> np.ndarray:
         try:
             return array.read((*first, *index))
         except DamagedError as error:
-            _check_readable(folder / PARAMS)
             raise CheckpointError(f"{error}; {DOWNLOAD_AGAIN}") from error
 
     return Tensor(name, shape, array.dtype, nbytes, read)
@@ -75,7 +75,8 @@ def _tensor(folder: Path, name: str, shape: tuple[int, ...], array: SavedArray, 
 def _check_readable(folder: Path) -> None:
     """Raises what the system says of a file that may not be read: Orbax's words do not tell that from damage."""
     for name in listing(folder):
-        if (folder / name).is_dir():
-            _check_readable(folder / name)
-        else:
-            first_bytes(folder / name, 1)
+        path = folder / name
+        if path.is_dir():
+            _check_readable(path)
+        elif not os.access(path, os.R_OK):
+            first_bytes(path)

@@ -131,9 +131,9 @@ def _open(path: Path) -> Checkpoint:
 
 def _inner(path: Path) -> Path:
     """The newest checkpoint of a training run's folder, the snapshot of a cached repository; else `path`."""
-    if not path.is_dir() or exists(path / "params"):
+    if not path.is_dir() or "params" in (present := listing(path)):
         return path
-    if exists(path / "snapshots") and not exists(path / "config.json"):
+    if "snapshots" in present and "config.json" not in present:
         return foreign.snapshot(path)
     for folder in (path / "checkpoints", path):
         steps = [name for name in listing(folder) if name.isdecimal()] if exists(folder) else []

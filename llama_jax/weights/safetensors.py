@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from llama_jax.weights import foreign
 from llama_jax.weights.sink import Entry, write_pieces
 from llama_jax.weights.source import DOWNLOAD_AGAIN, CheckpointError, Tensor, map_file, plain_tensor
 
@@ -32,6 +33,14 @@ DTYPES = {
     "I8": np.dtype("i1"),
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
+}
+# Read, so that it can be said what they are; no Llama has such weights.
+OTHER_DTYPES = {
+    "U16": np.dtype("<u2"),
+    "U32": np.dtype("<u4"),
+    "U64": np.dtype("<u8"),
+    "C64": np.dtype("<c8"),
+    "F8_E8M0": np.dtype("u1"),
 }
 MAX_HEADER = 100_000_000  # bytes; the safetensors library has the same limit
 
@@ -55,6 +64,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     length = int.from_bytes(data[:8].tobytes(), "little")
     start = 8 + length
     if start > len(data) or length > MAX_HEADER:
+        if other := foreign.answer(data[:64].tobytes()):
+            raise CheckpointError(f"{path}: {other}")
         raise _damaged(path, f"a header of {length} bytes is announced, in a file of {len(data)}")
     try:
         header = json.loads(data[8:start].tobytes(), object_pairs_hook=_unique)
@@ -88,14 +99,15 @@ def _check_entry(path: Path, name: str, entry: Any) -> _Entry:
             pass
         case _:
             raise _damaged(path, f"the entry of {name!r} lacks dtype, shape or data_offsets")
-    if kind not in DTYPES:
+    dtype = DTYPES.get(kind) or OTHER_DTYPES.get(kind)
+    if dtype is None:
         known = ", ".join(DTYPES)
         raise CheckpointError(f"{path}: {name!r} is stored as {kind}; supported are {known}: use another file")
     if not all(type(size) is int and size >= 0 for size in shape):
         raise _damaged(path, f"{name!r} has the impossible shape {shape}")
-    if first < 0 or last - first != math.prod(shape) * DTYPES[kind].itemsize:
+    if first < 0 or last - first != math.prod(shape) * dtype.itemsize:
         raise _damaged(path, f"{name!r}, {kind} of shape {shape}, cannot lie at bytes {first} to {last}")
-    return _Entry(first, last, DTYPES[kind], shape)
+    return _Entry(first, last, dtype, shape)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -82,6 +82,11 @@ def exists(path: Path) -> bool:
     return True
 
 
+def link_to_nothing(path: Path) -> str:
+    """Says where a link leads that leads nowhere, as a copy of the Hub's cache without its blobs has them; else ""."""
+    return f": it is a link to {os.readlink(path)}, which is not there; copy what it means" if path.is_symlink() else ""
+
+
 def listing(folder: Path) -> list[str]:
     """Names of what is in a folder, sorted; `Path.glob` finds nothing in a folder that may not be read.
 
@@ -166,7 +171,7 @@ def map_file(path: Path) -> np.ndarray:
       CheckpointError: no such file, not a file, not readable, empty, or a Git LFS pointer.
     """
     if not exists(path):
-        raise CheckpointError(f"{path}: no such file")
+        raise CheckpointError(f"{path}: no such file{link_to_nothing(path)}")
     if not path.is_file():
         raise CheckpointError(f"{path}: not a file")
     with system_errors(path), path.open("rb") as file:

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from llama_jax.weights import foreign
 from llama_jax.weights.sink import Entry, write_pieces
 from llama_jax.weights.source import DOWNLOAD_AGAIN, CheckpointError, Tensor, map_file, plain_tensor
 
@@ -168,7 +169,7 @@ def _read_zip(path: Path, data: np.ndarray) -> dict[str, np.ndarray]:
     if data[:4].tobytes() != b"PK\3\4":
         if data[:1].tobytes() == b"\x80" or data[257:262].tobytes() == b"ustar":
             raise CheckpointError(f"{path}: a torch file of the old format, from before version 1.6; {SAVE_AGAIN}")
-        raise CheckpointError(f"{path}: not a torch file; {DOWNLOAD_AGAIN}")
+        raise CheckpointError(f"{path}: not a torch file; {foreign.answer(data[:64].tobytes()) or DOWNLOAD_AGAIN}")
     try:
         with _Directory(path) as file, zipfile.ZipFile(file) as archive:
             infos, end = archive.infolist(), archive.start_dir
