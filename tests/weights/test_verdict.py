@@ -185,22 +185,18 @@ def test_wrappers_names(plain, tmp_path, caplog, kind):
 )
 def test_models_inside_training_checkpoints(plain, tmp_path, keys, format):
     convert(plain, tmp_path / "c", to=format)
-    before = open_checkpoint(tmp_path / "c")
-    state = {f"module.{name}": torch.from_numpy(x.read().copy()) for name, x in before.tensors.items()}
+    before = {name: x.read().copy() for name, x in open_checkpoint(tmp_path / "c").tensors.items()}
+    state = {f"module.{name}": torch.from_numpy(x) for name, x in before.items()}
+    beside = {"optimizer": {"state": {}, "param_groups": []}, "dtype": torch.bfloat16, "at": torch.Size([1])}
     for key in keys[::-1]:
-        state = {
-            key: state,
-            "optimizer": {"state": {}, "param_groups": []},
-            "dtype": torch.bfloat16,
-            "at": torch.Size([1]),
-        }
+        state = {key: state, **beside}
     for file in (tmp_path / "c").glob("*.safetensors"):
         file.unlink()
     torch.save(state, tmp_path / "c" / {"hf": "pytorch_model.bin", "meta": "consolidated.00.pth"}[format])
-    after = open_checkpoint(tmp_path / "c")
-    assert after.tensors.keys() == before.tensors.keys()
-    for name, x in before.tensors.items():
-        np.testing.assert_array_equal(after.tensors[name].read(), x.read())
+    after = open_checkpoint(tmp_path / "c").tensors
+    assert after.keys() == before.keys()
+    for name, x in before.items():
+        np.testing.assert_array_equal(after[name].read(), x)
 
 
 def test_a_wrapped_copy_beside_the_model_is_not_taken(plain, tmp_path):
