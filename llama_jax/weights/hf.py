@@ -157,11 +157,20 @@ def read_json(path: Path, purpose: str) -> dict[str, Any]:
     try:
         content = json.loads(data)
     except (ValueError, RecursionError) as error:
-        answer = foreign.begins(data[:64])
-        raise CheckpointError(f"{path}: is not JSON ({answer or error}); {DOWNLOAD_AGAIN}") from error
+        raise CheckpointError(f"{path}: is not JSON ({error}); {_why_no_json(data, error)}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: is not a JSON object, but a {type(content).__name__}: put the right file there")
     return content
+
+
+def _why_no_json(data: bytes, error: Exception) -> str:
+    """What such a file is told: damage is shown where it ends too early, or holds bytes that no text has."""
+    if answer := foreign.begins(data[:64]):
+        return answer
+    early = isinstance(error, json.JSONDecodeError) and error.pos >= len(error.doc.rstrip())
+    if early or b"\0" in data or isinstance(error, UnicodeDecodeError):
+        return DOWNLOAD_AGAIN
+    return "correct it there"
 
 
 def has_weights(present: list[str]) -> bool:

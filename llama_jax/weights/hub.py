@@ -73,6 +73,8 @@ HUB_FILES = [
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "additional_chat_templates/*",
+    "adapter_config.json",
     "*.safetensors",
     "*.safetensors.index.json",
 ]

@@ -103,6 +103,10 @@ def _files(folder: Path) -> list[Path]:
             numbers[int(match[1])] = folder / name
     if not numbers and "consolidated.pth" in present:
         return [folder / "consolidated.pth"]
+    if not numbers and (others := [name for name in present if re.fullmatch(r"consolidated.*\.safetensors", name)]):
+        raise CheckpointError(
+            f"{folder}: {others[0]} beside params.json is Mistral's own format; take the weights in Hugging Face's"
+        )
     for expected, number in enumerate(sorted(numbers) or [-1]):
         if number != expected:
             raise CheckpointError(f"{folder}: lacks consolidated.{expected:02}.pth; fetch the missing file")

@@ -154,7 +154,8 @@ def _reader(path: Path) -> Callable[[Path], Checkpoint]:
     present = listing(path)
     if exists(path / "params" / "_METADATA"):
         return _open_native
-    if "params.json" in present and not ("config.json" in present and has_weights(present)):
+    ranks = any(re.fullmatch(r"consolidated.*\.pth", name) for name in present)
+    if "params.json" in present and ("config.json" not in present or (ranks and not has_weights(present))):
         return _open_meta
     if "config.json" in present and has_weights(present):
         return _open_hf

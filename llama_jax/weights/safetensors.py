@@ -42,6 +42,7 @@ OTHER_DTYPES = {
     "C64": np.dtype("<c8"),
     "F8_E8M0": np.dtype("u1"),
 }
+FAULTY = "the program that wrote it was at fault, or the file is damaged: take another file of this model"
 MAX_HEADER = 100_000_000  # bytes; the safetensors library has the same limit
 
 
@@ -83,13 +84,13 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     end = 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1][:2]):
         if entry.first != end:
-            raise _damaged(path, f"{name!r} begins at byte {entry.first} of the data, where {end} is expected")
+            raise _damaged(path, f"{name!r} begins at byte {entry.first} of the data, where {end} is expected", FAULTY)
         end = entry.last
         stored = data[start + entry.first : start + entry.last].view(entry.dtype)
         try:
             tensors[name] = plain_tensor(name, stored.reshape(entry.shape))
         except (ValueError, OverflowError) as error:
-            raise _damaged(path, f"{name!r} has the impossible shape {entry.shape}") from error
+            raise _damaged(path, f"{name!r} has the impossible shape {entry.shape}", FAULTY) from error
     return tensors
 
 
@@ -98,15 +99,15 @@ def _check_entry(path: Path, name: str, entry: Any) -> _Entry:
         case {"dtype": str(kind), "shape": list(shape), "data_offsets": [int(first), int(last)]}:
             pass
         case _:
-            raise _damaged(path, f"the entry of {name!r} lacks dtype, shape or data_offsets")
+            raise _damaged(path, f"the entry of {name!r} lacks dtype, shape or data_offsets", FAULTY)
     dtype = DTYPES.get(kind) or OTHER_DTYPES.get(kind)
     if dtype is None:
         known = ", ".join(DTYPES)
         raise CheckpointError(f"{path}: {name!r} is stored as {kind}; supported are {known}: use another file")
     if not all(type(size) is int and size >= 0 for size in shape):
-        raise _damaged(path, f"{name!r} has the impossible shape {shape}")
+        raise _damaged(path, f"{name!r} has the impossible shape {shape}", FAULTY)
     if first < 0 or last - first != math.prod(shape) * dtype.itemsize:
-        raise _damaged(path, f"{name!r}, {kind} of shape {shape}, cannot lie at bytes {first} to {last}")
+        raise _damaged(path, f"{name!r}, {kind} of shape {shape}, cannot lie at bytes {first} to {last}", FAULTY)
     return _Entry(first, last, dtype, shape)
 
 
@@ -116,8 +117,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _damaged(path: Path, problem: str) -> CheckpointError:
-    return CheckpointError(f"{path}: {problem}; {DOWNLOAD_AGAIN}")
+def _damaged(path: Path, problem: str, remedy: str = DOWNLOAD_AGAIN) -> CheckpointError:
+    return CheckpointError(f"{path}: {problem}; {remedy}")
 
 
 def write_safetensors(

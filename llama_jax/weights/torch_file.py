@@ -96,6 +96,10 @@ DEPTH = 8  # of dictionaries inside each other
 MAX_PICKLE = MAX_DIRECTORY = 4_000_000
 MAX_DIMS = 64  # numpy's limit
 
+SAVE_CLONES = (
+    "its checksum is right, so it was made so: save the model's state_dict() again, {name: x.clone() for name, x in"
+    " model.state_dict().items()}"
+)
 SAVE_AGAIN = "load it with torch.load(..., weights_only=True) and torch.save it again, with torch 1.6 or later"
 
 
@@ -113,12 +117,12 @@ def read_torch_file(path: Path) -> dict[str, Tensor]:
       CheckpointError: not such a file, damaged, cut short, of an unsupported kind, or with code in it.
     """
     data = map_file(path)
-    members = _read_zip(path, data)
+    members, crc = _read_zip(path, data)
     if members.get("byteorder", np.empty(0, np.uint8)).tobytes() == b"big":
         raise CheckpointError(
             f"{path}: its numbers are big-endian; load it on such a machine and save it as safetensors"
         )
-    content = _model_in(_Unpickler(path, members).load())
+    content = _model_in(_Unpickler(path, members, crc).load())
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds no dictionary of tensors; save the model's state_dict()")
     if {"state", "param_groups"} <= content.keys():
@@ -136,15 +140,20 @@ def _model_in(content: Any) -> Any:
     return content
 
 
-def _arrays(content: dict[Any, Any], prefix: str = "", depth: int = DEPTH) -> Iterator[tuple[str, np.ndarray]]:
+def _arrays(content: dict[Any, Any]) -> Iterator[tuple[str, np.ndarray]]:
     """Name and array of each tensor; of dictionaries inside each other only where there is none at the top."""
-    items = {name: value for name, value in content.items() if isinstance(name, str)}
-    found = [(f"{prefix}{name}", value) for name, value in items.items() if isinstance(value, np.ndarray)]
-    yield from found
-    if depth and (prefix or not found):
+    waiting, seen = [("", content)], {id(content)}  # each once: a hostile file holds one under many names
+    while waiting:
+        prefix, inner = waiting.pop(0)
+        items = {f"{prefix}{name}": value for name, value in inner.items() if isinstance(name, str)}
+        found = [(name, value) for name, value in items.items() if isinstance(value, np.ndarray)]
+        yield from found
+        if found and not prefix:
+            return
         for name, value in items.items():
-            if isinstance(value, dict):
-                yield from _arrays(value, f"{prefix}{name}.", depth - 1)
+            if isinstance(value, dict) and id(value) not in seen and name.count(".") < DEPTH:
+                seen.add(id(value))
+                waiting.append((f"{name}.", value))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -164,8 +173,8 @@ class _Directory(io.FileIO):
         return super().read(size)
 
 
-def _read_zip(path: Path, data: np.ndarray) -> dict[str, np.ndarray]:
-    """Members of the archive, without their common folder: name -> uint8 view of `data`."""
+def _read_zip(path: Path, data: np.ndarray) -> tuple[dict[str, np.ndarray], int]:
+    """Members of the archive, without their common folder: name -> uint8 view of `data`; and the CRC of data.pkl."""
     if data[:4].tobytes() != b"PK\3\4":
         if data[:1].tobytes() == b"\x80" or data[257:262].tobytes() == b"ustar":
             raise CheckpointError(f"{path}: a torch file of the old format, from before version 1.6; {SAVE_AGAIN}")
@@ -193,7 +202,8 @@ def _read_zip(path: Path, data: np.ndarray) -> dict[str, np.ndarray]:
     roots = [match[1] for name in members if (match := re.fullmatch(r"([^/]*/|)data\.pkl", name))]
     if len(roots) != 1:
         raise CheckpointError(f"{path}: a zip archive without data.pkl, not a torch file; give a .pth or .bin file")
-    return {name.removeprefix(roots[0]): member for name, member in members.items() if name.startswith(roots[0])}
+    crc = next(info.CRC for info in infos if info.filename == f"{roots[0]}data.pkl")
+    return {name.removeprefix(roots[0]): member for name, member in members.items() if name.startswith(roots[0])}, crc
 
 
 def _damaged(path: Path, problem: str) -> CheckpointError:
@@ -225,8 +235,9 @@ class _Unpickler:
     two classes above, and tensors as numpy views of the file.
     """
 
-    def __init__(self, path: Path, members: dict[str, np.ndarray]):
+    def __init__(self, path: Path, members: dict[str, np.ndarray], crc: int):
         self.path = path
+        self.crc = crc
         self.members = members
         self.stack: list[Any] = []
         self.below: list[list[Any]] = []  # the stacks below each mark
@@ -246,7 +257,9 @@ class _Unpickler:
         except CheckpointError:
             raise
         except (ValueError, TypeError, IndexError, KeyError, OverflowError) as error:
-            raise _damaged(self.path, f"its data.pkl cannot be read ({str(error)[:200]})") from error
+            remedy = SAVE_CLONES if zlib.crc32(program) == self.crc else DOWNLOAD_AGAIN
+            problem = f"its data.pkl cannot be read ({str(error)[:200]})"
+            raise CheckpointError(f"{self.path}: {problem}; {remedy}") from error
 
     def step(self, opcode: str, argument: Any) -> None:
         stack = self.stack

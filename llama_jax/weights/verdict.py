@@ -276,7 +276,7 @@ def _check_vocabulary(path: Path, config: ModelConfig, tensors: Mapping[str, Ten
         return  # names.check says so
     rows = embed.shape[0]
     other = head.shape[-1 if format == "native" else 0] if head is not None and head.shape else None
-    if not config.tie_embeddings and other not in (None, rows):
+    if head is not None and not config.tie_embeddings and other not in (None, rows):
         raise CheckpointError(
             f"{path}: the embedding table {embed.name!r} has {rows} rows, and the output head {head.name!r} {other}:"
             " one of the two was resized alone; resize both to the vocabulary (transformers: resize_token_embeddings)"

@@ -32,6 +32,10 @@ CONFIG = {
     "intermediate_size": F, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
     "rms_norm_eps": 1e-5, "max_position_embeddings": 64, "rope_theta": 10000.0, "tie_word_embeddings": False,
 }  # fmt: skip
+PARAMS = {
+    "dim": D, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "vocab_size": V, "norm_eps": 1e-5, "multiple_of": 8,
+    "ffn_dim_multiplier": 0.5,
+}  # fmt: skip
 LAYER = "model.layers.0."
 Q = LAYER + "self_attn.q_proj"
 
@@ -196,6 +200,7 @@ FOREIGN = {
         p, {"adapter_config.json": ADAPTER | {"peft_type": "PROMPT_TUNING"}}
     ),
     "an IA3 adapter's folder": lambda p: fill(p, {"adapter_config.json": ADAPTER | {"peft_type": "IA3"}}),
+    "a PEFT adapter's weights alone": lambda p: fill(p, {"adapter_model.safetensors": b"x"}),
     "LoRA, not merged": lambda p: hf(p, renamed(r"q_proj\.weight", "q_proj.base_layer.weight") | LORA),
     "LoRA beside the weights": lambda p: hf(p, llama() | LORA),
     "LoRA of a PEFT model, prefixed": lambda p: hf(
@@ -323,6 +328,9 @@ FOREIGN = {
     "a packed folder": lambda p: fill(p, {"model.tar.gz": b"x"}),
     "parts of `split` in a folder": lambda p: fill(p, {"x.gguf.part1of2": b"x", "x.gguf.part2of2": b"x"}),
     "a link that leads nowhere": lambda p: linked(hf(p)),
+    "Mistral's own format": lambda p: fill(p, {"params.json": PARAMS, "consolidated.safetensors": b"x"}),
+    "JSON that was edited": lambda p: hf(p, llama(), {"config.json": b'{"model_type": "llama", "vocab_size": 32,}'}),
+    "an expanded tensor in a torch file": lambda p: torch_folder(p, {"x": torch.ones(1).expand(9)}),
     # files
     "`.part1of2`": lambda p: file(p.with_name("x.Q8_0.gguf.part1of2"), b"GGUF"),
     "`-split-a`": lambda p: file(p.with_name("x.Q8_0.gguf-split-a"), b"GGUF"),

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,7 +55,7 @@ def ours(path: Path) -> np.ndarray:
     return np.asarray(llama_jax.logits(llama_jax.load(path, mesh=one_device(), dtype="float32"), IDS))
 
 
-def changed(plain: Path, to: Path, tensors: dict | None = None, **config: object) -> Path:
+def changed(plain: Path, to: Path, tensors: dict | None = None, **config: Any) -> Path:
     """A copy with other tensors and other keys of config.json."""
     shutil.copytree(plain, to)
     said = json.loads((to / "config.json").read_text())
@@ -211,7 +212,7 @@ def test_a_wrapped_copy_beside_the_model_is_not_taken(plain, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def indexed(plain: Path, to: Path, parts: list[dict], index: dict[str, int], **config: object) -> Path:
+def indexed(plain: Path, to: Path, parts: list[dict], index: dict[str, int], **config: Any) -> Path:
     changed(plain, to, **config)
     (to / "model.safetensors").unlink()
     names = [f"model-{i + 1:05}-of-{len(parts):05}.safetensors" for i in range(len(parts))]
