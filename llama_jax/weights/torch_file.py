@@ -257,7 +257,7 @@ class _Unpickler:
         except CheckpointError:
             raise
         except (ValueError, TypeError, IndexError, KeyError, OverflowError) as error:
-            remedy = SAVE_CLONES if zlib.crc32(program) == self.crc else DOWNLOAD_AGAIN
+            remedy = SAVE_CLONES if zlib.crc32(program.data) == self.crc else DOWNLOAD_AGAIN
             problem = f"its data.pkl cannot be read ({str(error)[:200]})"
             raise CheckpointError(f"{self.path}: {problem}; {remedy}") from error
 
