@@ -125,7 +125,8 @@ SIGNS = (
     Sign("GGUF's tensors in another kind of file", "take the .gguf file itself",
          r"^blk\.\d+\.attn_q\.weight$", format="hf"),
     Sign("quantized weights with their scales apart", UNQUANTIZED,
-         r"(weight_scale|\.scales?|\.zeros|\.zero_point|qscale|weight_scale_inv|input_scale)$"),
+         r"(weight_scale|\.scales?|\.zeros|\.zero_point|qscale|weight_scale_inv|input_scale)$",
+         _dtypes("int8", "uint8", "int16", "int32", "uint32", "int64")),
     # --- Other heads ---
     Sign("a reward model or classifier: its head gives scores, not tokens",
          "this library computes the next token only; take the language model that it was made from",
@@ -166,6 +167,8 @@ def tensors(
       said: the content of config.json, or of what stands for it.
       absent: tensors that an index names and that are nowhere -> the file that it names.
     """
+    if not found:
+        return "there are no tensors in them: save the model's state_dict()"
     for sign in SIGNS:
         if sign.format in (None, format) and any(re.search(sign.names, name) for name in found) and sign.test(found):
             return f"{sign.what}: {sign.remedy}"
@@ -173,7 +176,15 @@ def tensors(
     lost = [name for name in names.expected(config, format) if name in absent] if absent and countable else []
     if lost:
         return f"the index says that {absent[lost[0]]} holds it: index and file do not belong together, take both anew"
-    return _other_layers(found, config, format) or _headless(found, config, format, said)
+    return _several(found) or _other_layers(found, config, format) or _headless(found, config, format, said)
+
+
+def _several(found: Mapping[str, Tensor]) -> str:
+    """Where files hold more than one model."""
+    tables = [name for name in found if re.search(r"(^|\.)(embed_tokens|tok_embeddings)\.weight$", name)]
+    if len(tables) < 2:
+        return ""
+    return f"several models side by side ({', '.join(tables[:3])}): save the one that is meant alone"
 
 
 def _other_layers(found: Mapping[str, Tensor], config: ModelConfig, format: names.Format) -> str:

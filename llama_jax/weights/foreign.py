@@ -123,9 +123,13 @@ def _adapter(path: Path) -> str:
 def _inside(path: Path, present: list[str]) -> str:
     """Names the checkpoints in a folder's folders."""
     signs = ("config.json", "params.json", "params", "snapshots")
-    inside = [name for name in present if (path / name).is_dir() and any(exists(path / name / s) for s in signs)]
+    folders = [name for name in present if (path / name).is_dir()]
+    inside = [name for name in folders if any(exists(path / name / sign) for sign in signs)]
     if not inside:
-        return ""
+        held = [
+            name for name in folders for file in listing(path / name) if re.search(r"\.(safetensors|bin|pth)$", file)
+        ]
+        return f"its weights may be those in {path / held[0]}: put config.json beside them" if held else ""
     few = ", ".join(inside[:3]) + (", ..." if len(inside) > 3 else "")
     return f"a folder of checkpoints ({few}): give one of them, such as {path / inside[0]}"
 
@@ -223,6 +227,9 @@ def answer(data: bytes) -> str:
             return f"its name says otherwise, but it is {what} file: name it like {ending}"
     if data[8:10] == b'{"':
         return "its name says otherwise, but it is a safetensors file: name it like model.safetensors"
+    start = data[:40].lstrip()
+    if len(start) >= 16 and all(32 <= byte < 127 or byte in b"\r\n\t" for byte in start) and not begins(data):
+        return f"it is text, {start.decode().splitlines()[0]!r}, in place of the file that its name says: fetch that"
     return begins(data)
 
 
@@ -232,6 +239,8 @@ def check_file(path: Path) -> None:
     Raises:
       CheckpointError: what to do.
     """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: not a file, nor a folder (a pipe or device); give a file or a folder")
     if part := PART.fullmatch(path.name):
         whole = part["whole"]
         raise CheckpointError(

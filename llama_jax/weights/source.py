@@ -173,7 +173,8 @@ def map_file(path: Path) -> np.ndarray:
     if not exists(path):
         raise CheckpointError(f"{path}: no such file{link_to_nothing(path)}")
     if not path.is_file():
-        raise CheckpointError(f"{path}: not a file")
+        kind = "but a folder: give what is in it" if path.is_dir() else "but a pipe or device"
+        raise CheckpointError(f"{path}: not a file, {kind}")
     with system_errors(path), path.open("rb") as file:
         if path.stat().st_size == 0:
             raise CheckpointError(f"{path}: the file is empty; {DOWNLOAD_AGAIN}")

@@ -68,6 +68,7 @@ class _Call(enum.StrEnum):
     TENSOR = "torch._utils _rebuild_tensor_v2"
     TENSOR_OF_DTYPE = "torch._utils _rebuild_tensor_v3"
     PARAMETER = "torch._utils _rebuild_parameter"
+    BYTES = "_codecs encode"
     SIZE = "torch Size"
     DEVICE = "torch device"
 
@@ -84,7 +85,8 @@ OF_TRAINERS = re.compile(
     r"|(builtins|__builtin__) (set|frozenset|slice|complex|bytearray|range)"
     r"|collections (defaultdict|deque|Counter|namedtuple)|datetime \w+|pathlib \w+|decimal \w+"
     r"|torch\.(nn\.modules|nn\.parallel|optim|torch_version|distributed|ao|cuda\.amp|amp|quantization)[\w.]* \w+"
-    r"|torch\._tensor _rebuild_from_type_v2|torch\._utils _rebuild_(wrapper_subclass|device_tensor_\w+|meta_tensor\w*)"
+    r"|torch\._tensor _rebuild_from_type_v2"
+    r"|torch\._utils _rebuild_(wrapper_subclass|device_tensor_\w+|meta_tensor\w*|sparse\w*)"
     r"|(torchao|transformers|bitsandbytes|peft|trl|accelerate|deepspeed|omegaconf|megatron)[\w.]* \w+"
 )
 
@@ -348,6 +350,10 @@ class _Unpickler:
         match (_expect(function, _Global).name, *_expect(arguments, tuple)):
             case (_Call.DICT,):
                 return {}
+            case (_Call.BYTES, str(text), "latin1"):  # how protocol 2 spells bytes
+                return text.encode("latin1")
+            case (_Call.BYTES, *_):
+                raise self.refused(_Call.BYTES.replace(" ", "."))
             case (_Call.SIZE, tuple(sizes)):
                 return sizes
             case (_Call.DEVICE, str(kind), *_):

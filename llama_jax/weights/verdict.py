@@ -168,8 +168,8 @@ def unwrapped(tensors: Mapping[str, Tensor], format: names.Format) -> tuple[dict
     plain = {name: ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in tensors}
     tail, inner = ROOTS[format]
     prefixes = {name.removesuffix(tail) for name in plain.values() if name == tail or name.endswith(f".{tail}")}
-    prefix = prefixes.pop() if len(prefixes) == 1 else inner
-    if set(prefix.split(".")) <= {*OUTER, ""}:
+    (prefix,) = prefixes if len(prefixes) == 1 else (None,)  # none or several: not one model in a wrapper
+    if prefix is not None and set(prefix.split(".")) <= {*OUTER, ""}:
         plain = {name: _without(text, prefix, inner, names.head_name(format)) for name, text in plain.items()}
     if len(set(plain.values())) < len(plain) or all(name == text for name, text in plain.items()):
         return dict(tensors), []  # two would have one name: then they are no wrapper's

@@ -310,6 +310,8 @@ FOREIGN = {
         p, llama() | {"model.embed_tokens.weight": ones(V + 8, D)}, vocab_size=V + 8
     ),
     "two different copies, without an index": lambda p: sharded(p, [llama(), {"model.norm.weight": 2 * ones(D)}]),
+    "several models in one file": lambda p: hf(p, renamed("^", "policy.") | renamed("^", "ref.")),
+    "a file without tensors": lambda p: torch_folder(p, {"model": {}, "step": 3}),
     # folders
     "the Hub's cache, several snapshots": lambda p: hub(p, "aaaa", "bbbb"),
     "the Hub's whole cache": lambda p: hub(p, "aaaa").parent,
@@ -328,6 +330,7 @@ FOREIGN = {
     "a packed folder": lambda p: fill(p, {"model.tar.gz": b"x"}),
     "parts of `split` in a folder": lambda p: fill(p, {"x.gguf.part1of2": b"x", "x.gguf.part2of2": b"x"}),
     "a link that leads nowhere": lambda p: linked(hf(p)),
+    "weights in a folder below": lambda p: fill(hf(p), {"model/model.safetensors": b"x"}),
     "Mistral's own format": lambda p: fill(p, {"params.json": PARAMS, "consolidated.safetensors": b"x"}),
     "JSON that was edited": lambda p: hf(p, llama(), {"config.json": b'{"model_type": "llama", "vocab_size": 32,}'}),
     "an expanded tensor in a torch file": lambda p: torch_folder(p, {"x": torch.ones(1).expand(9)}),
@@ -348,6 +351,7 @@ FOREIGN = {
     "a web page as torch's file": lambda p: hf(p, files={"pytorch_model.bin": b"<html><head>" + bytes(50)}),
     "torch's file named as safetensors": lambda p: hf(p, files={"model.safetensors": b"PK\3\4" + b"x" * 90}),
     "safetensors named as torch's file": lambda p: misnamed(hf(p, llama())),
+    "text in place of a file": lambda p: hf(p, files={"model.safetensors": b"Access to this model is restricted.\n"}),
     "a gzip file": lambda p: file(p.with_name("x.gguf"), b"\x1f\x8b\x08"),
     "a HDF5 file": lambda p: file(p.with_name("x.h5"), b"\x89HDF\r\n"),
     "an ONNX file": lambda p: file(p.with_name("x.onnx"), b"\x08\x07"),
