@@ -93,7 +93,9 @@ class Checkpoint:
 
 
 def open_checkpoint(name: str | Path) -> Checkpoint:
-    """Opens a checkpoint of any format that is read, fetching it if need be; reads no weights.
+    """Opens a checkpoint of any format that is read, fetching it if need be.
+
+    Reads no weights, but for the head and the embedding table of a tied model that stores both (see `verdict.settle`).
 
     Args:
       name: a built-in name, a path or a hub id, as for `load`.
@@ -120,13 +122,15 @@ def _open(path: Path) -> Checkpoint:
         return _reader(path)(path)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    except (TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+    except ValueError as error:
+        raise error if str(path) in str(error) else CheckpointError(f"{path}: {error}") from error
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # the tokenizer libraries raise plain ones
         raise CheckpointError(
             f"{path}: a value in its configuration or tokenizer files has the wrong type"
             f" ({type(error).__name__}: {error}): compare them with those of a model of the same kind"
         ) from error
-    except ValueError as error:
-        raise error if str(path) in str(error) else CheckpointError(f"{path}: {error}") from error
 
 
 def _inner(path: Path) -> Path:
