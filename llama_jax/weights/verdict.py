@@ -149,8 +149,13 @@ def settle(
 
 def _left_out_keys(format: names.Format, said: Mapping[str, Any]) -> tuple[str, ...]:
     """What of the configuration was not used, in sentences."""
+    ignored = _ignored_keys(format, said)
+    return (f"keys of the configuration that no Llama uses: {', '.join(ignored)}",) if ignored else ()
+
+
+def _ignored_keys(format: names.Format, said: Mapping[str, Any]) -> list[str]:
     del format, said
-    return ()
+    return []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
