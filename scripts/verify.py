@@ -67,6 +67,8 @@ def main(args: Args) -> bool:
     if found.logits:
         x = found.logits
         print(f"logits at position {x.positions}: max |difference| {x.max_abs:.3e}, KL {x.kl:.3e}, top-1 {x.top1:.1%}")
+    for text in found.left_out:
+        print(text)
     within = f"tolerance {args.tolerance:g}"
     print(f"the same, {within}" if same else f"different, {within}: {'; '.join(problems)}")
     return same

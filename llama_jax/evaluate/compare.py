@@ -50,12 +50,14 @@ class Comparison:
       tokenizer: what differs, in words; empty where ids, control tokens and chat prompts are the same.
       weights: the worst of each kind of parameter; empty where shapes differ.
       logits: None if they were not asked for or shapes differ.
+      left_out: what the readers of a and of b did not use of their files, in words: it was not compared either.
     """
 
     config: dict[str, tuple[Any, Any]]
     tokenizer: list[str]
     weights: list[Difference]
     logits: Logits | None
+    left_out: list[str] = dataclasses.field(default_factory=list)
 
     def problems(self, tolerance: float) -> list[str]:
         """What differs, in words: configuration and tokenizer at all, weights and logits by more than `tolerance`.
@@ -100,14 +102,16 @@ def compare(
     first, second = open_checkpoint(a), open_checkpoint(b)
     ours, theirs = dataclasses.asdict(first.config), dataclasses.asdict(second.config)
     config = {key: (ours[key], theirs[key]) for key in ours if ours[key] != theirs[key]}
+    left_out = [f"left out of the first: {text}" for text in first.left_out]
+    left_out += [f"left out of the second: {text}" for text in second.left_out]
     say("comparing tokenizers")
     tokenizer = _compare_tokenizers(first, second)
     if names.expected(first.config, "hf") != names.expected(second.config, "hf"):
-        return Comparison(config, tokenizer, [], None)
+        return Comparison(config, tokenizer, [], None, left_out)
     say("comparing weights")
     weights = compare_weights(first, second)
     logits = _compare_logits(first, second, positions, mesh, say) if with_logits else None
-    return Comparison(config, tokenizer, weights, logits)
+    return Comparison(config, tokenizer, weights, logits, left_out)
 
 
 def compare_weights(a: Checkpoint, b: Checkpoint) -> list[Difference]:

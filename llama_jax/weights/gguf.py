@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from llama_jax.weights.dequantize import BLOCK_FORMATS, dequantize
-from llama_jax.weights.source import DOWNLOAD_AGAIN, CheckpointError, Index, Tensor, map_file, plain_tensor
+from llama_jax.weights.source import DOWNLOAD_AGAIN, CheckpointError, Index, Tensor, exists, map_file, plain_tensor
 
 # By ggml_type; 4, 5, 31 to 33 and 36 to 38 were formats that llama.cpp has removed.
 TYPE_NAMES = {
@@ -51,8 +51,10 @@ NUMBER_DTYPES = {
 }
 BOOL, STRING, ARRAY = 7, 8, 9
 
+FAULTY = "its converter was at fault, or the file is damaged: use another conversion of this model"
 OTHER_FILE = "use another conversion of this model"
 PART_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+ONE_SPLIT = "put the parts of one model side by side, under the names that they were made with"
 REQUANTIZE = "use another file of this model, or convert it: `llama-quantize --allow-requantize IN OUT Q8_0`"
 
 
@@ -111,20 +113,20 @@ def _join_parts(path: Path, count: int) -> GGUFFile:
             " give it its name back"
         )
     paths = [path.with_name(f"{name[1]}-{i:05}-of-{count:05}.gguf") for i in range(1, count + 1)]
-    missing = [part.name for part in paths if not part.exists()]
+    missing = [part.name for part in paths if not exists(part)]
     if missing:
         raise CheckpointError(f"{path.parent}: lacks {len(missing)} of {count} parts, first {missing[0]}; fetch them")
     parts = [_read_file(part) for part in paths]
     tensors: dict[str, Tensor] = {}
     for i, part in enumerate(parts):
         if part.metadata.get("split.no") != i or part.metadata.get("split.count") != count:
-            raise CheckpointError(f"{part.path}: does not say that it is part {i + 1} of {count}; {DOWNLOAD_AGAIN}")
+            raise CheckpointError(f"{part.path}: does not say that it is part {i + 1} of {count}; {ONE_SPLIT}")
         if clash := tensors.keys() & part.tensors.keys():
-            raise CheckpointError(f"{part.path}: {min(clash)!r} is in another part too; {DOWNLOAD_AGAIN}")
+            raise CheckpointError(f"{part.path}: {min(clash)!r} is in another part too; {ONE_SPLIT}")
         tensors |= part.tensors
     expected = parts[0].metadata.get("split.tensors.count", len(tensors))
     if expected != len(tensors):
-        raise CheckpointError(f"{path}: the parts hold {len(tensors)} tensors, {expected} expected; {DOWNLOAD_AGAIN}")
+        raise CheckpointError(f"{path}: the parts hold {len(tensors)} tensors, {expected} expected; {ONE_SPLIT}")
     return GGUFFile(paths[0], parts[0].metadata, tensors)
 
 
@@ -175,7 +177,7 @@ class _Header:
         except struct.error as error:
             raise self.cut_off(position) from error
         except UnicodeDecodeError as error:
-            raise self.error(f"the string at byte {position} is not UTF-8") from error
+            raise self.error(f"the string at byte {position} is not UTF-8", FAULTY) from error
         self.position = position
         return result
 
@@ -196,7 +198,7 @@ def _read_metadata(header: _Header, count: int) -> dict[str, Any]:
     for _ in range(count):  # a false count meets the end of the file
         key = header.string()
         if key in metadata:
-            raise header.error(f"metadata {key!r} is there twice")
+            raise header.error(f"metadata {key!r} is there twice", FAULTY)
         kind = header.number("<u4")
         if kind == ARRAY:
             kind, length = header.number("<u4"), header.number("<u8")
@@ -213,13 +215,13 @@ def _read_values(header: _Header, key: str, kind: int, count: int) -> Any:
     if kind == BOOL:
         values = header.numbers(count, "u1")
         if values.max(initial=0) > 1:
-            raise header.error(f"metadata {key!r} holds a truth value other than 0 and 1")
+            raise header.error(f"metadata {key!r} holds a truth value other than 0 and 1", FAULTY)
         return values.astype(bool)
     if kind in NUMBER_DTYPES:
         return header.numbers(count, NUMBER_DTYPES[kind])
     if kind == ARRAY:
         raise header.error(f"metadata {key!r} is an array of arrays, which no Llama needs", OTHER_FILE)
-    raise header.error(f"metadata {key!r} has the unknown value type {kind}")
+    raise header.error(f"metadata {key!r} has the unknown value type {kind}", FAULTY)
 
 
 class _Place(NamedTuple):
@@ -240,12 +242,12 @@ class _Place(NamedTuple):
 
 def _read_tensors(header: _Header, count: int, alignment: Any, data: np.ndarray) -> dict[str, Tensor]:
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-        raise header.error(f"general.alignment is {alignment!r}, not a power of two")
+        raise header.error(f"general.alignment is {alignment!r}, not a power of two", FAULTY)
     places: dict[str, _Place] = {}
     for _ in range(count):
         name = header.string()
         if name in places:
-            raise header.error(f"tensor {name!r} is there twice")
+            raise header.error(f"tensor {name!r} is there twice", FAULTY)
         places[name] = _read_place(header, name)
 
     start = -(-header.position // alignment) * alignment
@@ -261,11 +263,11 @@ def _read_tensors(header: _Header, count: int, alignment: Any, data: np.ndarray)
 def _read_place(header: _Header, name: str) -> _Place:
     num_dims = header.number("<u4")
     if num_dims > MAX_DIMS:
-        raise header.error(f"tensor {name!r} has {num_dims} dimensions, where {MAX_DIMS} are possible")
+        raise header.error(f"tensor {name!r} has {num_dims} dimensions, where {MAX_DIMS} are possible", FAULTY)
     shape = tuple(header.numbers(num_dims, "<u8").tolist()[::-1])
     number, offset = header.number("<u4"), header.number("<u8")
     if 0 in shape:
-        raise header.error(f"tensor {name!r} has the impossible shape {shape}")
+        raise header.error(f"tensor {name!r} has the impossible shape {shape}", FAULTY)
     kind = TYPE_NAMES.get(number, f"type {number}, which is unknown")
     if kind in PLAIN_DTYPES:
         return _Place(offset, kind, PLAIN_DTYPES[kind], shape)
@@ -273,7 +275,7 @@ def _read_place(header: _Header, name: str) -> _Place:
         raise header.error(f"tensor {name!r} is stored as {kind}; supported are {SUPPORTED}", REQUANTIZE)
     elements, nbytes, _ = BLOCK_FORMATS[kind]
     if not shape or shape[-1] % elements:
-        raise header.error(f"tensor {name!r} of shape {shape} cannot be {kind}, in blocks of {elements}")
+        raise header.error(f"tensor {name!r} of shape {shape} cannot be {kind}, in blocks of {elements}", FAULTY)
     return _Place(offset, kind, np.dtype(np.uint8), (*shape[:-1], shape[-1] // elements, nbytes))
 
 
@@ -281,9 +283,9 @@ def _check_places(header: _Header, places: dict[str, _Place], alignment: int, st
     end, before = 0, ""
     for name, place in sorted(places.items(), key=lambda item: item[1].offset):
         if place.offset % alignment:
-            raise header.error(f"tensor {name!r} is at {place.offset}, which is not aligned to {alignment}")
+            raise header.error(f"tensor {name!r} is at {place.offset}, which is not aligned to {alignment}", FAULTY)
         if place.offset < end:
-            raise header.error(f"tensors {before!r} and {name!r} overlap")
+            raise header.error(f"tensors {before!r} and {name!r} overlap", FAULTY)
         end, before = place.end, name
         if start + end > len(header.data):
             size = len(header.data)

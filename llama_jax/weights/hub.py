@@ -31,7 +31,7 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
-from llama_jax.weights.source import CheckpointError
+from llama_jax.weights.source import CheckpointError, link_to_nothing, unreadable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +73,14 @@ HUB_FILES = [
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "additional_chat_templates/*",
+    "adapter_config.json",
     "*.safetensors",
     "*.safetensors.index.json",
 ]
 HUB_IGNORED = ["original/*", "consolidated*"]
 
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 DEFAULT_INDEX = "https://pypi.org/simple"
 ATTEMPTS = 4  # connections for one file; each goes on where the last one stopped
 LOCK_SECONDS = 3600  # how long to wait for another process that is fetching the same file
@@ -110,11 +113,17 @@ def resolve(name: str | Path) -> Path:
     if text in BUILT_IN:
         return _resolve_built_in(text)
     path = Path(os.path.expanduser(text))
-    if path.exists():
+    try:
+        path.stat()
         return path
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # a file for a folder, links in a circle, no permission
+        if not (isinstance(error, NotADirectoryError) and HUB_ID.fullmatch(text)):
+            raise unreadable(error, text) from error
     if _looks_like_path(text):
-        raise CheckpointError(f"{text}: no such file or folder; check the path")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", text):
+        raise CheckpointError(f"{text}: no such file or folder{link_to_nothing(path)}; check the path")
+    if HUB_ID.fullmatch(text):
         return _fetch_snapshot(text)
     raise CheckpointError(
         f"{text!r} is no checkpoint: it is neither a file or folder, nor a Hugging Face Hub id (org/name), "

@@ -16,9 +16,10 @@ import numpy as np
 
 from llama_jax.config import ModelConfig
 from llama_jax.presets import from_meta_params
+from llama_jax.weights import verdict
 from llama_jax.weights.hf import read_json
 from llama_jax.weights.names import NO_PARAMETERS, TABLE
-from llama_jax.weights.source import CheckpointError, Index, Tensor
+from llama_jax.weights.source import CheckpointError, Index, Tensor, exists, listing
 from llama_jax.weights.torch_file import read_torch_file
 
 EXTRA = "llama_jax.json"
@@ -39,6 +40,7 @@ class MetaFolder:
       extra: the content of llama_jax.json, what params.json cannot say; {} where there is none.
       config: the architecture that both and the tensors describe.
       tensors: name -> whole tensor, over all ranks; shapes are [out, in].
+      notes: what was not as the files have it, in sentences.
     """
 
     path: Path
@@ -46,6 +48,7 @@ class MetaFolder:
     extra: dict[str, Any]
     config: ModelConfig
     tensors: dict[str, Tensor]
+    notes: tuple[str, ...] = ()
 
 
 def read_meta(folder: str | Path) -> MetaFolder:
@@ -63,10 +66,11 @@ def read_meta(folder: str | Path) -> MetaFolder:
     """
     folder = Path(folder)
     params = read_json(folder / "params.json", "a Meta folder describes its model there")
-    extra = read_json(folder / EXTRA, "") if (folder / EXTRA).exists() else {}
+    extra = read_json(folder / EXTRA, "") if exists(folder / EXTRA) else {}
     config = from_meta_params(params, vocab_size=1, extra=extra)  # 1 stands for unknown
     files = _files(folder)
-    ranks = [read_torch_file(path) for path in files]
+    opened = [verdict.unwrapped(read_torch_file(path), "meta") for path in files]
+    ranks, notes = [rank for rank, _ in opened], opened[0][1]
     _check_ranks(files, ranks, config)
     tensors: dict[str, Tensor] = {}
     twice = _has_kv_heads_twice(ranks, config)
@@ -84,19 +88,25 @@ def read_meta(folder: str | Path) -> MetaFolder:
     if embed and len(embed.shape) == 2:  # if not, names.check refuses it
         if config.vocab_size == 1:
             config = config.replace(vocab_size=embed.shape[0])
-        if config.tie_embeddings and output and not _alike(embed, output):
+        guessed = "tie_embeddings" not in extra  # params.json cannot say it: the shape of 3.2 1B and 3B does
+        if config.tie_embeddings and guessed and output and not _alike(embed, output):
             config = config.replace(tie_embeddings=False)
-    return MetaFolder(folder, params, extra, config, tensors)
+    return MetaFolder(folder, params, extra, config, tensors, tuple(notes))
 
 
 def _files(folder: Path) -> list[Path]:
     """The weight files in the order of their ranks."""
     numbers = {}
-    for path in folder.glob("consolidated.*.pth"):
-        if match := re.fullmatch(r"consolidated\.(\d+)\.pth", path.name):
-            numbers[int(match[1])] = path
-    if not numbers and (folder / "consolidated.pth").exists():
+    present = listing(folder)
+    for name in present:
+        if match := re.fullmatch(r"consolidated\.(\d+)\.pth", name):
+            numbers[int(match[1])] = folder / name
+    if not numbers and "consolidated.pth" in present:
         return [folder / "consolidated.pth"]
+    if not numbers and (others := [name for name in present if re.fullmatch(r"consolidated.*\.safetensors", name)]):
+        raise CheckpointError(
+            f"{folder}: {others[0]} beside params.json is Mistral's own format; take the weights in Hugging Face's"
+        )
     for expected, number in enumerate(sorted(numbers) or [-1]):
         if number != expected:
             raise CheckpointError(f"{folder}: lacks consolidated.{expected:02}.pth; fetch the missing file")
@@ -111,7 +121,7 @@ def _check_ranks(files: list[Path], ranks: list[Rank], config: ModelConfig) -> N
             if not one or not other or (one.shape, one.dtype) != (other.shape, other.dtype):
                 raise CheckpointError(
                     f"{path}: {name!r} is not the same kind of tensor as in {files[0].name}: they do not belong"
-                    " together; fetch both again"
+                    " together; give a folder with the ranks of one model"
                 )
     for name, tensor in ranks[0].items():
         if "float8" in tensor.dtype.name:
@@ -149,7 +159,7 @@ def _has_kv_heads_twice(ranks: list[Rank], config: ModelConfig) -> bool:
 
 
 def _alike(embed: Tensor, output: Tensor) -> bool:
-    """Whether two tables agree in 256 of their rows; `export` compares all."""
+    """Whether two tables agree in 256 of their rows; `verdict` compares all."""
     rows = (slice(None, None, max(1, embed.shape[0] // 256)),)
     return embed.shape == output.shape and np.array_equal(embed.read(rows), output.read(rows))
 

@@ -11,8 +11,8 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Literal, NoReturn
 
 import numpy as np
 
@@ -181,42 +181,70 @@ def _runs(dimensions: list[tuple[range, int]]) -> list[slice]:
     return [slice(i * width + run.start, i * width + run.stop) for i in first for run in below]
 
 
-def check(tensors: Mapping[str, Tensor], config: ModelConfig, format: Format, path: object) -> None:
+def check(
+    tensors: Mapping[str, Tensor],
+    config: ModelConfig,
+    format: Format,
+    path: object,
+    explain: Callable[[], str] = lambda: "",
+) -> None:
     """Compares a checkpoint's tensors with what its configuration asks for.
+
+    Args:
+      tensors: stored name -> tensor.
+      config: what they should be.
+      format: whose names they have.
+      path: for messages.
+      explain: says, once something is wrong, what the files are instead and what to do; "" where it cannot tell.
 
     Raises:
       CheckpointError: a tensor is missing, has another shape, or is none that a Llama has (such as a bias).
     """
+
+    def refuse(problem: str, remedy: str) -> NoReturn:
+        raise CheckpointError(f"{path}: {problem}; {explain() or remedy}")
+
     if config.num_layers > len(tensors):  # before a table of that many names is made
-        raise CheckpointError(
-            f"{path}: the configuration names {config.num_layers} layers, but the files hold {len(tensors)} tensors;"
-            " weights and configuration do not belong together"
+        refuse(
+            f"the configuration names {config.num_layers} layers, but the files hold {len(tensors)} tensors",
+            "weights and configuration do not belong together",
         )
     names = expected(config, format)
     missing = [name for name in names if name not in tensors]
     if missing:
-        raise CheckpointError(
-            f"{path}: {len(missing)} of {len(names)} tensors are missing, first {missing[0]!r}; the download may be"
-            " incomplete, or the configuration may name more layers than the files hold"
+        refuse(
+            f"{len(missing)} of {len(names)} tensors are missing, first {missing[0]!r}",
+            f"the files hold {len(tensors)} others, such as {next(iter(tensors), None)!r}: give a folder whose weights"
+            " and configuration belong together",
         )
     for name, shape in names.items():
         if tensors[name].shape != shape:
-            raise CheckpointError(
-                f"{path}: tensor {name!r} has shape {list(tensors[name].shape)}, but the configuration asks for"
-                f" {list(shape)}; weights and configuration do not belong together"
+            refuse(
+                f"tensor {name!r} has shape {list(tensors[name].shape)}, but the configuration asks for {list(shape)}",
+                "weights and configuration do not belong together",
             )
         if tensors[name].dtype.name not in FLOATS:
-            raise CheckpointError(
-                f"{path}: tensor {name!r} holds {tensors[name].dtype} numbers, whose scale is not known: this"
-                " quantization is not supported, use another file of this model"
+            refuse(
+                f"tensor {name!r} holds {tensors[name].dtype} numbers, whose scale is not known",
+                "this quantization is not supported, use another file of this model",
             )
-    tied = {row.name(format) for row in TABLE if row.ours == "lm_head"} if config.tie_embeddings else set()
+    tied = {head_name(format)} if config.tie_embeddings else set()
     extra = [name for name in tensors if name not in names and name not in tied and not NO_PARAMETERS.fullmatch(name)]
     if extra:
-        raise CheckpointError(
-            f"{path}: {len(extra)} tensors that a Llama does not have, first {extra[0]!r}: leaving them out would give"
-            " wrong results, so this model is not supported"
+        refuse(
+            f"{len(extra)} tensors that a Llama does not have, first {extra[0]!r}",
+            "leaving them out would give wrong results, so this model is not supported",
         )
+
+
+def embed_name(format: Format) -> str:
+    """The stored name of the embedding table."""
+    return TABLE[0].name(format)
+
+
+def head_name(format: Format) -> str:
+    """The stored name of the output head."""
+    return TABLE[-1].name(format)
 
 
 def to_stored(ours: np.ndarray, row: Row, config: ModelConfig, format: Format) -> np.ndarray:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ import numpy as np
 from llama_jax.checkpoint.arrays import DamagedError, SavedArray, open_arrays
 from llama_jax.config import ModelConfig
 from llama_jax.weights import names
-from llama_jax.weights.source import DOWNLOAD_AGAIN, CheckpointError, Index, Tensor
+from llama_jax.weights.foreign import first_bytes
+from llama_jax.weights.source import DOWNLOAD_AGAIN, CheckpointError, Index, Tensor, listing
 
 PARAMS = "params"
 
@@ -34,6 +36,7 @@ def read_native(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
     Raises:
       CheckpointError: damaged, or a parameter has not the shape that `config` asks for.
     """
+    _check_readable(folder / PARAMS)
     try:
         arrays = open_arrays(folder / PARAMS)
     except DamagedError as error:
@@ -67,3 +70,13 @@ def _tensor(name: str, shape: tuple[int, ...], array: SavedArray, first: tuple[i
             raise CheckpointError(f"{error}; {DOWNLOAD_AGAIN}") from error
 
     return Tensor(name, shape, array.dtype, nbytes, read)
+
+
+def _check_readable(folder: Path) -> None:
+    """Raises what the system says of a file that may not be read: Orbax's words do not tell that from damage."""
+    for name in listing(folder):
+        path = folder / name
+        if path.is_dir():
+            _check_readable(path)
+        elif not os.access(path, os.R_OK):
+            first_bytes(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,11 +15,11 @@ import numpy as np
 
 from llama_jax import presets
 from llama_jax.config import ConfigError, ModelConfig
-from llama_jax.weights import hub, names
+from llama_jax.weights import diagnose, foreign, hub, names, verdict
 from llama_jax.weights.gguf import read_gguf
-from llama_jax.weights.hf import read_hf, read_json
+from llama_jax.weights.hf import has_weights, read_hf, read_json
 from llama_jax.weights.meta import read_meta
-from llama_jax.weights.source import DOWNLOAD_AGAIN, CheckpointError, Tensor
+from llama_jax.weights.source import CheckpointError, Tensor, exists, listing, system_errors
 
 if TYPE_CHECKING:
     from llama_jax.text.tokenizer import Tokenizer
@@ -44,6 +45,7 @@ class Checkpoint:
       tokenizer: None where the checkpoint has none.
       tokenizer_files: makes the tokenizer's files as Hugging Face spells them, name -> content; empty without one.
       generation: the content of generation_config.json, or {}.
+      left_out: what the files hold and no result depends on, and keys that were ignored, in sentences.
     """
 
     path: Path
@@ -53,6 +55,7 @@ class Checkpoint:
     tokenizer: Tokenizer | None
     tokenizer_files: Callable[[], dict[str, bytes]] = dict
     generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
 
     def tensor(self, row: names.Row, layer: int | None) -> Tensor:
         """The tensor that holds a parameter."""
@@ -90,7 +93,9 @@ class Checkpoint:
 
 
 def open_checkpoint(name: str | Path) -> Checkpoint:
-    """Opens a checkpoint of any format that is read, fetching it if need be; reads no weights.
+    """Opens a checkpoint of any format that is read, fetching it if need be.
+
+    Reads no weights, but for the head and the embedding table of a tied model that stores both (see `verdict.settle`).
 
     Args:
       name: a built-in name, a path or a hub id, as for `load`.
@@ -99,19 +104,9 @@ def open_checkpoint(name: str | Path) -> Checkpoint:
       CheckpointError: no such checkpoint, or not one that can be read.
       ConfigError: its configuration is not supported.
     """
-    path = _newest_of_run(hub.resolve(str(name)))
-    try:
-        checkpoint = _reader(path)(path)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    except (TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: a value in its configuration or tokenizer files has the wrong type"
-            f" ({type(error).__name__}: {error}); {DOWNLOAD_AGAIN}"
-        ) from error
-    except ValueError as error:
-        raise error if str(path) in str(error) else CheckpointError(f"{path}: {error}") from error
-    names.check(checkpoint.tensors, checkpoint.config, checkpoint.format, path)
+    with system_errors(name):
+        path = _inner(hub.resolve(str(name)))
+        checkpoint = _open(path)
     tokenizer = checkpoint.tokenizer
     if tokenizer is not None and tokenizer.vocab_size > checkpoint.config.vocab_size:
         log.warning(
@@ -121,29 +116,61 @@ def open_checkpoint(name: str | Path) -> Checkpoint:
     return checkpoint
 
 
-def _newest_of_run(path: Path) -> Path:
-    """The newest checkpoint, where `path` is the folder of a training run; else `path`."""
-    folders = [path / "checkpoints", path]
-    for folder in folders if path.is_dir() and not (path / "params").exists() else ():
-        steps = [int(step.name) for step in folder.glob("[0-9]*") if (step / "params" / "_METADATA").exists()]
-        if steps:
-            return folder / str(max(steps))
+def _open(path: Path) -> Checkpoint:
+    """Opens what is there; every error that is no error of the system comes out in words that name it."""
+    try:
+        return _reader(path)(path)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except ValueError as error:
+        raise error if str(path) in str(error) else CheckpointError(f"{path}: {error}") from error
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # the tokenizer libraries raise plain ones
+        raise CheckpointError(
+            f"{path}: a value in its configuration or tokenizer files has the wrong type"
+            f" ({type(error).__name__}: {error}): compare them with those of a model of the same kind"
+        ) from error
+
+
+def _inner(path: Path) -> Path:
+    """The newest checkpoint of a training run's folder, the snapshot of a cached repository; else `path`."""
+    if not path.is_dir() or "params" in (present := listing(path)):
+        return path
+    if "snapshots" in present and "config.json" not in present:
+        return foreign.snapshot(path)
+    for folder in (path / "checkpoints", path):
+        steps = [name for name in listing(folder) if name.isdecimal()] if exists(folder) else []
+        if saved := [int(name) for name in steps if exists(folder / name / "params" / "_METADATA")]:
+            return folder / str(max(saved))
     return path
 
 
 def _reader(path: Path) -> Callable[[Path], Checkpoint]:
-    if path.is_file():
-        if path.suffix in (".safetensors", ".pth", ".bin", ".json"):
-            raise CheckpointError(f"{path}: a part of a checkpoint: give the folder that holds it, {path.parent}")
+    """What opens a file or folder.
+
+    Raises:
+      CheckpointError: it is no checkpoint; says what it is.
+    """
+    if not path.is_dir():
+        foreign.check_file(path)
         return _open_gguf
-    if (path / "params" / "_METADATA").exists():
+    present = listing(path)
+    if exists(path / "params" / "_METADATA"):
         return _open_native
-    if (path / "params.json").exists() and not (path / "config.json").exists():
+    ranks = any(re.fullmatch(r"consolidated.*\.pth", name) for name in present)
+    if "params.json" in present and ("config.json" not in present or (ranks and not has_weights(present))):
         return _open_meta
-    if not (path / "config.json").exists() and (files := sorted(path.glob("*.gguf"))):
-        if len(files) > 1 and "-00001-of-" not in files[0].name:
-            raise CheckpointError(f"{path}: has {len(files)} GGUF files: give one of them")
-        return lambda path: _open_gguf(files[0])
+    if "config.json" in present and has_weights(present):
+        return _open_hf
+    files = [name for name in present if name.endswith(".gguf")]
+    models = [name for name in files if not re.search("mmproj|imatrix", name)] or files
+    if len(models) == 1 or (models and "-00001-of-" in models[0]):
+        return lambda folder: _open_gguf(folder / models[0])
+    if models:
+        raise CheckpointError(f"{path}: has {len(models)} GGUF files: give one of them")
+    if "config.json" not in present and (answer := foreign.folder(path)):
+        raise CheckpointError(f"{path}: {answer}")
     return _open_hf
 
 
@@ -152,43 +179,54 @@ def _open_gguf(path: Path) -> Checkpoint:
     from llama_jax.text.tokenizer import tokenizer_from_gguf
 
     file = read_gguf(path)
+    if answer := diagnose.gguf(file.metadata, file.tensors):
+        raise CheckpointError(f"{path}: {answer}")
     divisors = file.tensors.get("rope_freqs.weight")
     config = presets.from_gguf_metadata(
         file.metadata,
         tie_embeddings="output.weight" not in file.tensors,
         rope_divisors=None if divisors is None else divisors.read().tolist(),
     )
+    settled = verdict.settle(path, "gguf", config, file.tensors, said=file.metadata)
     tokenizer = tokenizer_from_gguf(file.metadata)
     return Checkpoint(
-        path, "gguf", config, file.tensors, tokenizer,
-        lambda: hf_files_from_gguf(file.metadata) if tokenizer else {},
+        path, "gguf", settled.config, settled.tensors, tokenizer,
+        lambda: hf_files_from_gguf(file.metadata) if tokenizer else {}, left_out=settled.left_out,
     )  # fmt: skip
 
 
 def _open_hf(path: Path) -> Checkpoint:
-    folder = read_hf(path)
-    return _folder(path, "hf", presets.from_hf_config(folder.config), folder.tensors)
+    folder = read_hf(path, strict=False)
+    diagnose.check_config(folder.config)
+    config = presets.from_hf_config(folder.config)
+    settled = verdict.settle(
+        path, "hf", config, folder.tensors,
+        said=folder.config, notes=folder.notes, left_out=folder.left_out, absent=folder.absent,
+    )  # fmt: skip
+    return _folder(path, "hf", settled)
 
 
 def _open_meta(path: Path) -> Checkpoint:
     folder = read_meta(path)
-    return _folder(path, "meta", folder.config, folder.tensors)
+    settled = verdict.settle(path, "meta", folder.config, folder.tensors, said=folder.params, notes=folder.notes)
+    return _folder(path, "meta", settled)
 
 
 def _open_native(path: Path) -> Checkpoint:
     from llama_jax.weights.native import read_native
 
-    config = presets.from_hf_config(read_json(path / "config.json", "a native checkpoint describes its model there"))
-    return _folder(path, "native", config, read_native(path, config))
+    said = read_json(path / "config.json", "a native checkpoint describes its model there")
+    config = presets.from_hf_config(said)
+    return _folder(path, "native", verdict.settle(path, "native", config, read_native(path, config), said=said))
 
 
-def _folder(path: Path, format: names.Format, config: ModelConfig, tensors: Mapping[str, Tensor]) -> Checkpoint:
+def _folder(path: Path, format: names.Format, settled: verdict.Settled) -> Checkpoint:
     """A checkpoint whose tokenizer lies beside its weights."""
     from llama_jax.text.export import hf_files, read_files
     from llama_jax.text.tokenizer import load_tokenizer
 
     generation = path / "generation_config.json"
     return Checkpoint(
-        path, format, config, tensors, load_tokenizer(path), lambda: hf_files(read_files(path)),
-        read_json(generation, "") if generation.exists() else {},
+        path, format, settled.config, settled.tensors, load_tokenizer(path), lambda: hf_files(read_files(path)),
+        read_json(generation, "") if exists(generation) else {}, settled.left_out,
     )  # fmt: skip

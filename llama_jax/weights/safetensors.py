@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from llama_jax.weights import foreign
 from llama_jax.weights.sink import Entry, write_pieces
 from llama_jax.weights.source import DOWNLOAD_AGAIN, CheckpointError, Tensor, map_file, plain_tensor
 
@@ -33,6 +34,15 @@ DTYPES = {
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
 }
+# Read, so that it can be said what they are; no Llama has such weights.
+OTHER_DTYPES = {
+    "U16": np.dtype("<u2"),
+    "U32": np.dtype("<u4"),
+    "U64": np.dtype("<u8"),
+    "C64": np.dtype("<c8"),
+    "F8_E8M0": np.dtype("u1"),
+}
+FAULTY = "the program that wrote it was at fault, or the file is damaged: take another file of this model"
 MAX_HEADER = 100_000_000  # bytes; the safetensors library has the same limit
 
 
@@ -55,6 +65,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     length = int.from_bytes(data[:8].tobytes(), "little")
     start = 8 + length
     if start > len(data) or length > MAX_HEADER:
+        if data[8:9].tobytes() != b"{" and (other := foreign.answer(data[:64].tobytes())):
+            raise CheckpointError(f"{path}: {other}")
         raise _damaged(path, f"a header of {length} bytes is announced, in a file of {len(data)}")
     try:
         header = json.loads(data[8:start].tobytes(), object_pairs_hook=_unique)
@@ -72,13 +84,13 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     end = 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1][:2]):
         if entry.first != end:
-            raise _damaged(path, f"{name!r} begins at byte {entry.first} of the data, where {end} is expected")
+            raise _damaged(path, f"{name!r} begins at byte {entry.first} of the data, where {end} is expected", FAULTY)
         end = entry.last
         stored = data[start + entry.first : start + entry.last].view(entry.dtype)
         try:
             tensors[name] = plain_tensor(name, stored.reshape(entry.shape))
         except (ValueError, OverflowError) as error:
-            raise _damaged(path, f"{name!r} has the impossible shape {entry.shape}") from error
+            raise _damaged(path, f"{name!r} has the impossible shape {entry.shape}", FAULTY) from error
     return tensors
 
 
@@ -87,15 +99,16 @@ def _check_entry(path: Path, name: str, entry: Any) -> _Entry:
         case {"dtype": str(kind), "shape": list(shape), "data_offsets": [int(first), int(last)]}:
             pass
         case _:
-            raise _damaged(path, f"the entry of {name!r} lacks dtype, shape or data_offsets")
-    if kind not in DTYPES:
+            raise _damaged(path, f"the entry of {name!r} lacks dtype, shape or data_offsets", FAULTY)
+    dtype = DTYPES.get(kind) or OTHER_DTYPES.get(kind)
+    if dtype is None:
         known = ", ".join(DTYPES)
         raise CheckpointError(f"{path}: {name!r} is stored as {kind}; supported are {known}: use another file")
     if not all(type(size) is int and size >= 0 for size in shape):
-        raise _damaged(path, f"{name!r} has the impossible shape {shape}")
-    if first < 0 or last - first != math.prod(shape) * DTYPES[kind].itemsize:
-        raise _damaged(path, f"{name!r}, {kind} of shape {shape}, cannot lie at bytes {first} to {last}")
-    return _Entry(first, last, DTYPES[kind], shape)
+        raise _damaged(path, f"{name!r} has the impossible shape {shape}", FAULTY)
+    if first < 0 or last - first != math.prod(shape) * dtype.itemsize:
+        raise _damaged(path, f"{name!r}, {kind} of shape {shape}, cannot lie at bytes {first} to {last}", FAULTY)
+    return _Entry(first, last, dtype, shape)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -104,8 +117,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _damaged(path: Path, problem: str) -> CheckpointError:
-    return CheckpointError(f"{path}: {problem}; {DOWNLOAD_AGAIN}")
+def _damaged(path: Path, problem: str, remedy: str = DOWNLOAD_AGAIN) -> CheckpointError:
+    return CheckpointError(f"{path}: {problem}; {remedy}")
 
 
 def write_safetensors(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -43,7 +44,7 @@ class Report:
       nbytes: of all its files.
       write_seconds: reading, converting and writing, until the bytes are on the disk.
       verify_seconds: reading it again and comparing it with the source.
-      warnings: what other programs would do differently with it, in words.
+      warnings: what of the source was left out, and what other programs would do differently with the result, in words.
     """
 
     path: str
@@ -125,7 +126,13 @@ def export(
     destination = Path(os.path.expanduser(destination))
     if destination.resolve() in checkpoint.path.resolve().parents:
         raise FileExistsError(f"{destination}: holds the source, {checkpoint.path}; give another destination")
-    _check_tied(checkpoint)
+    with _in_words(checkpoint, destination, to):
+        return _export(checkpoint, destination, to, options, overwrite=overwrite, verify=verify)
+
+
+def _export(
+    checkpoint: Checkpoint, destination: Path, to: Target, options: Options, *, overwrite: bool, verify: bool
+) -> Report:
     total = _nbytes(checkpoint, to, options)
     with replacing(destination, overwrite=overwrite) as partial:
         free = shutil.disk_usage(partial.parent).free
@@ -134,7 +141,8 @@ def export(
         start = time.perf_counter()
         write = getattr(writers, f"write_{to}")
         with progress("Converting", total) as advance:
-            warnings = [*(write(partial, checkpoint, options, advance) or [])]
+            warnings = [f"left out: {text}" for text in checkpoint.left_out]
+            warnings += write(partial, checkpoint, options, advance) or []
             files = [p for p in partial.rglob("*") if p.is_file()] if partial.is_dir() else [partial]
             sync(files)
         written = time.perf_counter()
@@ -158,17 +166,26 @@ def _check_options(to: str, options: Options) -> None:
         raise ValueError("--shards is for Meta folders: use --to meta, or --max-shard-size for Hugging Face folders")
 
 
-def _check_tied(checkpoint: Checkpoint) -> None:
-    """Refuses a tied model whose file holds another output head besides: which of the two is meant?"""
-    if not checkpoint.config.tie_embeddings or checkpoint.format == "native":
-        return
-    name = names.TABLE[-1].name(checkpoint.format)
-    head = checkpoint.tensors.get(name)
-    if head and not compare_parameter(checkpoint, checkpoint, names.TABLE[0], None, tensor=head).same_bits:
+@contextlib.contextmanager
+def _in_words(checkpoint: Checkpoint, destination: Path, to: str) -> Iterator[None]:
+    """Turns what goes wrong while a checkpoint is written into words that name source, target and remedy.
+
+    Raises:
+      CheckpointError: with the error that it stands for as its cause.
+    """
+    try:
+        yield
+    except (CheckpointError, ConfigError, OSError, MemoryError):
+        raise  # in words already
+    except Exception as error:
+        if isinstance(error, ValueError) and str(checkpoint.path) in str(error):
+            raise
+        found = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        others = " or ".join(other for other in TARGETS if other not in (to, checkpoint.format))
         raise CheckpointError(
-            f"{checkpoint.path}: its configuration ties the output head to the embedding, but {name!r} differs from it:"
-            " remove that tensor, or untie them (tie_word_embeddings, or tie_embeddings in llama_jax.json)"
-        )
+            f"{checkpoint.path}: cannot be written as {to} to {destination} ({found}); nothing was kept there: choose"
+            f" another format ({others}), or mend the file that this names"
+        ) from error
 
 
 def _nbytes(checkpoint: Checkpoint, to: Target, options: Options) -> int:
@@ -261,4 +278,5 @@ def _of_loaded(llama: LoadedLlama) -> Checkpoint:
     origin = llama.checkpoint
     name = origin.path if origin else Path("llama")
     files, generation = (origin.tokenizer_files, origin.generation) if origin else (dict, {})
-    return Checkpoint(name, "native", llama.config, tensors, llama.tokenizer, files, generation)
+    left_out = origin.left_out if origin else ()
+    return Checkpoint(name, "native", llama.config, tensors, llama.tokenizer, files, generation, left_out)

@@ -5,9 +5,12 @@ Tensors are in torch orientation, [out, in], outermost dimension first, whatever
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import mmap
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import ml_dtypes
@@ -20,6 +23,78 @@ DOWNLOAD_AGAIN = "the download or copy was interrupted or damaged: fetch the fil
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read or fetched; the message names the file and the remedy."""
+
+
+class UnreadableError(CheckpointError, OSError):
+    """A file that is there, and that the system does not let us read; says nothing about what is in it."""
+
+
+# What an error of the system means, where its own words leave that open.
+_SYSTEM = {
+    errno.EACCES: "no permission to read it; ask its owner, or `chmod -R u+rX` it",
+    errno.EPERM: "no permission to read it; ask its owner, or `chmod -R u+rX` it",
+    errno.ENOTDIR: "a file stands where this path needs a folder; check the path",
+    errno.ELOOP: "its symbolic links lead round in a circle; check the path",
+    errno.ENAMETOOLONG: "a name in this path is too long; check the path",
+    errno.EIO: "the disk or network cannot read it (input/output error); check the device, then try again",
+    errno.ESTALE: "the network file system has lost it (stale handle); mount it again",
+    errno.EMFILE: "too many files are open; raise the limit with `ulimit -n`",
+}
+
+
+def unreadable(error: OSError, path: object = None) -> UnreadableError:
+    """An error of the system in words that name the file."""
+    path = error.filename if path is None else path
+    named = "" if path is None else f"{os.fsdecode(path) if isinstance(path, bytes) else path}: "
+    words = _SYSTEM.get(error.errno or 0, f"cannot be read ({error.strerror or error})")
+    found = UnreadableError(f"{named}{words}")
+    found.errno = error.errno
+    return found
+
+
+@contextlib.contextmanager
+def system_errors(path: object = None) -> Iterator[None]:
+    """Turns errors of the system into words; `path` names the file where the error does not.
+
+    Raises:
+      UnreadableError: of whatever the system refused.
+    """
+    try:
+        yield
+    except UnreadableError:
+        raise
+    except OSError as error:
+        raise unreadable(error, error.filename or path) from error
+
+
+def exists(path: Path) -> bool:
+    """Whether there is such a file or folder.
+
+    Raises:
+      UnreadableError: the system does not say: a folder above it may not be searched, say.
+    """
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise unreadable(error, path) from error
+    return True
+
+
+def link_to_nothing(path: Path) -> str:
+    """Says where a link leads that leads nowhere, as a copy of the Hub's cache without its blobs has them; else ""."""
+    return f": it is a link to {os.readlink(path)}, which is not there; copy what it means" if path.is_symlink() else ""
+
+
+def listing(folder: Path) -> list[str]:
+    """Names of what is in a folder, sorted; `Path.glob` finds nothing in a folder that may not be read.
+
+    Raises:
+      UnreadableError: it may not be read.
+    """
+    with system_errors(folder):
+        return sorted(os.listdir(folder))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,17 +170,15 @@ def map_file(path: Path) -> np.ndarray:
     Raises:
       CheckpointError: no such file, not a file, not readable, empty, or a Git LFS pointer.
     """
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such file")
+    if not exists(path):
+        raise CheckpointError(f"{path}: no such file{link_to_nothing(path)}")
     if not path.is_file():
-        raise CheckpointError(f"{path}: not a file")
-    try:
-        with path.open("rb") as file:
-            if path.stat().st_size == 0:
-                raise CheckpointError(f"{path}: the file is empty; {DOWNLOAD_AGAIN}")
-            data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be opened ({error.strerror or error})") from error
+        kind = "but a folder: give what is in it" if path.is_dir() else "but a pipe or device"
+        raise CheckpointError(f"{path}: not a file, {kind}")
+    with system_errors(path), path.open("rb") as file:
+        if path.stat().st_size == 0:
+            raise CheckpointError(f"{path}: the file is empty; {DOWNLOAD_AGAIN}")
+        data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
     if data[:40].tobytes().startswith(b"version https://git-lfs."):
         raise CheckpointError(f"{path}: a Git LFS pointer, not the weights; run `git lfs pull` in its folder")
     return data

@@ -1,104 +1,91 @@
 """torch's files (`.pth`, `.bin`), read and written without torch, and without running what is in them.
 
 Such a file is a zip archive whose members are stored, not compressed: `*/data.pkl` describes a dictionary of tensors,
-and `*/data/N` is storage N, plain numbers that any number of tensors may be views of. A pickle is a program. The few
-instructions that a dictionary of tensors takes are carried out here, not by the pickle module, whose memory and time a
-hostile file could spend at will even where no class is found; all others are refused.
+and `*/data/N` is storage N, plain numbers that any number of tensors may be views of. `unpickle` reads the former.
 """
 
 from __future__ import annotations
 
 import contextlib
-import enum
 import io
 import math
 import pickle
-import pickletools
 import re
 import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import ml_dtypes
 import numpy as np
 
+from llama_jax.weights import foreign
 from llama_jax.weights.sink import Entry, write_pieces
 from llama_jax.weights.source import DOWNLOAD_AGAIN, CheckpointError, Tensor, map_file, plain_tensor
+from llama_jax.weights.unpickle import DTYPES as DTYPES
+from llama_jax.weights.unpickle import MAX_PICKLE as MAX_PICKLE
+from llama_jax.weights.unpickle import STORAGES, Call, unpickle
 
-STORAGES = {
-    "torch DoubleStorage": np.dtype("<f8"),
-    "torch FloatStorage": np.dtype("<f4"),
-    "torch HalfStorage": np.dtype("<f2"),
-    "torch BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
-    "torch LongStorage": np.dtype("<i8"),
-    "torch IntStorage": np.dtype("<i4"),
-    "torch ShortStorage": np.dtype("<i2"),
-    "torch CharStorage": np.dtype("i1"),
-    "torch ByteStorage": np.dtype("u1"),
-    "torch BoolStorage": np.dtype("?"),
-}
-UNTYPED = "torch.storage UntypedStorage"
-# Numbers that have no storage class of their own: untyped bytes, and the tensor says what they are.
-DTYPES = {
-    "torch float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
-    "torch float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
-    "torch uint16": np.dtype("<u2"),
-    "torch uint32": np.dtype("<u4"),
-    "torch uint64": np.dtype("<u8"),
-}
+# Entries that hold the model where a file holds more, as DeepSpeed ("module"), Lightning ("state_dict") and others do.
+CONTAINERS = ("model", "state_dict", "module", "model_state_dict", "model_state", "network", "weights")
+DEPTH = 8  # of dictionaries inside each other
 
-
-class _Call(enum.StrEnum):
-    """The functions that a pickle may call."""
-
-    DICT = "collections OrderedDict"
-    TENSOR = "torch._utils _rebuild_tensor_v2"
-    TENSOR_OF_DTYPE = "torch._utils _rebuild_tensor_v3"
-    PARAMETER = "torch._utils _rebuild_parameter"
-
-
-ALLOWED = frozenset([*STORAGES, UNTYPED, *DTYPES, *_Call])
-
-# Bytes; the 405B model's pickle has 300 KB, its zip directory 100 KB. As Python objects, up to 80 times as much.
-MAX_PICKLE = MAX_DIRECTORY = 4_000_000
-MAX_DIMS = 64  # numpy's limit
-
+MAX_DIRECTORY = 4_000_000  # bytes; the 405B model's has 100 KB
 SAVE_AGAIN = "load it with torch.load(..., weights_only=True) and torch.save it again, with torch 1.6 or later"
 
 
 def read_torch_file(path: Path) -> dict[str, Tensor]:
-    """Opens what `torch.save` wrote: a dictionary of tensors, alone or as the entry "model" or "state_dict" of another.
+    """Opens what `torch.save` wrote: a dictionary of tensors, alone or as an entry of another, such as "model".
 
     Args:
       path: the file.
 
     Returns:
       Name -> tensor, in the order of the file, by the strides that it states; `Tensor.read` gives views of the mapped
-      file. Entries that are no tensors are left out.
+      file. Entries that are no tensors are left out, and so is what a trainer keeps beside the model.
 
     Raises:
       CheckpointError: not such a file, damaged, cut short, of an unsupported kind, or with code in it.
     """
     data = map_file(path)
-    members = _read_zip(path, data)
+    members, crc = _read_zip(path, data)
     if members.get("byteorder", np.empty(0, np.uint8)).tobytes() == b"big":
         raise CheckpointError(
             f"{path}: its numbers are big-endian; load it on such a machine and save it as safetensors"
         )
-    content = _Unpickler(path, members).load()
-    for key in ("model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
+    content = _model_in(unpickle(path, members, crc))
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds no dictionary of tensors; save the model's state_dict()")
-    return {
-        name: plain_tensor(name, array)
-        for name, array in content.items()
-        if isinstance(name, str) and isinstance(array, np.ndarray)
-    }
+    if {"state", "param_groups"} <= content.keys():
+        raise CheckpointError(f"{path}: the state of an optimizer, not of a model; give the model's own file")
+    return {name: plain_tensor(name, array) for name, array in _arrays(content)}
+
+
+def _model_in(content: Any) -> Any:
+    """The dictionary of the model, where a trainer saved it among others."""
+    for _ in range(DEPTH):
+        found = [key for key in CONTAINERS if isinstance(content, dict) and isinstance(content.get(key), dict)]
+        if not found:
+            break
+        content = content[found[0]]
+    return content
+
+
+def _arrays(content: dict[Any, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and array of each tensor; of dictionaries inside each other only where there is none at the top."""
+    waiting, seen = [("", content)], {id(content)}  # each once: a hostile file holds one under many names
+    while waiting:
+        prefix, inner = waiting.pop(0)
+        items = {f"{prefix}{name}": value for name, value in inner.items() if isinstance(name, str)}
+        found = [(name, value) for name, value in items.items() if isinstance(value, np.ndarray)]
+        yield from found
+        if found and not prefix:
+            return
+        for name, value in items.items():
+            if isinstance(value, dict) and id(value) not in seen and name.count(".") < DEPTH:
+                seen.add(id(value))
+                waiting.append((f"{name}.", value))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -118,12 +105,12 @@ class _Directory(io.FileIO):
         return super().read(size)
 
 
-def _read_zip(path: Path, data: np.ndarray) -> dict[str, np.ndarray]:
-    """Members of the archive, without their common folder: name -> uint8 view of `data`."""
+def _read_zip(path: Path, data: np.ndarray) -> tuple[dict[str, np.ndarray], int]:
+    """Members of the archive, without their common folder: name -> uint8 view of `data`; and the CRC of data.pkl."""
     if data[:4].tobytes() != b"PK\3\4":
         if data[:1].tobytes() == b"\x80" or data[257:262].tobytes() == b"ustar":
             raise CheckpointError(f"{path}: a torch file of the old format, from before version 1.6; {SAVE_AGAIN}")
-        raise CheckpointError(f"{path}: not a torch file; {DOWNLOAD_AGAIN}")
+        raise CheckpointError(f"{path}: not a torch file; {foreign.answer(data[:64].tobytes()) or DOWNLOAD_AGAIN}")
     try:
         with _Directory(path) as file, zipfile.ZipFile(file) as archive:
             infos, end = archive.infolist(), archive.start_dir
@@ -147,174 +134,12 @@ def _read_zip(path: Path, data: np.ndarray) -> dict[str, np.ndarray]:
     roots = [match[1] for name in members if (match := re.fullmatch(r"([^/]*/|)data\.pkl", name))]
     if len(roots) != 1:
         raise CheckpointError(f"{path}: a zip archive without data.pkl, not a torch file; give a .pth or .bin file")
-    return {name.removeprefix(roots[0]): member for name, member in members.items() if name.startswith(roots[0])}
+    crc = next(info.CRC for info in infos if info.filename == f"{roots[0]}data.pkl")
+    return {name.removeprefix(roots[0]): member for name, member in members.items() if name.startswith(roots[0])}, crc
 
 
 def _damaged(path: Path, problem: str) -> CheckpointError:
     return CheckpointError(f"{path}: {problem}; {DOWNLOAD_AGAIN}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The pickle
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class _Global(NamedTuple):
-    """A class or function that the pickle names; never more than its name, "module name"."""
-
-    name: str
-
-
-class _Storage(NamedTuple):
-    """The bytes of a storage, uint8, and what numbers they are, if the storage says."""
-
-    data: np.ndarray
-    dtype: np.dtype | None
-
-
-class _Unpickler:
-    """Carries out the instructions of `data.pkl` that build a dictionary of tensors, and no others.
-
-    `pickletools` checks every length against the bytes that there are. Values are literals, tuples, lists, dicts, the
-    two classes above, and tensors as numpy views of the file.
-    """
-
-    def __init__(self, path: Path, members: dict[str, np.ndarray]):
-        self.path = path
-        self.members = members
-        self.stack: list[Any] = []
-        self.below: list[list[Any]] = []  # the stacks below each mark
-        self.memo: dict[int, Any] = {}
-
-    def load(self) -> Any:
-        program = self.members["data.pkl"]
-        if len(program) > MAX_PICKLE:
-            raise CheckpointError(
-                f"{self.path}: its data.pkl has {len(program)} bytes, more than the {MAX_PICKLE} of any Llama; save the"
-                " model's state_dict() alone"
-            )
-        try:
-            for opcode, argument, _ in pickletools.genops(program.tobytes()):
-                self.step(opcode.name, argument)
-            return self.stack.pop()
-        except CheckpointError:
-            raise
-        except (ValueError, TypeError, IndexError, KeyError, OverflowError) as error:
-            raise _damaged(self.path, f"its data.pkl cannot be read ({str(error)[:200]})") from error
-
-    def step(self, opcode: str, argument: Any) -> None:
-        stack = self.stack
-        match opcode:
-            case "PROTO" | "FRAME" | "STOP":
-                pass
-            case "BINUNICODE" | "SHORT_BINUNICODE" | "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT":
-                stack.append(argument)
-            case "NONE" | "NEWTRUE" | "NEWFALSE":
-                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[opcode])
-            case "EMPTY_TUPLE" | "EMPTY_LIST" | "EMPTY_DICT":
-                stack.append({"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict}[opcode]())
-            case "BINPUT" | "LONG_BINPUT":
-                self.memo[argument] = stack[-1]
-            case "MEMOIZE":
-                self.memo[len(self.memo)] = stack[-1]
-            case "BINGET" | "LONG_BINGET":
-                stack.append(self.memo[argument])
-            case "MARK":
-                self.below.append(stack)
-                self.stack = []
-            case "TUPLE" | "APPENDS" | "SETITEMS":
-                self.stack = self.below.pop()
-                self.collect(opcode, stack)
-            case "TUPLE1" | "TUPLE2" | "TUPLE3" | "APPEND" | "SETITEM":
-                count = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2}[opcode]
-                self.collect(opcode, [stack.pop() for _ in range(count)][::-1])
-            case "BUILD":  # the state of an OrderedDict, such as the _metadata of a module's
-                stack.pop()
-                _expect(stack[-1], dict)
-            case "GLOBAL":
-                stack.append(self.find(argument))
-            case "STACK_GLOBAL":
-                name, module = stack.pop(), stack.pop()
-                stack.append(self.find(f"{module} {name}"))
-            case "BINPERSID":
-                stack.append(self.storage(stack.pop()))
-            case "REDUCE":
-                arguments, function = stack.pop(), stack.pop()
-                stack.append(self.call(function, arguments))
-            case _:
-                raise self.refused(f"the pickle instruction {opcode} {argument}")
-
-    def collect(self, opcode: str, items: list[Any]) -> None:
-        """Puts items into a new tuple, or into the list or dict on top of the stack."""
-        if opcode.startswith("TUPLE"):
-            self.stack.append(tuple(items))
-        elif opcode.startswith("APPEND"):
-            _expect(self.stack[-1], list).extend(items)
-        else:
-            for key, value in zip(items[::2], items[1::2], strict=True):
-                if not isinstance(key, (str, int)):  # the hash of a deep tuple would end the process
-                    raise ValueError(f"a key of type {type(key).__name__}")
-                _expect(self.stack[-1], dict)[key] = value
-
-    def find(self, name: str) -> _Global:
-        if name not in ALLOWED:
-            raise self.refused(name.replace(" ", ".", 1))
-        return _Global(name)
-
-    def refused(self, what: str) -> CheckpointError:
-        return CheckpointError(
-            f"{self.path}: asks for {what[:200]}, which is not part of a checkpoint: do not trust this file; take the"
-            " weights from elsewhere, best as safetensors"
-        )
-
-    def storage(self, persistent_id: Any) -> _Storage:
-        match persistent_id:
-            case ("storage", _Global(kind), str(key), str(), int(count)) if kind in STORAGES or kind == UNTYPED:
-                dtype = STORAGES.get(kind)
-            case _:
-                raise ValueError("a storage is not described as one")
-        member = self.members.get(f"data/{key}")
-        size = count * (dtype.itemsize if dtype else 1)
-        if member is None or not 0 <= size <= len(member):
-            held = "is not there" if member is None else f"has {len(member)}"
-            raise ValueError(f"storage {key[:100]!r} shall have {size} bytes, and {held}")
-        return _Storage(member[:size], dtype)
-
-    def call(self, function: Any, arguments: Any) -> Any:
-        match (_expect(function, _Global).name, *_expect(arguments, tuple)):
-            case (_Call.DICT,):
-                return {}
-            case (_Call.PARAMETER, np.ndarray() as tensor, *_):
-                return tensor
-            case (_Call.TENSOR, _Storage(data, np.dtype() as dtype), offset, tuple(shape), tuple(strides), *_):
-                return _view(data, dtype, offset, shape, strides)
-            case (
-                _Call.TENSOR_OF_DTYPE, _Storage(data), offset, tuple(shape), tuple(strides), _, _, _Global(kind), *_
-            ) if kind in DTYPES:  # fmt: skip
-                return _view(data, DTYPES[kind], offset, shape, strides)
-            case (name, *_):
-                raise ValueError(f"the arguments of {name} are wrong")
-
-
-def _expect(value: Any, kind: type) -> Any:
-    if type(value) is not kind:
-        raise TypeError(f"a {type(value).__name__}, where a {kind.__name__} is expected")
-    return value
-
-
-def _view(data: np.ndarray, dtype: np.dtype, offset: Any, shape: tuple, strides: tuple) -> np.ndarray:
-    """A view of a storage as torch describes it: offset and strides count numbers, not bytes."""
-    if not len(shape) == len(strides) <= MAX_DIMS or any(
-        type(n) is not int or not 0 <= n < 2**63 for n in (offset, *shape, *strides)
-    ):
-        raise ValueError("a tensor has an impossible offset, shape or stride")
-    stored, count = len(data) // dtype.itemsize, math.prod(shape)
-    end = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) + 1 if count else 0
-    if max(count, end) > stored:  # more numbers than the storage has: torch's `expand`, which no weight needs
-        raise ValueError(f"a tensor of shape {list(shape)} is cut from a storage of {stored} numbers, and needs {end}")
-    if not count:
-        return np.empty(shape, dtype)
-    return np.ndarray(shape, dtype, data, offset * dtype.itemsize, [stride * dtype.itemsize for stride in strides])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -358,14 +183,14 @@ def _pickled(entries: Sequence[Entry]) -> bytes:
         return b"c" + x.replace(" ", "\n").encode() + b"\n"
 
     storages = {dtype: storage for storage, dtype in STORAGES.items()}
-    empty_dict = name(_Call.DICT) + b")R"
+    empty_dict = name(Call.DICT) + b")R"
     parts = [b"\x80\2", empty_dict, b"("]
     for key, entry in enumerate(entries):
         storage = b"(" + value("storage") + name(storages[entry.dtype])
         storage += value(str(key)) + value("cpu") + value(math.prod(entry.shape)) + b"tQ"
         strides = tuple(math.prod(entry.shape[axis + 1 :]) for axis in range(len(entry.shape)))
         arguments = storage + value(0) + value(entry.shape) + value(strides) + value(False) + empty_dict
-        parts += [value(entry.name), name(_Call.TENSOR), b"(", arguments, b"tR"]
+        parts += [value(entry.name), name(Call.TENSOR), b"(", arguments, b"tR"]
     return b"".join([*parts, b"u."])
 
 

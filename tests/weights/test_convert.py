@@ -372,17 +372,21 @@ def test_numbers_that_no_format_keeps_need_a_dtype(tmp_path):
         assert convert(tmp_path / "hf", tmp_path / to, to=to, dtype="float32").dtype == "float32"
 
 
-def test_a_tied_model_with_another_head_is_refused(tmp_path):
+def test_a_tied_model_with_another_head_keeps_it(tmp_path):
+    """An equal head is none of its own; another one is what transformers computes with, and is written."""
     config = VARIANTS["tied, factor 8"]
     hf = hf_folder(tmp_path / "hf", config, "float32")
     tensors = stored(hf)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-    safetensors.torch.save_file(tensors, hf / "model.safetensors")
+    safetensors.torch.save_file(tensors, hf / "model.safetensors", {"format": "pt"})
     convert(hf, tmp_path / "same", to="hf")
+    assert stored(tmp_path / "same").keys() == tensors.keys() - {"lm_head.weight"}
     tensors["lm_head.weight"][-1, -1] += 1
-    safetensors.torch.save_file(tensors, hf / "model.safetensors")
-    with pytest.raises(ValueError, match="ties the output head to the embedding, but 'lm_head.weight' differs"):
-        convert(hf, tmp_path / "out", to="meta")
+    safetensors.torch.save_file(tensors, hf / "model.safetensors", {"format": "pt"})
+    convert(hf, tmp_path / "out", to="hf")
+    oracle = transformers.LlamaForCausalLM.from_pretrained(hf).lm_head.weight
+    assert torch.equal(stored(tmp_path / "out")["lm_head.weight"], oracle)
+    assert not json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"]
 
 
 def test_a_damaged_native_checkpoint_is_refused(tmp_path):
