@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 class ConfigError(ValueError):
@@ -28,7 +29,7 @@ def _check_positive(scaling: AnyRopeScaling, *names: str) -> None:
         raise ConfigError(f"RoPE scaling: original_max_seq_len must be an integer, got {length}")
 
 
-def _float32(x: float) -> float:
+def float32(x: float) -> float:
     """The nearest float32. Sums, products and quotients of two float32 numbers may be rounded through float64."""
     return struct.unpack("<f", struct.pack("<f", x))[0]
 
@@ -77,8 +78,8 @@ class RopeScaling:
           theta: RoPE's base.
         """
         del theta
-        plain = [_float32(1 / power) for power in powers]
-        return [_float32(f / _float32(self.divisor(f))) for f in plain]
+        plain = [float32(1 / power) for power in powers]
+        return [float32(f / float32(self.divisor(f))) for f in plain]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +104,7 @@ class LinearScaling:
     def frequencies(self, powers: Sequence[float], theta: float) -> list[float]:
         """Radians per position of each pair; arguments as `RopeScaling.frequencies`."""
         del theta
-        return [_float32(_float32(1 / power) / _float32(self.factor)) for power in powers]
+        return [float32(float32(1 / power) / float32(self.factor)) for power in powers]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,18 +150,18 @@ class YarnScaling:
         """Radians per position of each pair; arguments as `RopeScaling.frequencies`."""
         found = []
         for power, blend in zip(powers, self._blends(2 * len(powers), theta), strict=True):
-            kept = _float32(1 - blend)
-            divided = _float32(1 / _float32(_float32(self.factor) * power))
-            plain = _float32(1 / power)
-            found.append(_float32(_float32(divided * _float32(1 - kept)) + _float32(plain * kept)))
+            kept = float32(1 - blend)
+            divided = float32(1 / float32(float32(self.factor) * power))
+            plain = float32(1 / power)
+            found.append(float32(float32(divided * float32(1 - kept)) + float32(plain * kept)))
         return found
 
     def _blends(self, head_dim: int, theta: float) -> list[float]:
         """How far each pair is divided, from 0 to 1, in float32 as transformers has it."""
         low, high = self._bounds(head_dim, theta)
-        width = _float32(high - low) or _float32(0.001)
+        width = float32(high - low) or float32(0.001)
         indices = range(head_dim // 2)
-        return [min(max(_float32(_float32(i - _float32(low)) / width), 0.0), 1.0) for i in indices]
+        return [min(max(float32(float32(i - float32(low)) / width), 0.0), 1.0) for i in indices]
 
     def _bounds(self, head_dim: int, theta: float) -> tuple[float, float]:
         """The indices between which the blend goes from 0 to 1."""
@@ -186,6 +187,32 @@ def yarn_attention_factor(factor: float, mscale: float | None = None, mscale_all
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
     return magnitude(mscale) / magnitude(mscale_all_dim) if mscale and mscale_all_dim else magnitude(1)
+
+
+# How our own files name a kind; Llama 3.1's has no name.
+_KINDS: dict[str | None, type[AnyRopeScaling]] = {None: RopeScaling, "linear": LinearScaling, "yarn": YarnScaling}
+
+
+def scaling_to_json(scaling: AnyRopeScaling) -> dict[str, Any]:
+    """A scaling as our own files have it: its kind, if not Llama 3.1's, and its fields."""
+    kind = next(name for name, kind in _KINDS.items() if isinstance(scaling, kind))
+    return ({} if kind is None else {"kind": kind}) | dataclasses.asdict(scaling)
+
+
+def scaling_from_json(content: Any, where: str) -> AnyRopeScaling:
+    """The scaling of `scaling_to_json`.
+
+    Raises:
+      ConfigError: not such an object, or with impossible numbers.
+    """
+    values = dict(content) if isinstance(content, Mapping) else {}
+    name = values.pop("kind", None)
+    if not isinstance(name, str | None) or name not in _KINDS:
+        raise ConfigError(f"{where}: rope_scaling is of the unknown kind {name!r}, not linear or yarn")
+    names = [field.name for field in dataclasses.fields(_KINDS[name])]
+    if set(values) != set(names) or not all(isinstance(value, (int, float)) for value in values.values()):
+        raise ConfigError(f"{where}: rope_scaling must be null or give numbers for {', '.join(names)}")
+    return _KINDS[name](**values)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,15 +14,22 @@ from llama_jax.config import (
     ModelConfig,
     RopeScaling,
     YarnScaling,
+    float32,
+    scaling_from_json,
+    scaling_to_json,
     yarn_attention_factor,
 )
 from llama_jax.config_keys import check_keys, divide, need, number
 
 WHERE = "GGUF metadata"
-# Keys of our own, which say what `rope_freqs.weight` was made from where that tensor alone would be read wrongly.
-_OWN = "llama_jax.rope."
-_OWN_KEYS = {"original_max_seq_len": "original_context_length"}  # spelled otherwise than our fields
-_OWN_KINDS: dict[str, type[RopeScaling | YarnScaling]] = {"llama3": RopeScaling, "yarn": YarnScaling}
+# Keys of our own: what `rope_freqs.weight` was made from, where that tensor alone would be read as another scaling.
+_OWN_LLAMA3 = {
+    "llama_jax.rope.factor": "factor",
+    "llama_jax.rope.low_freq_factor": "low_freq_factor",
+    "llama_jax.rope.high_freq_factor": "high_freq_factor",
+    "llama_jax.rope.original_context_length": "original_max_seq_len",
+}
+_OWN = "llama_jax.rope_scaling"  # JSON: any other scaling that the keys of llama.cpp do not say to the last digit
 
 
 def from_gguf_metadata(
@@ -98,38 +105,45 @@ def _scaling(
             raise ConfigError(
                 f"GGUF: rope_freqs.weight has {len(divisors)} values, expected head_dim / 2 = {head_dim // 2}"
             )
-        if own := _own_scaling(metadata):
-            return _agreeing(own, divisors, head_dim, theta)
+    if _OWN in metadata:
+        return _own_scaling(metadata, divisors, head_dim, theta)
     by_keys = _scaling_of_keys(metadata, context)
-    if divisors is None or all(d == 1.0 for d in divisors):
+    said = {name: metadata[key] for key, name in _OWN_LLAMA3.items() if key in metadata}
+    if divisors is None or (len(said) < len(_OWN_LLAMA3) and all(d == 1.0 for d in divisors)):
         return by_keys
     if by_keys is not None:
         raise ConfigError(f"GGUF: both llama.rope.scaling ({by_keys}) and rope_freqs.weight: not supported")
-    return _agreeing(RopeScaling(shortest(max(*divisors, 1.0)), 1.0, 4.0, 8192), divisors, head_dim, theta)
-
-
-def _agreeing(
-    scaling: RopeScaling | YarnScaling, divisors: list[float], head_dim: int, theta: float
-) -> RopeScaling | YarnScaling:
-    """A scaling, if its divisors are those of `rope_freqs.weight`."""
-    expected = scaling.divisors(head_dim, theta)
-    if not all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(divisors, expected, strict=True)):
+    scaling = RopeScaling(shortest(max(*divisors, 1.0)), 1.0, 4.0, 8192)
+    if len(said) == len(_OWN_LLAMA3):
+        original = said.pop("original_max_seq_len")
+        scaling = RopeScaling(**{name: shortest(value) for name, value in said.items()}, original_max_seq_len=original)
+    if not _close(divisors, scaling.divisors(head_dim, theta)):
         raise ConfigError("GGUF: rope_freqs.weight is not Llama 3.1's frequency scaling: not supported")
     return scaling
 
 
-def _own_scaling(metadata: Mapping[str, Any]) -> RopeScaling | YarnScaling | None:
-    kind = _OWN_KINDS.get(metadata.get(f"{_OWN}type", "llama3"))
-    if kind is None:
-        return None
-    said = {}
-    for field in dataclasses.fields(kind):
-        key = f"{_OWN}{_OWN_KEYS.get(field.name, field.name)}"
-        if key not in metadata:
-            return None
-        value = metadata[key]
-        said[field.name] = shortest(value) if isinstance(value, float) else value
-    return kind(**said)
+def _close(divisors: list[float] | None, expected: list[float] | None) -> bool:
+    if divisors is None or expected is None:
+        return (divisors or expected) is None
+    return all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(divisors, expected, strict=True))
+
+
+def _own_scaling(
+    metadata: Mapping[str, Any], divisors: list[float] | None, head_dim: int, theta: float
+) -> AnyRopeScaling:
+    """The scaling that a key of our own says, if llama.cpp reads the same from the rest of the file."""
+    try:
+        scaling = scaling_from_json(json.loads(metadata[_OWN]), f"GGUF: {_OWN}")
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"GGUF: {_OWN}: {error}") from None
+    keys = _scaling_keys(scaling)
+    agree = _close(divisors, _freqs(scaling, head_dim, theta)) and metadata.keys() >= keys.keys()
+    for key, value in keys.items() if agree else ():
+        found = metadata[key]
+        agree &= math.isclose(found, value, rel_tol=1e-6) if isinstance(value, float) else found == value
+    if not agree:
+        raise ConfigError(f"GGUF: {_OWN} says {scaling}, and llama.rope.scaling or rope_freqs.weight something else")
+    return scaling
 
 
 def _scaling_of_keys(metadata: Mapping[str, Any], context: int) -> LinearScaling | YarnScaling | None:
@@ -180,7 +194,7 @@ def to_gguf_metadata(config: ModelConfig) -> dict[str, Any]:
     """Writes the `llama.*` keys, RoPE scaling with them where llama.cpp computes it from keys. What it does not goes
     into `rope_freqs.weight`: see `rope_divisors`.
 
-    Where that tensor alone would be read back wrongly, keys of our own say what it was made from.
+    Where both together would be read back as another scaling, keys of our own say which it is.
     """
     metadata = {
         "general.architecture": "llama",
@@ -201,33 +215,38 @@ def to_gguf_metadata(config: ModelConfig) -> dict[str, Any]:
 
 
 def _scaling_metadata(config: ModelConfig) -> dict[str, Any]:
-    scaling, prefix = config.rope_scaling, "llama.rope.scaling."
-    if isinstance(scaling, LinearScaling):
-        return {f"{prefix}type": "linear", f"{prefix}factor": float(scaling.factor)}
-    attention = {}
-    if isinstance(scaling, YarnScaling):
-        usual = yarn_attention_factor(scaling.factor)
-        if _is_usual(scaling):
-            attention = {f"{prefix}attn_factor": scaling.attention_factor / usual}
-            return {
-                f"{prefix}type": "yarn",
-                f"{prefix}factor": float(scaling.factor),
-                f"{prefix}original_context_length": scaling.original_max_seq_len,
-            } | (attention if scaling.attention_factor != usual else {})
-        attention = {f"{prefix}type": "none", f"{prefix}attn_factor": scaling.attention_factor}
-    divisors = rope_divisors(config)
-    if scaling is None or divisors is None:
+    """What is said of RoPE scaling beside `rope_freqs.weight`."""
+    scaling = config.rope_scaling
+    if scaling is None:
         return {}
+    keys = _scaling_keys(scaling)
+    stored = {key: float32(value) if isinstance(value, float) else value for key, value in keys.items()}
     try:
-        read = _scaling({}, divisors, config.head_dim, config.rope_theta, config.max_seq_len)
+        read = _scaling(stored, rope_divisors(config), config.head_dim, config.rope_theta, config.max_seq_len)
     except ConfigError:
         read = None
     if read == scaling:
+        return keys
+    if isinstance(scaling, RopeScaling):
+        return {key: getattr(scaling, name) for key, name in _OWN_LLAMA3.items()}
+    return keys | {_OWN: json.dumps(scaling_to_json(scaling))}
+
+
+def _scaling_keys(scaling: AnyRopeScaling) -> dict[str, Any]:
+    """The keys from which llama.cpp computes a scaling, or what of it is not in `rope_freqs.weight`."""
+    prefix = "llama.rope.scaling."
+    if isinstance(scaling, LinearScaling):
+        return {f"{prefix}type": "linear", f"{prefix}factor": float(scaling.factor)}
+    if isinstance(scaling, RopeScaling):
         return {}
-    kind = next(name for name, kind in _OWN_KINDS.items() if isinstance(scaling, kind))
-    values = {_OWN_KEYS.get(name, name): value for name, value in dataclasses.asdict(scaling).items()}
-    own = {f"{_OWN}{name}": value for name, value in values.items()}
-    return own if kind == "llama3" else own | {f"{_OWN}type": kind} | attention
+    if not _is_usual(scaling):
+        return {f"{prefix}type": "none", f"{prefix}attn_factor": float(scaling.attention_factor)}
+    attention = scaling.attention_factor / yarn_attention_factor(scaling.factor)
+    return {
+        f"{prefix}type": "yarn",
+        f"{prefix}factor": float(scaling.factor),
+        f"{prefix}original_context_length": scaling.original_max_seq_len,
+    } | ({f"{prefix}attn_factor": attention} if attention != 1 else {})
 
 
 def _is_usual(scaling: YarnScaling) -> bool:
@@ -239,13 +258,13 @@ def rope_divisors(config: ModelConfig) -> list[float] | None:
     """Values of GGUF's `rope_freqs.weight` [H / 2], or None where the model has no RoPE scaling, or one that is said in
     keys alone."""
     scaling = config.rope_scaling
-    if (
-        scaling is None
-        or isinstance(scaling, LinearScaling)
-        or (isinstance(scaling, YarnScaling) and _is_usual(scaling))
-    ):
-        return None
-    return scaling.divisors(config.head_dim, config.rope_theta)
+    return None if scaling is None else _freqs(scaling, config.head_dim, config.rope_theta)
+
+
+def _freqs(scaling: AnyRopeScaling, head_dim: int, theta: float) -> list[float] | None:
+    if isinstance(scaling, RopeScaling) or (isinstance(scaling, YarnScaling) and not _is_usual(scaling)):
+        return scaling.divisors(head_dim, theta)
+    return None
 
 
 def shortest(value: float) -> float:

@@ -8,14 +8,20 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from llama_jax.config import AnyRopeScaling, ConfigError, LinearScaling, ModelConfig, RopeScaling, YarnScaling
+from llama_jax.config import (
+    ConfigError,
+    LinearScaling,
+    ModelConfig,
+    RopeScaling,
+    YarnScaling,
+    scaling_from_json,
+    scaling_to_json,
+)
 from llama_jax.config_keys import check_keys, divide, either, inner_params, need, number, unscaled_keys
 
 # What `llama_jax.json` may say beside Meta's file, under our own names: params.json has no key for it, or not always.
 _META_EXTRA = ("head_dim", "max_seq_len", "rope_theta", "rope_scaling", "tie_embeddings")
 META_SCALING = RopeScaling(8.0, 1.0, 4.0, 8192)  # the only one that Meta's code computes
-# How `llama_jax.json` names the kind of a scaling; Llama 3.1's has no name.
-_KINDS: dict[str | None, type[AnyRopeScaling]] = {None: RopeScaling, "linear": LinearScaling, "yarn": YarnScaling}
 
 
 def meta_mlp_dim(dim: int, multiple_of: int, ffn_dim_multiplier: float | None) -> int:
@@ -52,7 +58,7 @@ def from_meta_params(
     if not isinstance(fields["tie_embeddings"], bool):
         raise ConfigError(f"llama_jax.json: tie_embeddings must be true or false, got {fields['tie_embeddings']!r}")
     if extra.get("rope_scaling") is not None:
-        fields["rope_scaling"] = _meta_scaling(extra["rope_scaling"])
+        fields["rope_scaling"] = scaling_from_json(extra["rope_scaling"], "llama_jax.json")
     return ModelConfig(**fields)
 
 
@@ -106,21 +112,6 @@ def _meta_fields(params: Mapping[str, Any], vocab_size: int | None) -> dict[str,
     }
 
 
-def _meta_scaling(scaling: Any) -> AnyRopeScaling:
-    """The scaling of a `llama_jax.json`."""
-    values = dict(scaling) if isinstance(scaling, Mapping) else {}
-    name = values.pop("kind", None)
-    if name not in _KINDS:
-        raise ConfigError(
-            f"llama_jax.json: rope_scaling is of the unknown kind {name!r}; there are 'linear' and 'yarn'"
-        )
-    kind = _KINDS[name]
-    names = [field.name for field in dataclasses.fields(kind)]
-    if set(values) != set(names) or not all(isinstance(value, (int, float)) for value in values.values()):
-        raise ConfigError(f"llama_jax.json: rope_scaling must be null or give numbers for {', '.join(names)}")
-    return kind(**values)
-
-
 def to_meta_params(config: ModelConfig) -> dict[str, Any]:
     """Writes Meta's `params.json` as Meta's code of the same generation takes it, which refuses keys that it has not.
 
@@ -163,9 +154,7 @@ def to_meta_extra(config: ModelConfig) -> dict[str, Any]:
     read = _meta_fields(to_meta_params(config), config.vocab_size)
     extra = {name: getattr(config, name) for name in _META_EXTRA if getattr(config, name) != read[name]}
     if extra.get("rope_scaling") is not None:
-        scaling = extra["rope_scaling"]
-        kind = next(name for name, kind in _KINDS.items() if isinstance(scaling, kind))
-        extra["rope_scaling"] = ({} if kind is None else {"kind": kind}) | dataclasses.asdict(scaling)
+        extra["rope_scaling"] = scaling_to_json(extra["rope_scaling"])
     return extra
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +106,18 @@ def write_hf(
     return model
 
 
-def write_gguf(path: Path, config: ModelConfig, hf: transformers.LlamaForCausalLM, *, kind: str = "F32") -> Path:
-    """Saves a model as llama.cpp's converter does, by the gguf package: matrices of a `kind` such as "Q8_0"."""
+def write_gguf(
+    path: Path,
+    config: ModelConfig,
+    hf: transformers.LlamaForCausalLM,
+    *,
+    kind: str = "F32",
+    more: Callable[[gguf.GGUFWriter], Any] = lambda writer: None,
+) -> Path:
+    """Saves a model as llama.cpp's converter does, by the gguf package: matrices of a `kind` such as "Q8_0", and what
+    `more` adds."""
     writer = gguf.GGUFWriter(path, "llama")
+    more(writer)
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_seq_len)
     writer.add_embedding_length(config.embed_dim)
