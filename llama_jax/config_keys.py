@@ -435,7 +435,7 @@ _GGUF = KeyTable(
     ),
     # Of experts that are not there; of an embedding that is made from the outputs; said, but used by nobody.
     silent=_llama(["expert_used_count", "pooling_type", "rope.scaling.finetuned"]),
-    silent_prefixes=("general.", "tokenizer.", "split.", "quantize.", "llama_jax.", "mradermacher."),
+    silent_prefixes=("general.", "tokenizer.", "split.", "quantize.", "imatrix.", "llama_jax.", "mradermacher."),
     refused_prefixes={
         "llama.": "no key of this architecture that is known",
         "adapter.": "an adapter, not a model; merge it into its base model",
