@@ -101,7 +101,7 @@ WHERE = "config.json: rope_scaling"
 
 def _llama3(rope: Mapping[str, Any], hf: Mapping[str, Any]) -> RopeScaling:
     factors = (number(rope, key, WHERE) for key in ("factor", "low_freq_factor", "high_freq_factor"))
-    return RopeScaling(*factors, original_max_seq_len=_original(rope, hf, None))
+    return RopeScaling(*factors, original_max_seq_len=int(need({ORIGINAL: _original(rope, hf)}, ORIGINAL, WHERE)))
 
 
 def _linear(rope: Mapping[str, Any], hf: Mapping[str, Any]) -> LinearScaling | None:
@@ -114,9 +114,16 @@ def _yarn(rope: Mapping[str, Any], hf: Mapping[str, Any]) -> YarnScaling | None:
     factor = number(rope, "factor", WHERE)
     mscales = (number(rope, key, WHERE, None) for key in ("mscale", "mscale_all_dim"))
     attention = number(rope, "attention_factor", WHERE, None)
+    original = _original(rope, hf)
+    if original is None:
+        raise ConfigError(
+            f"config.json: RoPE type 'yarn' needs {ORIGINAL}, the context before it was stretched; transformers takes"
+            f" max_position_embeddings ({hf.get('max_position_embeddings', 2048)}) for it: if that is right, add it to"
+            " rope_scaling"
+        )
     scaling = YarnScaling(
         factor,
-        _original(rope, hf, hf.get("max_position_embeddings", 2048)),
+        int(original),
         yarn_attention_factor(factor, *mscales) if attention is None else attention,
         number(rope, "beta_fast", WHERE, None) or 32.0,  # transformers takes 0, too, for nothing said
         number(rope, "beta_slow", WHERE, None) or 1.0,
@@ -125,10 +132,9 @@ def _yarn(rope: Mapping[str, Any], hf: Mapping[str, Any]) -> YarnScaling | None:
     return None if scaling.factor == 1 and scaling.attention_factor == 1 else scaling
 
 
-def _original(rope: Mapping[str, Any], hf: Mapping[str, Any], default: int | None) -> int:
-    """The context before it was stretched; a key of that name outside of the object counts for transformers 5 only."""
-    said = _one_value(ORIGINAL, [rope.get(ORIGINAL), hf.get(ORIGINAL)])
-    return int(need({ORIGINAL: either(said, default)}, ORIGINAL, WHERE))
+def _original(rope: Mapping[str, Any], hf: Mapping[str, Any]) -> float | None:
+    """The context before it was stretched; transformers 5 takes it from outside of the object, too."""
+    return _one_value(ORIGINAL, [number(place, ORIGINAL, WHERE, None) for place in (rope, hf)])
 
 
 _READERS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], AnyRopeScaling | None]] = {

@@ -62,8 +62,8 @@ def keys_of_gguf() -> list[str]:
     return found
 
 
-# Fields of ModelArgs in the package llama-models 0.3.0 (Meta's own), llama3/args.py and llama4/args.py. Those of earlier
-# generations are among the first; `vision_model` is read by llama3's constructor.
+# Fields of ModelArgs in the package llama-models 0.3.0 (Meta's own), llama3/args.py and llama4/args.py; those of
+# Llama 1 and 2 are among the first. `vision_model` is read by llama3's constructor.
 LLAMA3_ARGS = """dim n_layers n_heads n_kv_heads vocab_size multiple_of ffn_dim_multiplier norm_eps rope_theta
     use_scaled_rope max_batch_size max_seq_len vision_chunk_size vision_max_num_chunks
     vision_num_cross_attention_layers quantization_args lora_args vision_model""".split()
@@ -163,6 +163,10 @@ def test_foreign_keys_of_params_json_are_refused(key):
 
 YARN = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}
 SCALED = {"use_scaled_rope": True}
+YARN_ROPE = {
+    "rope_scaling": {"type": "yarn", "factor": 4.0},
+    "original_max_position_embeddings": 256,
+}
 # Key -> another value, and what else must be said for it to count. Either another model is read, or the key is refused.
 OTHER_GGUF: dict[str, tuple[Any, dict[str, Any]]] = {
     "general.architecture": ("qwen2", {}),
@@ -220,7 +224,7 @@ OTHER_HF: dict[str, tuple[Any, dict[str, Any]]] = {
     "max_position_embeddings": (4096, {}),
     "tie_word_embeddings": (True, {}),
     "model_type": ("mistral", {}),
-    "original_max_position_embeddings": (128, {"rope_scaling": {"type": "yarn", "factor": 4.0}}),
+    "original_max_position_embeddings": (128, YARN_ROPE),
 }
 OTHER_ROPE: dict[str, tuple[Any, dict[str, Any]]] = {
     "rope_type": ("longrope", {"type": ..., "rope_type": "yarn"}),

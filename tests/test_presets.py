@@ -260,8 +260,8 @@ def bad(changes, **more):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "RoPE type 'longrope'"),
-        ({"rope_scaling": {"type": "su", "factor": 4.0}}, "RoPE type 'su'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "RoPE type 'yarn'"),
+        ({"rope_scaling": {"type": "longrope", "factor": 4.0}}, "RoPE type 'longrope'"),
         (
             {
                 "rope_parameters": {
