@@ -45,6 +45,7 @@ def hf_config(config: ModelConfig) -> transformers.LlamaConfig:
     """The same architecture for transformers, spelled out here so that no code of the library takes part."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if scaling := config.rope_scaling:
+        assert isinstance(scaling, RopeScaling)
         rope |= {
             "rope_type": "llama3",
             "factor": scaling.factor,
@@ -152,6 +153,7 @@ def write_gguf(
 def _rope_freqs(config: ModelConfig) -> np.ndarray:
     """What frequencies are divided by, in llama.cpp's words."""
     scaling = config.rope_scaling
+    assert isinstance(scaling, RopeScaling)
     low = scaling.original_max_seq_len / scaling.low_freq_factor
     high = scaling.original_max_seq_len / scaling.high_freq_factor
     factors = []
