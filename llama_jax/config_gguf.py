@@ -47,8 +47,9 @@ def from_gguf_metadata(
     """
     kind = metadata.get("general.type", "model")
     if kind != "model":
-        what = {"adapter": "a LoRA adapter: merge it into its base model", "mmproj": "the encoder of a vision model"}
-        raise ConfigError(f"GGUF: general.type is {kind!r}, {what.get(kind, 'not a model')}; give the model's file")
+        kinds = {"adapter": "a LoRA adapter: merge it into its base model", "mmproj": "the encoder of a vision model"}
+        what = kinds.get(str(kind), "not a model")
+        raise ConfigError(f"GGUF: general.type is {kind!r}, {what}; give the model's file")
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
         raise ConfigError(f"GGUF: general.architecture is {architecture!r}; this library computes 'llama' models only")
@@ -57,7 +58,7 @@ def from_gguf_metadata(
     def of_all_layers(key: str, *default: int) -> Any:
         """One number, which may be said once for each layer."""
         value = metadata.get(f"llama.{key}", *default) if default else need(metadata, f"llama.{key}", WHERE)
-        if not isinstance(value, Sequence) and not hasattr(value, "tolist"):
+        if isinstance(value, str) or not (isinstance(value, Sequence) or hasattr(value, "tolist")):
             return value
         values = list(value)
         if len({*values}) != 1:
@@ -71,7 +72,7 @@ def from_gguf_metadata(
     for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
         if metadata.get(key, head_dim) != head_dim:
             raise ConfigError(f"GGUF: {key} = {metadata[key]} but the head size is {head_dim}: not supported")
-    scale = metadata.get("llama.attention.scale", 0)
+    scale = number(metadata, "llama.attention.scale", WHERE, 0.0)
     if scale and not math.isclose(scale, head_dim**-0.5, rel_tol=1e-6):
         raise ConfigError(
             f"GGUF: llama.attention.scale = {scale}, where 1 / sqrt({head_dim}) is computed: not supported"

@@ -55,7 +55,7 @@ def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
 
 
 def _hf_rope(hf: Mapping[str, Any]) -> Mapping[str, Any]:
-    both = [hf[key] for key in ("rope_parameters", "rope_scaling") if hf.get(key) is not None]
+    both = [hf[key] for key in ("rope_parameters", "rope_scaling") if hf.get(key)]  # {} and false are none, too
     for rope in both:
         if not isinstance(rope, Mapping):
             raise ConfigError(f"config.json: RoPE parameters must be an object, got {rope!r}")
@@ -82,6 +82,8 @@ def rope_kind(rope: Mapping[str, Any]) -> str:
       ConfigError: two kinds: transformers 4 takes `type`, transformers 5 `rope_type`.
     """
     kind = _one_value("the type of RoPE (type, rope_type)", [rope.get("rope_type"), rope.get("type")])
+    if not isinstance(kind, str | None):
+        raise ConfigError(f"config.json: the type of RoPE must be a name, got {kind!r}")
     return either(kind, "default")
 
 
@@ -101,7 +103,7 @@ WHERE = "config.json: rope_scaling"
 
 def _llama3(rope: Mapping[str, Any], hf: Mapping[str, Any]) -> RopeScaling:
     factors = (number(rope, key, WHERE) for key in ("factor", "low_freq_factor", "high_freq_factor"))
-    return RopeScaling(*factors, original_max_seq_len=int(need({ORIGINAL: _original(rope, hf)}, ORIGINAL, WHERE)))
+    return RopeScaling(*factors, original_max_seq_len=need({ORIGINAL: _original(rope, hf)}, ORIGINAL, WHERE))
 
 
 def _linear(rope: Mapping[str, Any], hf: Mapping[str, Any]) -> LinearScaling | None:
@@ -123,7 +125,7 @@ def _yarn(rope: Mapping[str, Any], hf: Mapping[str, Any]) -> YarnScaling | None:
         )
     scaling = YarnScaling(
         factor,
-        int(original),
+        original,
         yarn_attention_factor(factor, *mscales) if attention is None else attention,
         number(rope, "beta_fast", WHERE, None) or 32.0,  # transformers takes 0, too, for nothing said
         number(rope, "beta_slow", WHERE, None) or 1.0,
@@ -132,9 +134,10 @@ def _yarn(rope: Mapping[str, Any], hf: Mapping[str, Any]) -> YarnScaling | None:
     return None if scaling.factor == 1 and scaling.attention_factor == 1 else scaling
 
 
-def _original(rope: Mapping[str, Any], hf: Mapping[str, Any]) -> float | None:
+def _original(rope: Mapping[str, Any], hf: Mapping[str, Any]) -> Any:
     """The context before it was stretched; transformers 5 takes it from outside of the object, too."""
-    return _one_value(ORIGINAL, [number(place, ORIGINAL, WHERE, None) for place in (rope, hf)])
+    said = _one_value(ORIGINAL, [number(place, ORIGINAL, WHERE, None) for place in (rope, hf)])
+    return int(said) if said is not None and said == int(said) else said
 
 
 _READERS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], AnyRopeScaling | None]] = {

@@ -297,6 +297,9 @@ def check_rope_keys(rope: Mapping[str, Any]) -> None:
       ConfigError: there is one.
     """
     _ROPE.check(rope)
+    for key, value in rope.items():
+        if isinstance(value, Mapping):
+            raise ConfigError(f"config.json: RoPE of its own for layers of type {key!r} is not supported")
 
 
 def unused_rope_keys(rope: Mapping[str, Any]) -> list[str]:
