@@ -31,7 +31,7 @@ def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
     if model_type != "llama":
         raise ConfigError(f"config.json says model_type {model_type!r}; this library computes 'llama' models only")
     check_keys("hf", hf)
-    rope = _hf_rope(hf)
+    rope, theta = _hf_rope(hf)
     scaling = _hf_scaling(rope, hf)
     if unused := unused_rope_keys(rope):
         kind = rope_kind(rope)
@@ -47,23 +47,23 @@ def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
         num_kv_heads=either(hf.get("num_key_value_heads"), heads),
         head_dim=either(hf.get("head_dim"), divide(dim, heads)),
         norm_eps=hf.get("rms_norm_eps", 1e-6),  # HF's default; Llama 2 and later write 1e-5
-        rope_theta=float(either(rope.get("rope_theta"), either(hf.get("rope_theta"), 10000.0))),
+        rope_theta=float(theta),
         rope_scaling=scaling,
         max_seq_len=hf.get("max_position_embeddings", 2048),
         tie_embeddings=either(hf.get("tie_word_embeddings"), False),
     )
 
 
-def _hf_rope(hf: Mapping[str, Any]) -> Mapping[str, Any]:
+def _hf_rope(hf: Mapping[str, Any]) -> tuple[Mapping[str, Any], float]:
+    """`rope_parameters` or `rope_scaling`, and the base, wherever it is said."""
     both = [hf[key] for key in ("rope_parameters", "rope_scaling") if hf.get(key)]  # {} and false are none, too
     for rope in both:
         if not isinstance(rope, Mapping):
             raise ConfigError(f"config.json: RoPE parameters must be an object, got {rope!r}")
     if len(both) == 2 and _hf_scaling(both[0], hf) != _hf_scaling(both[1], hf):
         raise ConfigError("config.json: rope_parameters and rope_scaling contradict each other; remove the wrong one")
-    rope = both[0] if both else {}
-    _one_value("rope_theta", [*(rope.get("rope_theta") for rope in both), hf.get("rope_theta")])
-    return rope
+    theta = _one_value("rope_theta", [*(rope.get("rope_theta") for rope in both), hf.get("rope_theta")])
+    return both[0] if both else {}, either(theta, 10000.0)
 
 
 def _one_value(name: str, values: list[Any]) -> Any:

@@ -277,7 +277,7 @@ ROPE_KEYS: dict[str, frozenset[str]] = {
         finetuned"""
     ),
 }
-_ROPE = KeyTable(
+ROPE_TABLE = KeyTable(
     where="config.json: RoPE",
     computed=frozenset().union(*ROPE_KEYS.values()) - {"partial_rotary_factor", "finetuned"},
     neutral={
@@ -296,7 +296,7 @@ def check_rope_keys(rope: Mapping[str, Any]) -> None:
     Raises:
       ConfigError: there is one.
     """
-    _ROPE.check(rope)
+    ROPE_TABLE.check(rope)
     for key, value in rope.items():
         if isinstance(value, Mapping):
             raise ConfigError(f"config.json: RoPE of its own for layers of type {key!r} is not supported")
@@ -306,7 +306,7 @@ def unused_rope_keys(rope: Mapping[str, Any]) -> list[str]:
     """The keys of `rope_parameters` or `rope_scaling`, other than null ones, that its kind of RoPE does not use."""
     kind = rope.get("rope_type") or rope.get("type") or "default"
     used = ROPE_KEYS.get(kind, frozenset()) if isinstance(kind, str) else frozenset()
-    known = {key for key in rope if _ROPE.class_of(key) in ("neutral", "silent")}
+    known = {key for key in rope if ROPE_TABLE.class_of(key) in ("neutral", "silent")}
     return sorted(key for key, value in rope.items() if value is not None and key not in used | known)
 
 
@@ -449,4 +449,3 @@ _GGUF = KeyTable(
 )
 
 TABLES: dict[ConfigFormat, KeyTable] = {"hf": _HF, "native": _HF, "meta": _META, "gguf": _GGUF}
-ROPE_TABLE = _ROPE

@@ -322,6 +322,14 @@ def test_refused_kinds_of_config_json(rope, more, words):
         read(rope, **more)
 
 
+def test_the_base_may_be_said_in_either_object():
+    hf = to_hf_config(CONFIG, dtype="float32")
+    del hf["rope_theta"]
+    hf["rope_parameters"] = {"rope_type": "linear", "factor": 2.0}
+    hf["rope_scaling"] = {"type": "linear", "factor": 2.0, "rope_theta": 5e5}
+    assert from_hf_config(hf) == CONFIG.replace(rope_scaling=LinearScaling(2.0), rope_theta=5e5)
+
+
 @pytest.mark.parametrize("version", [4, 5])
 @pytest.mark.parametrize("name", KINDS)
 def test_config_json_round_trip(name, version):
