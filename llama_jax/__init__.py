@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from llama_jax.config import ConfigError, ModelConfig, RopeScaling
+    from llama_jax.config import ConfigError, LinearScaling, ModelConfig, RopeScaling, YarnScaling
     from llama_jax.infer.chat import Conversation, chat, chat_stream
     from llama_jax.infer.generate import Completion, generate, logits
     from llama_jax.infer.infill import infill
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from llama_jax.weights.source import CheckpointError
 
 _HOME = {
-    "config": ("ConfigError", "ModelConfig", "RopeScaling"),
+    "config": ("ConfigError", "LinearScaling", "ModelConfig", "RopeScaling", "YarnScaling"),
     "infer.chat": ("Conversation", "chat", "chat_stream"),
     "infer.generate": ("Completion", "generate", "logits"),
     "infer.infill": ("infill",),
@@ -30,8 +30,9 @@ _HOME = {
 _MODULES = {name: f"llama_jax.{module}" for module, names in _HOME.items() for name in names}
 
 __all__ = [
-    "PRESETS", "CheckpointError", "Completion", "ConfigError", "Conversation", "LoadedLlama", "ModelConfig",
-    "RopeScaling", "Sampling", "chat", "chat_stream", "convert", "generate", "infill", "load", "logits", "save",
+    "PRESETS", "CheckpointError", "Completion", "ConfigError", "Conversation", "LinearScaling", "LoadedLlama",
+    "ModelConfig", "RopeScaling", "Sampling", "YarnScaling", "chat", "chat_stream", "convert", "generate", "infill",
+    "load", "logits", "save",
 ]  # fmt: skip
 
 

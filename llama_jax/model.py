@@ -247,7 +247,8 @@ class Llama(nnx.Module):
             positions_BT = order_BT
         slots_BT = order_BT if cache is None else positions_BT
         config = self.config
-        angles = rope_angles(positions_BT, inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling))
+        frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        angles = rope_angles(positions_BT, frequencies, config.rope_scaling)
         spec = self.rules.spec(("batch", "seq", "act_embed"), (B, T, config.embed_dim))
         with jax.named_scope("embed"):
             x_BTD = embed(self.embed.get_value(), tokens_BT, out_sharding=spec).astype(self.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ def hf_config(config: ModelConfig) -> transformers.LlamaConfig:
     """The same architecture for transformers, spelled out here so that no code of the library takes part."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if scaling := config.rope_scaling:
+        assert isinstance(scaling, RopeScaling)
         rope |= {
             "rope_type": "llama3",
             "factor": scaling.factor,
@@ -105,9 +107,18 @@ def write_hf(
     return model
 
 
-def write_gguf(path: Path, config: ModelConfig, hf: transformers.LlamaForCausalLM, *, kind: str = "F32") -> Path:
-    """Saves a model as llama.cpp's converter does, by the gguf package: matrices of a `kind` such as "Q8_0"."""
+def write_gguf(
+    path: Path,
+    config: ModelConfig,
+    hf: transformers.LlamaForCausalLM,
+    *,
+    kind: str = "F32",
+    more: Callable[[gguf.GGUFWriter], Any] = lambda writer: None,
+) -> Path:
+    """Saves a model as llama.cpp's converter does, by the gguf package: matrices of a `kind` such as "Q8_0", and what
+    `more` adds."""
     writer = gguf.GGUFWriter(path, "llama")
+    more(writer)
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_seq_len)
     writer.add_embedding_length(config.embed_dim)
@@ -142,6 +153,7 @@ def write_gguf(path: Path, config: ModelConfig, hf: transformers.LlamaForCausalL
 def _rope_freqs(config: ModelConfig) -> np.ndarray:
     """What frequencies are divided by, in llama.cpp's words."""
     scaling = config.rope_scaling
+    assert isinstance(scaling, RopeScaling)
     low = scaling.original_max_seq_len / scaling.low_freq_factor
     high = scaling.original_max_seq_len / scaling.high_freq_factor
     factors = []

@@ -261,7 +261,7 @@ def bad(changes, **more):
     ("changes", "words"),
     [
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "RoPE type 'yarn'"),
-        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "RoPE type 'linear'"),
+        ({"rope_scaling": {"type": "longrope", "factor": 4.0}}, "RoPE type 'longrope'"),
         (
             {
                 "rope_parameters": {

@@ -4,26 +4,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax.config import RopeScaling
+from llama_jax.config import AnyRopeScaling
 
 
-def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
+def inverse_frequencies(head_dim: int, theta: float, scaling: AnyRopeScaling | None) -> np.ndarray:
     """Radians per position of each pair: float32 [H / 2].
 
     Rounded to float32 at the same places as Meta's and transformers' code, which compute it in float32: at position
     100,000 one rounding step of a frequency is 6 milliradians.
     """
     powers = (theta ** (np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
-    frequencies = np.float32(1) / powers
     if scaling is None:
-        return frequencies
-    return np.array([f / np.float32(scaling.divisor(float(f))) for f in frequencies], np.float32)
+        return np.float32(1) / powers
+    return np.array(scaling.frequencies(powers.tolist(), theta), np.float32)
 
 
-def rope_angles(positions_BT: jax.Array, frequencies: np.ndarray) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines, float32 [B, T, H / 2]. An elementwise product: a dot would round to bfloat16 on a TPU."""
+def rope_angles(
+    positions_BT: jax.Array, frequencies: np.ndarray, scaling: AnyRopeScaling | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines, float32 [B, T, H / 2], times the scaling's factor where it has one (YaRN). An elementwise
+    product: a dot would round to bfloat16 on a TPU."""
     angles = positions_BT[..., None].astype(jnp.float32) * jnp.asarray(frequencies)
-    return jnp.cos(angles), jnp.sin(angles)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    if scaling is None or scaling.cos_sin_factor == 1:
+        return cos, sin
+    return cos * scaling.cos_sin_factor, sin * scaling.cos_sin_factor
 
 
 def apply_rope(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from llama_jax import config_keys
 from llama_jax.config import ModelConfig
 from llama_jax.weights import diagnose, names
 from llama_jax.weights.source import CheckpointError, Tensor, common_dtype
@@ -149,13 +150,8 @@ def settle(
 
 def _left_out_keys(format: names.Format, said: Mapping[str, Any]) -> tuple[str, ...]:
     """What of the configuration was not used, in sentences."""
-    ignored = _ignored_keys(format, said)
+    ignored = config_keys.ignored_keys(format, said)
     return (f"keys of the configuration that no Llama uses: {', '.join(ignored)}",) if ignored else ()
-
-
-def _ignored_keys(format: names.Format, said: Mapping[str, Any]) -> list[str]:
-    del format, said
-    return []
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 
 import llama_jax
+from llama_jax.config import LinearScaling, RopeScaling, YarnScaling, yarn_attention_factor
+from llama_jax.presets import to_hf_config
 from llama_jax.weights import hub
 from llama_jax.weights.save import convert
-from tests.builders import one_device
+from tests.builders import one_device, tiny_config, write_hf
 
 SCRIPT = Path(__file__).with_name("llama_cpp.mjs")
 PACKAGES = ["node-llama-cpp@3", "@node-llama-cpp/linux-x64@3"]
@@ -72,6 +76,47 @@ def test_llama_cpp_runs_the_export(options, node_folder, tmp_path):
     if "quantize" not in options:
         assert result["answer"].strip() == "The capital of France is Paris."
     assert result["tokens"] == llama.tokenizer.encode(TEXT)
+
+
+USUAL = yarn_attention_factor(4.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        LinearScaling(4.0),
+        YarnScaling(4.0, 64, USUAL),
+        YarnScaling(4.0, 64, 1.7 * USUAL),  # attn_factor multiplies the usual factor
+        YarnScaling(4.0, 64, 1.25, 16.0, 2.0, truncate=False),  # by rope_freqs.weight and attn_factor
+        RopeScaling(8.0, 1.0, 4.0, 64),
+    ],
+    ids=["linear", "yarn", "yarn, attention", "yarn by table", "llama3"],
+)
+def test_llama_cpp_computes_the_scaling_that_we_write(scaling, node_folder, tmp_path):
+    """Measured: within 0.0006 of ours, and without scaling 0.04 and more."""
+    vocabulary = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the model is small and the house was here before the river"] * 20),
+        model_writer=vocabulary, vocab_size=290, model_type="bpe", byte_fallback=True, hard_vocab_limit=False,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
+    )  # fmt: skip
+    size = sentencepiece.SentencePieceProcessor(model_proto=vocabulary.getvalue()).vocab_size()
+    config = tiny_config(vocab_size=size, embed_dim=128, mlp_dim=256, num_heads=4, num_kv_heads=2, head_dim=64)
+    write_hf(tmp_path / "hf", config, std=0.15, embed_std=0.02)
+    (tmp_path / "hf" / "tokenizer.model").write_bytes(vocabulary.getvalue())
+    ids = np.random.default_rng(1).integers(3, size, 400).tolist()
+    plain = probabilities(llama_jax.load(tmp_path / "hf", mesh=one_device(), dtype="float32"), ids)
+    scaled = to_hf_config(config.replace(rope_scaling=scaling), dtype="float32")
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(scaled))
+    ours = probabilities(llama_jax.load(tmp_path / "hf", mesh=one_device(), dtype="float32"), ids)
+    convert(tmp_path / "hf", tmp_path / "x.gguf", to="gguf")
+    request = json.dumps({"prompts": [ids], "chat": [1, 5], "stop": [2], "text": "the"})
+    command = ["node", str(SCRIPT), str(tmp_path / "x.gguf"), request]
+    done = subprocess.run(command, cwd=node_folder, check=True, capture_output=True, text=True, timeout=300)
+    top = json.loads(done.stdout.strip().splitlines()[-1])["top"][0]
+    assert max(abs(ours[i] - p) for i, p in top) <= 0.002
+    assert max(abs(plain[i] - p) for i, p in top) > 0.02
 
 
 def probabilities(llama: llama_jax.LoadedLlama, ids: list[int]) -> np.ndarray:
