@@ -13,6 +13,7 @@ from llama_jax.data.loader import BatchSchedule, Loader, Stage
 from llama_jax.data.plan import SequentialPlan
 from llama_jax.model import Llama
 from llama_jax.sharding import pad_batch
+from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.train.step import validation_step
 
 ROWS = 8  # of a batch, or as many as the mesh has parts
@@ -54,7 +55,7 @@ class Validator:
         """`validation_loss` (nats a token) and `validation_bits_per_byte`, and of each of several corpora by name.
 
         A byte is one of the documents' UTF-8; what ends a document counts as loss, not as a byte. Where no BOS begins
-        a document, its first token is not predicted, and its bytes do not count.
+        a document, its first token is not predicted, and its bytes do not count; if none is left, bits a byte is NaN.
         """
         found, totals = {}, [0.0, 0.0, 0.0]
         for corpus, plan, nbytes in zip(self._corpora, self._plans, self._bytes, strict=True):
@@ -88,15 +89,38 @@ class Validator:
 
 
 def _predicted_bytes(corpus: Corpus, count: int) -> float:
-    """Bytes of the first documents' texts, without those of a first token that nothing predicts."""
+    """Bytes of the first documents' texts that some token predicts: all, or without BOS all but the first token's."""
     total = float(corpus.nbytes[:count].sum())
     if corpus.manifest.bos:
         return total
-    tokenizer = corpus.tokenizer()
+    first_bytes = _FirstBytes(corpus.tokenizer())
     for start in range(0, count, READ):
-        for document in corpus.read(range(start, min(start + READ, count))):
-            total -= len(tokenizer.token_bytes(int(document[0]))) if len(document) else 0
+        documents = range(start, min(start + READ, count))
+        for nbytes, ids in zip(corpus.nbytes[documents], corpus.read(documents), strict=True):
+            total -= min(int(nbytes), first_bytes(int(nbytes), ids.tolist()))
     return total
+
+
+class _FirstBytes:
+    """Counts the bytes of a document's text that its first token stands for."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._unknown = tokenizer.control_tokens.get(tokenizer.special_tokens.get("unk_token", ""))
+        self._bytes: dict[int, bytes] = {}
+
+    def __call__(self, nbytes: int, ids: Sequence[int]) -> int:
+        if not ids:
+            return 0
+        if ids[0] == self._unknown:  # which says nothing of the text: what the others leave
+            return max(0, nbytes - sum(len(self._token_bytes(token)) for token in ids[1:]))
+        first = self._token_bytes(ids[0])
+        return len(first) - (self._tokenizer.drops_space and first.startswith(b" "))
+
+    def _token_bytes(self, token: int) -> bytes:
+        if token not in self._bytes:
+            self._bytes[token] = self._tokenizer.token_bytes(token)
+        return self._bytes[token]
 
 
 def _host(pair: tuple[jax.Array, jax.Array]) -> tuple[float, ...]:
