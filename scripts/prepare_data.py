@@ -26,7 +26,8 @@ from llama_jax.cli import fail_clearly
 @dataclasses.dataclass
 class Args:
     paths: tyro.conf.Positional[list[str]]
-    """Files, folders, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT datasets; the last one is the new folder."""
+    """Files, folders, - for standard input, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT datasets; the last one is the new
+    folder."""
     tokenizer: str | None = None
     """A checkpoint, as for --model elsewhere, or a tokenizer.json or tokenizer.model."""
     train_tokenizer: int | None = None
@@ -36,11 +37,11 @@ class Args:
     field: str = "text"
     """Which field of JSON lines, Parquet files and datasets holds the text."""
     format: Literal["auto", "text", "jsonl", "parquet"] = "auto"
-    """Of the files; auto goes by their names: .txt .md .jsonl .ndjson .json .parquet, also with .gz or .zst."""
+    """Of the files; auto goes by their names: .txt .md .jsonl .ndjson .json .parquet, also with .gz .bz2 .xz .zst."""
     glob: str = "*"
     """Which files of a folder."""
     invalid_utf8: Literal["error", "skip", "replace"] = "error"
-    """What to do with a document that is not valid UTF-8."""
+    """What to do with a document that is not valid UTF-8 or holds NUL bytes."""
     bos: bool | None = None
     """Whether BOS begins each document; default: as the tokenizer says. EOS always ends one."""
     shard_bytes: int | None = None
@@ -62,7 +63,7 @@ def main(args: Args) -> None:
     request = p.make_request(
         inputs, tokenizer=args.tokenizer, vocab_size=args.train_tokenizer, sample_bytes=args.tokenizer_sample_bytes,
         field=args.field, format=args.format, glob=args.glob, invalid_utf8=args.invalid_utf8,
-        shard_bytes=args.shard_bytes, bos=args.bos,
+        shard_bytes=args.shard_bytes, bos=args.bos, out=out,
     )  # fmt: skip
     if args.runner == "local":
         manifest = p.prepare(request, out, workers=args.workers)
@@ -72,8 +73,12 @@ def main(args: Args) -> None:
         manifest = prepare_on_beam(request, out, runner=args.runner, options=args.beam_options)
     for why, count in manifest.skipped.items():
         print(f"warning: {count} {why} documents were left out", file=sys.stderr)
+    for given in manifest.barren:
+        print(f"error: {given}: gave no document: check it, or leave it out", file=sys.stderr)
     text = f"{manifest.documents} documents, {manifest.bytes} bytes, {manifest.tokens} tokens"
     print(json.dumps(dataclasses.asdict(manifest)) if args.json else f"{out}: {text}, {len(manifest.shards)} shards")
+    if manifest.barren:
+        sys.exit(1)
 
 
 if __name__ == "__main__":
