@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from pathlib import Path
 from typing import Literal
 
 import tyro
@@ -58,6 +59,7 @@ class Args:
 
 def main(args: Args) -> None:
     from llama_jax.data import prepare as p
+    from llama_jax.data.manifest import MANIFEST
 
     *inputs, out = args.paths or [""]
     request = p.make_request(
@@ -65,12 +67,15 @@ def main(args: Args) -> None:
         field=args.field, format=args.format, glob=args.glob, invalid_utf8=args.invalid_utf8,
         shard_bytes=args.shard_bytes, bos=args.bos, out=out,
     )  # fmt: skip
+    is_there = (Path(out).expanduser() / MANIFEST).is_file()
     if args.runner == "local":
         manifest = p.prepare(request, out, workers=args.workers)
     else:
         from llama_jax.data.beam import prepare_on_beam
 
         manifest = prepare_on_beam(request, out, runner=args.runner, options=args.beam_options)
+    if is_there:
+        print(f"{out}: was prepared already", file=sys.stderr)
     for why, count in manifest.skipped.items():
         print(f"warning: {count} {why} documents were left out", file=sys.stderr)
     for given in manifest.barren:

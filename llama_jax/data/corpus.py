@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +213,23 @@ def check_tokenizer(corpus: Corpus, *, sha256: str | None = None, vocab_size: in
             f"{corpus.path}: its tokenizer has {manifest.vocab_size} ids, the model has room for {vocab_size}: prepare"
             " the corpus with the model's tokenizer, or give the model a larger vocab_size"
         )
+
+
+def changed_facts(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Says what tells a corpus from what it was; empty where its documents are the same, whenever it was prepared.
+
+    Args:
+        before: Some attributes of its manifest: documents, tokens, tokenizer_sha256, fingerprint, and content, which
+            earlier versions did not have.
+        now: The same of the corpus that is there.
+    """
+    found = [f"{before[name]} {name}, now {now[name]}" for name in ("documents", "tokens") if before[name] != now[name]]
+    if before["tokenizer_sha256"] != now["tokenizer_sha256"]:
+        found.append("another tokenizer")
+    key = "content" if before.get("content") and now.get("content") else "fingerprint"
+    if not found and before[key] != now[key]:
+        found.append(f"as many documents and tokens, but {'other ones' if key == 'content' else 'is from other files'}")
+    return ", ".join(found)
 
 
 def _open_index(path: Path, shard: Shard) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -105,10 +106,7 @@ def _read_lines(piece: Piece, reading: Reading, skipped: Counter[str]) -> Iterat
         number = 0
         while (piece.stop is None or at < piece.stop) and (line := file.readline(LARGEST_DOCUMENT + 1)):
             offset, at, number = at, at + len(line), number + 1
-
-            def where(offset: int = offset, number: int = number) -> str:
-                return f"{piece.path}:{_line_number(piece.path, offset) if is_cut else number}"
-
+            where = functools.partial(_line_at, piece, offset, number)
             if line.isspace():
                 continue
             if (content := _decode(line, where, reading, skipped)) is None or not content.strip():
@@ -116,6 +114,11 @@ def _read_lines(piece: Piece, reading: Reading, skipped: Counter[str]) -> Iterat
             text = _valid(_field(content, where, reading.field), where, reading, skipped)
             if text is not None:
                 yield Document(text, f"{piece.name}@{offset}" if is_cut else f"{piece.name}:{number}")
+
+
+def _line_at(piece: Piece, offset: int, number: int) -> str:
+    """Names a line for a message: the number counts from where the piece begins."""
+    return f"{piece.path}:{number if piece.stop is None else _line_number(piece.path, offset)}"
 
 
 def _line_number(path: str, offset: int) -> int:

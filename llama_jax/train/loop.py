@@ -144,12 +144,10 @@ class _Run:
 
     def _restored(self, step: int) -> TrainState:
         progress = self.checkpoints.progress(step)
-        before, now = progress["reads"], setup.what_is_read(self.recipe, self.corpora)
-        if changed := [key for key in now if before.get(key) != now[key]]:
+        if changed := setup.changed_reads(progress["reads"], self.recipe, self.corpora):
             raise ValueError(
-                f"{self.output}: its {progress['rows']} rows were counted with {changed[0]} ="
-                f" {before.get(changed[0])}, and now it is {now[changed[0]]}: give the same, or begin a new run from"
-                f" its weights: --output NEW --init-from {self.output}"
+                f"{self.output}: its {progress['rows']} rows were counted with {'; '.join(changed)}: give the same, or"
+                f" begin a new run from its weights: --output NEW --init-from {self.output}"
             )
         with jax.set_mesh(self.mesh):
             abstract = setup.abstract_state(self.recipe, self.config, self.optimizer)
