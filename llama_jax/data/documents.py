@@ -143,7 +143,7 @@ _JSON = json.JSONDecoder(parse_int=_integer)
 
 def _field(line: str, where: Callable[[], str], field: str) -> str:
     try:
-        record = _JSON.decode(line)
+        record = _JSON.decode(line.rstrip("\r\n"))
     except RecursionError as error:
         raise ValueError(
             f"{where()}: is JSON that is nested too deeply to be read: flatten it or leave it out"

@@ -9,13 +9,15 @@ import contextlib
 import dataclasses
 import fnmatch
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from llama_jax.data.signatures import foreign, is_lines, is_parquet, packing, page
-from llama_jax.data.streams import beam_files, is_damage, open_binary, open_stored, peek
+from llama_jax.data.streams import STDIN_NAMES, beam_files, is_damage, open_binary, open_stored, peek
 from llama_jax.data.system import in_words, naming
 from llama_jax.data.walk import EMPTY, NOT_PACKED, RENAMED, Notes, Walk, is_stream
 
@@ -102,7 +104,8 @@ def find_pieces(
                 packed = path.lower().endswith(COMPRESSED)
                 pieces.append(Piece(kind, path, path, nbytes=version[0], version=version, packed=packed, given=item))
         elif is_stream(item):
-            if (real := os.path.realpath(item)) in streams:
+            real = "-" if item in STDIN_NAMES else os.path.realpath(os.path.expanduser(item))
+            if real in streams:
                 raise ValueError(f"{item}: is given twice, and can be read only once: give it once")
             streams.add(real)
             pieces.append(_stream(item, format))
@@ -196,8 +199,10 @@ def _judge(path: str, size: int, format: Format, notes: Notes) -> tuple[str, boo
     """Returns the kind of a file and whether it is compressed: its bytes decide where they can, else its name."""
     with naming(path), open_stored(path) as file:
         head, _ = peek(file)
+        file.seek(max(0, size - 4))
+        parquet = is_parquet(head) and file.read(4) == head[:4]
     packed = packing(head) is not None
-    if format == "auto" and _named(path) != "parquet" and is_parquet(head):
+    if format == "auto" and _named(path) != "parquet" and parquet:
         notes.add(RENAMED, path)
         return "parquet", False
     if format == "auto" and _named(path) == "parquet" and is_lines(head):
@@ -208,7 +213,7 @@ def _judge(path: str, size: int, format: Format, notes: Notes) -> tuple[str, boo
     kind = _kind(path, format)
     if not size and kind != "text":  # an empty text is a document that is counted
         notes.add(EMPTY, path)
-    if size and not packed and path.lower().endswith(COMPRESSED) and not is_parquet(head):
+    if size and not packed and path.lower().endswith(COMPRESSED) and not parquet:
         if format != "text" and not (kind == "jsonl" and is_lines(head)):
             remedy = f"give --format text to read it as it is, or {AGAIN}" if kind == "text" else AGAIN
             raise ValueError(
@@ -252,12 +257,14 @@ def open_parquet(piece: Piece) -> Iterator[Any]:
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
         raise ValueError(f"{piece.path}: needs the package pyarrow: pip install 'llama_jax[data]'") from error
-    with open_binary(piece.path, whole=piece.stop is None) as binary:
-        if not binary.seekable():
-            raise ValueError(f"{piece.path}: is compressed Parquet, which is read from its end: unpack it first")
+    with open_binary(piece.path, whole=piece.stop is None) as binary, contextlib.ExitStack() as stack:
+        if not binary.seekable():  # it is compressed, and is read from its end
+            unpacked = stack.enter_context(tempfile.TemporaryFile())
+            shutil.copyfileobj(binary, unpacked, 1 << 20)
+            unpacked.seek(0)
+            binary = unpacked
         head, binary = peek(binary)
-        what = page(head) or (None if is_parquet(head) else foreign(head))
-        if what is not None and not head.startswith(b"PAR1"):
+        if not head.startswith(b"PAR1") and (what := page(head) or foreign(head)) is not None:
             raise ValueError(f"{piece.path}: is not a Parquet file: it {what}")
         try:
             file = ParquetFile(binary)

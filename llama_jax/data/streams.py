@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bz2
 import contextlib
-import gzip
+import functools
 import io
 import lzma
 import zlib
@@ -66,7 +66,7 @@ def peek(file: Any) -> tuple[bytes, Any]:
 
 def is_damage(error: Exception) -> bool:
     """Tells whether an error comes from the content of a compressed or Parquet file."""
-    if isinstance(error, (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)):
+    if isinstance(error, (EOFError, zlib.error, lzma.LZMAError)):
         return True
     if type(error) is OSError and error.errno is None:
         return True
@@ -83,15 +83,14 @@ def beam_files() -> Any:
 
 
 def _unpacked(kind: str, file: Any, path: str) -> io.BufferedReader:
-    if kind == "gzip":
-        return io.BufferedReader(gzip.GzipFile(fileobj=file), 1 << 20)  # type: ignore[arg-type]
     new = {
+        "gzip": lambda: functools.partial(zlib.decompressobj, 16 + zlib.MAX_WBITS),
         "bz2": lambda: bz2.BZ2Decompressor,
         "xz": lambda: lzma.LZMADecompressor,
         "lzma": lambda: lzma.LZMADecompressor,
         "zstd": lambda: _zstd(path),
     }[kind]()
-    return io.BufferedReader(_Unpacked(file, new, padding=b"\0" if kind == "xz" else b""), 1 << 20)
+    return io.BufferedReader(_Unpacked(file, new, padding=b"\0" if kind in ("gzip", "xz") else b""), 1 << 20)
 
 
 def _zstd(path: str) -> Callable[[], Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import glob as patterns
 import os
@@ -131,7 +132,9 @@ class Walk:
             try:
                 with naming(path):
                     status = os.stat(path)
-            except FileNotFoundError:
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ELOOP):
+                    raise
                 self._notes.add(BROKEN, path)
                 continue
             real_path = os.path.realpath(path) if os.path.islink(path) else os.path.join(real, name)
