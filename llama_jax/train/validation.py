@@ -106,15 +106,15 @@ class _FirstBytes:
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        self._unknown = tokenizer.control_tokens.get(tokenizer.special_tokens.get("unk_token", ""))
+        self._unknown = (" ⁇ ".encode(), tokenizer.special_tokens.get("unk_token", "<unk>").encode())  # as it is spelt
         self._bytes: dict[int, bytes] = {}
 
     def __call__(self, nbytes: int, ids: Sequence[int]) -> int:
         if not ids:
             return 0
-        if ids[0] == self._unknown:  # which says nothing of the text: what the others leave
-            return max(0, nbytes - sum(len(self._token_bytes(token)) for token in ids[1:]))
         first = self._token_bytes(ids[0])
+        if first in self._unknown:  # which says nothing of the text: what the others leave
+            return max(0, nbytes - sum(len(self._token_bytes(token)) for token in ids[1:]))
         return len(first) - (self._tokenizer.drops_space and first.startswith(b" "))
 
     def _token_bytes(self, token: int) -> bytes:
