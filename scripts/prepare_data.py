@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Literal
@@ -67,7 +68,7 @@ def main(args: Args) -> None:
         field=args.field, format=args.format, glob=args.glob, invalid_utf8=args.invalid_utf8,
         shard_bytes=args.shard_bytes, bos=args.bos, out=out,
     )  # fmt: skip
-    is_there = (Path(out).expanduser() / MANIFEST).is_file()
+    is_there = os.path.isfile(Path(out).expanduser() / MANIFEST)
     if args.runner == "local":
         manifest = p.prepare(request, out, workers=args.workers)
     else:

@@ -59,8 +59,7 @@ def read_piece(piece: Piece, reading: Reading, skipped: Counter[str] | None = No
         ValueError: A document cannot be read; the message says where it is and what to do.
     """
     skipped = Counter() if skipped is None else skipped
-    if not piece.alone and file_version(piece.path) != piece.version:
-        raise ValueError(f"{piece.path}: has changed since the preparation began: run it again")
+    check_unchanged(piece)
     read = {"text": _read_text, "jsonl": _read_lines, "parquet": _read_parquet, "hf": _read_dataset}[piece.kind]
     try:
         yield from read(piece, reading, skipped)
@@ -70,6 +69,12 @@ def read_piece(piece: Piece, reading: Reading, skipped: Counter[str] | None = No
         if piece.kind != "hf" and is_damage(error):
             raise ValueError(f"{piece.path}: is damaged or truncated ({error}): {AGAIN}") from error
         raise
+
+
+def check_unchanged(piece: Piece) -> None:
+    """Raises ValueError where the file of a piece is not as it was when it was found."""
+    if not piece.alone and file_version(piece.path) != piece.version:
+        raise ValueError(f"{piece.path}: has changed since the preparation began: run it again")
 
 
 def _read_text(piece: Piece, reading: Reading, skipped: Counter[str]) -> Iterator[Document]:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from llama_jax.data.signatures import foreign, is_lines, is_parquet, packing, page
 from llama_jax.data.streams import STDIN_NAMES, beam_files, is_damage, open_binary, open_stored, peek
 from llama_jax.data.system import in_words, naming
-from llama_jax.data.walk import EMPTY, NOT_PACKED, RENAMED, Notes, Walk, is_stream
+from llama_jax.data.walk import EMPTY, NOT_PACKED, RENAMED, TWICE, Notes, Walk, is_stream
 
 Format = Literal["auto", "text", "jsonl", "parquet"]
 
@@ -94,8 +94,13 @@ def find_pieces(
         ValueError: The type of a file is unknown.
     """
     notes = Notes() if notes is None else notes
-    walk, pieces, streams = Walk(glob, out, notes), [], set()
+    walk, pieces, streams, seen = Walk(glob, out, notes), [], set(), set()
     for item in map(str, inputs):
+        if item.startswith("hf:") or "://" in item:
+            if item in seen:
+                notes.add(TWICE, item)
+                continue
+            seen.add(item)
         if item.startswith("hf:"):
             pieces += [dataclasses.replace(piece, given=item) for piece in _dataset_pieces(item.removeprefix("hf:"))]
         elif "://" in item:

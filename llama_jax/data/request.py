@@ -14,7 +14,7 @@ from llama_jax.data.documents import InvalidUtf8, Reading
 from llama_jax.data.manifest import FORMAT, tokenizer_sha256
 from llama_jax.data.pieces import Format, Piece, cut_pieces, find_pieces, group_pieces
 from llama_jax.data.shards import Task
-from llama_jax.data.system import exists
+from llama_jax.data.system import exists, naming
 from llama_jax.data.train_tokenizer import SAMPLE_BYTES
 from llama_jax.data.walk import Notes
 from llama_jax.text.tokenizer import VOCABULARY_FILES, read_files
@@ -167,11 +167,12 @@ def read_tokenizer(path: Path) -> dict[str, bytes]:
         from llama_jax.weights.open import open_checkpoint
 
         return dict(open_checkpoint(str(path)).tokenizer_files())
-    files = read_files(path if path.is_dir() else path.parent)
-    if path.is_file():  # whatever its name, and of two vocabularies in a folder this one
-        name = "tokenizer.json" if path.suffix == ".json" else "tokenizer.model"
-        files = {other: data for other, data in files.items() if other not in VOCABULARY_FILES}
-        files[name] = path.read_bytes()
+    with naming(path):
+        files = read_files(path if path.is_dir() else path.parent)
+        if path.is_file():  # whatever its name, and of two vocabularies in a folder this one
+            name = "tokenizer.json" if path.suffix == ".json" else "tokenizer.model"
+            files = {other: data for other, data in files.items() if other not in VOCABULARY_FILES}
+            files[name] = path.read_bytes()
     if not any(name in files for name in VOCABULARY_FILES):
         raise FileNotFoundError(
             f"{path}: has no tokenizer.json or tokenizer.model: give a checkpoint's folder or such a file, or train one"

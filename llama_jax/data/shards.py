@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.data.documents import Document, Reading, read_piece
+from llama_jax.data.documents import Document, Reading, check_unchanged, read_piece
 from llama_jax.data.inputs import digest
 from llama_jax.data.manifest import INDEX_DTYPE, UNFINISHED, Shard, array_record, shard_files
 from llama_jax.data.pieces import Piece
@@ -141,6 +141,8 @@ class ShardWork:
             record_bytes = (unfinished / names[0]).stat().st_size
             shard = Shard(task.name, count, tokens, nbytes, record_bytes, content)
             digests = [digest(piece) for piece in task.pieces]
+            for piece in task.pieces:
+                check_unchanged(piece)
             done = Done(shard, dict(sorted(skipped.items())), task.fingerprint, task.lasting, given, digests)
             sync([unfinished / name for name in names])
             for name in names:

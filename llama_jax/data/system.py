@@ -28,14 +28,14 @@ def in_words(error: OSError, path: object, do: str = "read") -> OSError:
         path: The file or folder, where the error names none.
         do: What was tried: read or write.
     """
-    if error.errno is None:  # not the system's
+    if error.errno is None or error.strerror is None:  # not the system's, or in words already
         return error
     name = error.filename if isinstance(error.filename, str) else path
     words = WORDS.get(error.errno)
     if words is None:
         if error.filename is not None:
             return error
-        words = f"{(error.strerror or os.strerror(error.errno)).lower()}"
+        words = error.strerror.lower()
     told = type(error)(f"{name}: {words.format(do=do)}")
     told.errno = error.errno
     return told
