@@ -83,7 +83,7 @@ def prepare_with(
     try:
         if (manifest := _finished(out, request, tokenizer)) is not None:
             return manifest
-        with _only_one(out):
+        with _only_once(out, request), _only_one(out):
             if (manifest := _finished(out, request, tokenizer)) is not None:  # by another process meanwhile
                 return manifest
             files = tokenizer_files(request, out / UNFINISHED, workers=training_workers)
@@ -208,6 +208,26 @@ def _finished(out: Path, request: Request, tokenizer: object) -> Manifest | None
 
 
 @contextlib.contextmanager
+def _only_once(out: Path, request: Request) -> Iterator[None]:
+    """Keeps a preparation of a pipe from resuming; one that fails in a new folder of its own leaves nothing behind."""
+    if not any(piece.stream for piece in request.pieces):
+        yield
+        return
+    if exists(out / UNFINISHED):
+        raise FileExistsError(
+            f"{out}: holds a preparation that was interrupted, and what comes from a pipe cannot be read again where it"
+            " stopped: remove the folder, or give another one"
+        )
+    is_new = not exists(out)
+    try:
+        yield
+    except BaseException:
+        if is_new:
+            shutil.rmtree(out, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
 def _only_one(out: Path) -> Iterator[None]:
     """Keeps other processes from preparing the same folder."""
     import filelock
@@ -246,11 +266,6 @@ def tokenizer_files(request: Request, scratch: Path, *, workers: int = 1) -> dic
 def _resume(out: Path, tasks: Sequence[Task], files: Mapping[str, bytes]) -> dict[str, Done]:
     """Keeps the shards of an earlier run that are finished and the same, and removes everything else."""
     done: dict[str, Done] = {}
-    if any(piece.stream for task in tasks for piece in task.pieces) and any((out / UNFINISHED).glob("*.json")):
-        raise FileExistsError(
-            f"{out}: holds a preparation that was interrupted, and what comes from a pipe cannot be read again where it"
-            " stopped: remove the folder, or give another one"
-        )
     for task in tasks:
         mark = out / UNFINISHED / f"{task.name}.json"
         with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):

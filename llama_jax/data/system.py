@@ -11,6 +11,8 @@ WORDS = {
     errno.EACCES: "no permission to {do} it: ask its owner, or change it with chmod",
     errno.EPERM: "no permission to {do} it: ask its owner, or change it with chmod",
     errno.EROFS: "is on a file system that is read-only: give another folder, or mount it for writing",
+    errno.ENOTDIR: "part of this path is a file, not a folder: check the path",
+    errno.EEXIST: "something with this name is there already: give another name",
     errno.EMFILE: "cannot be opened, this process has too many files open: raise `ulimit -n`, or take fewer --workers",
     errno.ENFILE: "cannot be opened, this machine has too many files open: close some, or take fewer --workers",
     errno.ELOOP: "is a symbolic link that leads back to itself: correct the link",

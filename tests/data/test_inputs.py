@@ -478,6 +478,7 @@ def test_standard_input_is_read_once(tmp_path, vocabulary):
         f"cat a.jsonl | {script} /dev/stdin out1 {end} --workers 2",
         f"{script} <(cat a.jsonl) out2 {end}",
         f"{script} - out3 {end} < a.jsonl",
+        f"{script} - out4 {end} < /dev/null; test $? = 1 && test ! -e out4 && cat a.jsonl | {script} - out4 {end}",
     ]
     environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])}
     started = [
@@ -500,8 +501,7 @@ def test_standard_input_is_read_once(tmp_path, vocabulary):
     request = make_request(["-"], tokenizer=vocabulary, format="jsonl")
     with pytest.raises(FileExistsError, match=r"out0: .*\(stdin cannot be read again\): give another folder"):
         prepare(request, tmp_path / "out0")
-    unfinished = tmp_path / "new" / UNFINISHED
-    write(unfinished / "00000-of-00001.json", b"{}")
+    (tmp_path / "new" / UNFINISHED).mkdir(parents=True)
     with pytest.raises(FileExistsError, match="was interrupted, and what comes from a pipe cannot be read again"):
         prepare(request, tmp_path / "new")
     for words, options in {
