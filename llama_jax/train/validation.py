@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 
 from llama_jax import distributed
 from llama_jax.data.corpus import Corpus
@@ -55,7 +56,8 @@ class Validator:
         """`validation_loss` (nats a token) and `validation_bits_per_byte`, and of each of several corpora by name.
 
         A byte is one of the documents' UTF-8; what ends a document counts as loss, not as a byte. Where no BOS begins
-        a document, its first token is not predicted, and its bytes do not count; if none is left, bits a byte is NaN.
+        a document, its first token is not predicted, and its bytes do not count; where none is left, there are no bits
+        a byte.
         """
         found, totals = {}, [0.0, 0.0, 0.0]
         for corpus, plan, nbytes in zip(self._corpora, self._plans, self._bytes, strict=True):
@@ -90,37 +92,34 @@ class Validator:
 
 def _predicted_bytes(corpus: Corpus, count: int) -> float:
     """Bytes of the first documents' texts that some token predicts: all, or without BOS all but the first token's."""
-    total = float(corpus.nbytes[:count].sum())
     if corpus.manifest.bos:
-        return total
-    first_bytes = _FirstBytes(corpus.tokenizer())
+        return float(corpus.nbytes[:count].sum())
+    counted = _PredictedBytes(corpus.tokenizer())
+    total = 0.0
     for start in range(0, count, READ):
         documents = range(start, min(start + READ, count))
-        for nbytes, ids in zip(corpus.nbytes[documents], corpus.read(documents), strict=True):
-            total -= min(int(nbytes), first_bytes(int(nbytes), ids.tolist()))
+        total += sum(map(counted, corpus.nbytes[documents].tolist(), corpus.read(documents)))
     return total
 
 
-class _FirstBytes:
-    """Counts the bytes of a document's text that its first token stands for."""
+class _PredictedBytes:
+    """Counts the bytes of a document's text that its tokens after the first stand for."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
+        self._sizes = np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
         self._unknown = (" ⁇ ".encode(), tokenizer.special_tokens.get("unk_token", "<unk>").encode())  # as it is spelt
-        self._bytes: dict[int, bytes] = {}
 
-    def __call__(self, nbytes: int, ids: Sequence[int]) -> int:
-        if not ids:
-            return 0
-        first = self._token_bytes(ids[0])
-        if first in self._unknown:  # which says nothing of the text: what the others leave
-            return max(0, nbytes - sum(len(self._token_bytes(token)) for token in ids[1:]))
-        return len(first) - (self._tokenizer.drops_space and first.startswith(b" "))
-
-    def _token_bytes(self, token: int) -> bytes:
-        if token not in self._bytes:
-            self._bytes[token] = self._tokenizer.token_bytes(token)
-        return self._bytes[token]
+    def __call__(self, nbytes: int, ids: np.ndarray) -> int:
+        if not len(ids):
+            return nbytes
+        first, rest = self._tokenizer.token_bytes(int(ids[0])), int(self._sizes[ids[1:]].sum())
+        space = first.startswith(b" ")  # which may be the tokenizer's, not the text's
+        if first in self._unknown or rest + len(first) - nbytes in ((0, 1) if space else (0,)):
+            predicted = rest
+        else:  # a text that the tokenizer changes, or with unknown tokens: its own bytes without the first token's
+            predicted = nbytes - len(first) + (space and self._tokenizer.drops_space)
+        return min(max(predicted, 0), nbytes)
 
 
 def _host(pair: tuple[jax.Array, jax.Array]) -> tuple[float, ...]:
@@ -128,7 +127,5 @@ def _host(pair: tuple[jax.Array, jax.Array]) -> tuple[float, ...]:
 
 
 def _values(nats: float, tokens: float, nbytes: float) -> dict[str, float]:
-    return {
-        "validation_loss": nats / tokens,
-        "validation_bits_per_byte": nats / math.log(2) / nbytes if nbytes else math.nan,
-    }
+    bits = {"validation_bits_per_byte": nats / math.log(2) / nbytes} if nbytes else {}
+    return {"validation_loss": nats / tokens} | bits
