@@ -4,6 +4,7 @@
     python scripts/prepare_data.py c4/*.json.gz corpus --train-tokenizer 32000             # a vocabulary of its own
     python scripts/prepare_data.py src/ corpus --format text --glob '*.py' --train-tokenizer 8192
     python scripts/prepare_data.py hf:HuggingFaceFW/fineweb-edu:sample-10BT:train corpus --tokenizer Llama-3.2-1B
+    zcat dump.gz | python scripts/prepare_data.py - corpus --format jsonl --tokenizer Llama-3.2-1B
     python scripts/prepare_data.py gs://b/c4/ gs://b/corpus --tokenizer Llama-3.2-1B --runner DataflowRunner \\
         --beam-options project=P region=R temp_location=gs://b/tmp
 

@@ -213,7 +213,8 @@ def _decode(data: bytes, where: Callable[[], str], reading: Reading, skipped: Co
 def _is_wide(data: bytes) -> bool:
     """Tells whether every other byte is NUL, nearly, as in UTF-16 of Latin letters."""
     start = data[:HEAD]
-    return max(start[::2].count(0), start[1::2].count(0)) > 0.4 * len(start) / 2
+    halves = sorted((start[::2].count(0), start[1::2].count(0)))
+    return halves[1] > 0.2 * len(start) and halves[0] < 0.45 * len(start)
 
 
 def _decode_value(

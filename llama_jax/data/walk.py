@@ -91,7 +91,7 @@ class Walk:
             yield from self._file(path, os.path.realpath(path), status)
             return
         before = self._notes.counts()
-        found = list(self._folder(path, os.path.realpath(path)))
+        found = list(self._folder(path))
         again = self._notes.counts().get(TWICE, 0) > before.get(TWICE, 0)
         if not found and not again:
             why = "".join(f"; {line}" for line in self._notes.lines(before))
@@ -112,42 +112,47 @@ class Walk:
                 words = "no such file or folder: check the path (a dataset is hf:NAME:SPLIT)"
             raise FileNotFoundError(f"{item}: {words}") from error
 
-    def _folder(self, folder: str, real: str) -> Iterator[tuple[str, os.stat_result]]:
-        """Yields the files below a folder; `real` is its path without symbolic links."""
-        if real == self._out or real in self._folders:
-            self._notes.add(OUTPUT if real == self._out else TWICE, folder)
-            return
-        self._folders.add(real)
-        with naming(folder):
-            names = sorted(os.listdir(folder))
-        if _is_corpus(folder, names):
-            self._notes.add(CORPUS, folder)
-            return
-        folders = []
-        for name in names:
-            path = os.path.join(folder, name)
-            if name.startswith("."):
-                self._notes.add(HIDDEN, path)
+    def _folder(self, top: str) -> Iterator[tuple[str, os.stat_result]]:
+        """Yields the files below a folder, those of each folder before those of the folders in it."""
+        waiting = [(top, os.path.realpath(top))]
+        while waiting:
+            folder, real = waiting.pop()
+            if real == self._out or real in self._folders:
+                self._notes.add(OUTPUT if real == self._out else TWICE, folder)
                 continue
-            try:
-                with naming(path):
-                    status = os.stat(path)
-            except OSError as error:
-                if error.errno not in (errno.ENOENT, errno.ELOOP):
-                    raise
-                self._notes.add(BROKEN, path)
+            self._folders.add(real)
+            with naming(folder):
+                names = sorted(os.listdir(folder))
+            if _is_corpus(folder, names):
+                self._notes.add(CORPUS, folder)
                 continue
-            real_path = os.path.realpath(path) if os.path.islink(path) else os.path.join(real, name)
-            if stat.S_ISDIR(status.st_mode):
-                folders.append((path, real_path))
-            elif not fnmatch.fnmatch(name, self._glob):
-                self._notes.add(UNMATCHED, path)
-            elif not stat.S_ISREG(status.st_mode):
-                self._notes.add(SPECIAL, path)
-            else:
-                yield from self._file(path, real_path, status)
-        for path, real_path in folders:
-            yield from self._folder(path, real_path)
+            folders = []
+            for name in names:
+                path = os.path.join(folder, name)
+                if name.startswith("."):
+                    self._notes.add(HIDDEN, path)
+                elif (status := self._found(path)) is not None:
+                    real_path = os.path.realpath(path) if os.path.islink(path) else os.path.join(real, name)
+                    if stat.S_ISDIR(status.st_mode):
+                        folders.append((path, real_path))
+                    elif not fnmatch.fnmatch(name, self._glob):
+                        self._notes.add(UNMATCHED, path)
+                    elif not stat.S_ISREG(status.st_mode):
+                        self._notes.add(SPECIAL, path)
+                    else:
+                        yield from self._file(path, real_path, status)
+            waiting += reversed(folders)
+
+    def _found(self, path: str) -> os.stat_result | None:
+        """Returns the status of what is in a folder; None for a link that leads nowhere."""
+        try:
+            with naming(path):
+                return os.stat(path)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ELOOP):
+                raise
+        self._notes.add(BROKEN, path)
+        return None
 
     def _file(self, path: str, real: str, status: os.stat_result) -> Iterator[tuple[str, os.stat_result]]:
         if real in self._files:
