@@ -10,6 +10,9 @@ from collections.abc import Iterator
 WORDS = {
     errno.EACCES: "no permission to {do} it: ask its owner, or change it with chmod",
     errno.EPERM: "no permission to {do} it: ask its owner, or change it with chmod",
+    errno.ENOSPC: "its disk is full: make room and run the same again",
+    errno.EDQUOT: "your quota on its disk is used up: make room and run the same again",
+    errno.EFBIG: "is larger than a file may be here (`ulimit -f`): raise the limit, or give another folder",
     errno.EROFS: "is on a file system that is read-only: give another folder, or mount it for writing",
     errno.ENOTDIR: "part of this path is a file, not a folder: check the path",
     errno.EEXIST: "something with this name is there already: give another name",

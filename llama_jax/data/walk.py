@@ -120,12 +120,12 @@ class Walk:
             if real == self._out or real in self._folders:
                 self._notes.add(OUTPUT if real == self._out else TWICE, folder)
                 continue
-            self._folders.add(real)
             with naming(folder):
                 names = sorted(os.listdir(folder))
             if _is_corpus(folder, names):
                 self._notes.add(CORPUS, folder)
                 continue
+            self._folders.add(real)
             folders = []
             for name in names:
                 path = os.path.join(folder, name)

@@ -22,6 +22,7 @@ from llama_jax.checkpoint.run import RunCheckpoints
 from llama_jax.config import ModelConfig
 from llama_jax.data.loader import Loader, Step
 from llama_jax.data.plan import sources
+from llama_jax.data.system import naming
 from llama_jax.infer.generate import Sampling, encode_prompt, generate, with_model
 from llama_jax.train import setup
 from llama_jax.train.choose import choose, in_words
@@ -394,7 +395,8 @@ class _Run:
             shown = prompt + text.rstrip() if text.strip() else repr(prompt + text)
             self.reporter.say(f"step {self.step}, a sample:\n{shown}")
         if distributed.is_main():
-            with (self.output / SAMPLES).open("a", encoding="utf-8") as file:
+            path = self.output / SAMPLES
+            with naming(path, "write"), path.open("a", encoding="utf-8") as file:
                 for prompt, text in zip(prompts, texts, strict=True):
                     file.write(json.dumps({"step": self.step, "prompt": prompt, "text": text}) + "\n")
 

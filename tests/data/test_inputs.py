@@ -450,7 +450,9 @@ def test_no_permission_is_told_as_it_is(tmp_path, vocabulary):
         (errno.EMFILE, OSError, r"in\.txt: cannot be opened, .*`ulimit -n`"),
         (errno.EROFS, OSError, r"in\.txt: is on a file system that is read-only: give another folder"),
         (errno.EACCES, PermissionError, r"in\.txt: no permission to write it"),
-        (errno.EFBIG, OSError, r"in\.txt: file too large"),
+        (errno.EFBIG, OSError, r"in\.txt: is larger than a file may be here \(`ulimit -f`.*: raise the limit"),
+        (errno.ENOSPC, OSError, r"in\.txt: its disk is full: make room and run the same again"),
+        (errno.ENOTTY, OSError, r"in\.txt: inappropriate ioctl"),
         (errno.EIO, OSError, r"in\.txt: the device failed to write it"),
     ],
 )
