@@ -4,6 +4,7 @@
     python scripts/prepare_data.py c4/*.json.gz corpus --train-tokenizer 32000             # a vocabulary of its own
     python scripts/prepare_data.py src/ corpus --format text --glob '*.py' --train-tokenizer 8192
     python scripts/prepare_data.py hf:HuggingFaceFW/fineweb-edu:sample-10BT:train corpus --tokenizer Llama-3.2-1B
+    zcat dump.gz | python scripts/prepare_data.py - corpus --format jsonl --tokenizer Llama-3.2-1B
     python scripts/prepare_data.py gs://b/c4/ gs://b/corpus --tokenizer Llama-3.2-1B --runner DataflowRunner \\
         --beam-options project=P region=R temp_location=gs://b/tmp
 
@@ -15,7 +16,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
+from pathlib import Path
 from typing import Literal
 
 import tyro
@@ -26,7 +29,8 @@ from llama_jax.cli import fail_clearly
 @dataclasses.dataclass
 class Args:
     paths: tyro.conf.Positional[list[str]]
-    """Files, folders, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT datasets; the last one is the new folder."""
+    """Files, folders, - for standard input, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT datasets; the last one is the new
+    folder."""
     tokenizer: str | None = None
     """A checkpoint, as for --model elsewhere, or a tokenizer.json or tokenizer.model."""
     train_tokenizer: int | None = None
@@ -36,11 +40,11 @@ class Args:
     field: str = "text"
     """Which field of JSON lines, Parquet files and datasets holds the text."""
     format: Literal["auto", "text", "jsonl", "parquet"] = "auto"
-    """Of the files; auto goes by their names: .txt .md .jsonl .ndjson .json .parquet, also with .gz or .zst."""
+    """Of the files; auto goes by their names: .txt .md .jsonl .ndjson .json .parquet, also with .gz .bz2 .xz .zst."""
     glob: str = "*"
     """Which files of a folder."""
     invalid_utf8: Literal["error", "skip", "replace"] = "error"
-    """What to do with a document that is not valid UTF-8."""
+    """What to do with a document that is not valid UTF-8 or holds NUL bytes."""
     bos: bool | None = None
     """Whether BOS begins each document; default: as the tokenizer says. EOS always ends one."""
     shard_bytes: int | None = None
@@ -57,23 +61,31 @@ class Args:
 
 def main(args: Args) -> None:
     from llama_jax.data import prepare as p
+    from llama_jax.data.manifest import MANIFEST
 
     *inputs, out = args.paths or [""]
     request = p.make_request(
         inputs, tokenizer=args.tokenizer, vocab_size=args.train_tokenizer, sample_bytes=args.tokenizer_sample_bytes,
         field=args.field, format=args.format, glob=args.glob, invalid_utf8=args.invalid_utf8,
-        shard_bytes=args.shard_bytes, bos=args.bos,
+        shard_bytes=args.shard_bytes, bos=args.bos, out=out,
     )  # fmt: skip
+    is_there = os.path.isfile(Path(out).expanduser() / MANIFEST)
     if args.runner == "local":
         manifest = p.prepare(request, out, workers=args.workers)
     else:
         from llama_jax.data.beam import prepare_on_beam
 
         manifest = prepare_on_beam(request, out, runner=args.runner, options=args.beam_options)
+    if is_there:
+        print(f"{out}: was prepared already", file=sys.stderr)
     for why, count in manifest.skipped.items():
         print(f"warning: {count} {why} documents were left out", file=sys.stderr)
+    for given in manifest.barren:
+        print(f"error: {given}: gave no document: check it, or leave it out", file=sys.stderr)
     text = f"{manifest.documents} documents, {manifest.bytes} bytes, {manifest.tokens} tokens"
     print(json.dumps(dataclasses.asdict(manifest)) if args.json else f"{out}: {text}, {len(manifest.shards)} shards")
+    if manifest.barren:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.data.manifest import MANIFEST, UNFINISHED, Manifest, is_corpus_file, shard_files, tokenizer_sha256
-from llama_jax.data.pieces import beam_files
 from llama_jax.data.prepare import check_same, make_encoder, make_manifest, prepare_with, tokenizer_files
 from llama_jax.data.request import Request, make_tasks, tokenizer_id
 from llama_jax.data.shards import Done, ShardWork, Task
+from llama_jax.data.streams import beam_files
 
 
 def prepare_on_beam(
@@ -47,6 +47,8 @@ def prepare_on_beam(
         OSError: As `prepare` raises.
     """
     beam_files()  # says what to install
+    if pipe := next((piece for piece in request.pieces if piece.stream), None):
+        raise ValueError(f"{pipe.given}: is a pipe, which the workers of Beam cannot read: write it to a file first")
     flags = [f"--runner={runner}", *(f"--{option.removeprefix('--')}" for option in options)]
     if "://" in str(out):
         return _prepare_remote(request, str(out).rstrip("/"), flags, reference or {})
@@ -76,7 +78,7 @@ def _prepare_remote(request: Request, out: str, flags: list[str], reference: Map
     work = ShardWork(Path(), encoder, request.reading)  # each worker takes a folder of its own
     _pipeline(flags, [task for task in tasks if task.name not in kept], functools.partial(_write_remote, work, out))
     done = _marks(out, tasks, _list(out))
-    manifest = make_manifest(encoder, [done[task.name] for task in tasks], reference, wanted)
+    manifest = make_manifest(encoder, tasks, done, reference, wanted)
     for name, data in files.items():
         _save(data, f"{out}/{name}")
     _save(manifest.to_json().encode(), f"{out}/{MANIFEST}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from llama_jax.data.manifest import AGAIN, INDEX_DTYPE, Shard, array_record, read_manifest
 from llama_jax.data.manifest import Manifest as Manifest
+from llama_jax.data.system import naming
 from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 TOKENS, BYTES = 0, 1  # columns of the index
@@ -132,7 +133,8 @@ class Corpus:
             raise IndexError(f"documents are numbered 0 to {len(self) - 1}, asked for {document}")
         shard = int(np.searchsorted(self._starts, document, side="right")) - 1
         line = document - self._starts[shard]
-        with open(self._file(shard, "sources"), encoding="utf-8", newline="\n") as file:
+        path = self._file(shard, "sources")
+        with naming(path), open(path, encoding="utf-8", newline="\n") as file:
             return next(itertools.islice(file, line, None), "").removesuffix("\n")
 
     def tokenizer(self) -> Tokenizer:
@@ -159,12 +161,13 @@ class Corpus:
     def _reader(self, shard: int) -> Any:
         with self._lock:
             if shard not in self._readers:
-                reader = array_record().ArrayRecordReader(str(self._file(shard, "array_record")), READ_OPTIONS)
+                file = self._file(shard, "array_record")
+                with naming(file), open(file, "rb"):  # the library takes a file that it may not read for an empty one
+                    reader = array_record().ArrayRecordReader(str(file), READ_OPTIONS)
                 expected = self.manifest.shards[shard].documents
                 if reader.num_records() != expected:
                     raise ValueError(
-                        f"{self._file(shard, 'array_record')}: has {reader.num_records()} documents, the manifest says"
-                        f" {expected}: {AGAIN}"
+                        f"{file}: has {reader.num_records()} documents, the manifest says {expected}: {AGAIN}"
                     )
                 self._readers[shard] = reader
                 if len(self._readers) > OPEN_SHARDS:
@@ -212,13 +215,31 @@ def check_tokenizer(corpus: Corpus, *, sha256: str | None = None, vocab_size: in
         )
 
 
+def changed_facts(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Says what tells a corpus from what it was; empty where its documents are the same, whenever it was prepared.
+
+    Args:
+        before: Some attributes of its manifest: documents, tokens, tokenizer_sha256, fingerprint, and content, which
+            earlier versions did not have.
+        now: The same of the corpus that is there.
+    """
+    found = [f"{before[name]} {name}, now {now[name]}" for name in ("documents", "tokens") if before[name] != now[name]]
+    if before["tokenizer_sha256"] != now["tokenizer_sha256"]:
+        found.append("another tokenizer")
+    key = "content" if before.get("content") and now.get("content") else "fingerprint"
+    if not found and before[key] != now[key]:
+        found.append(f"as many documents and tokens, but {'other ones' if key == 'content' else 'is from other files'}")
+    return ", ".join(found)
+
+
 def _open_index(path: Path, shard: Shard) -> np.ndarray:
     """Maps the index of a shard into memory, uint32 [documents, 2], and checks the sizes of the shard's files."""
     sizes = {f"{shard.name}.index": shard.documents * 2 * INDEX_DTYPE.itemsize}
     sizes[f"{shard.name}.array_record"] = shard.record_bytes
     for name, expected in sizes.items():
         try:
-            size = (path / name).stat().st_size
+            with naming(path / name):
+                size = (path / name).stat().st_size
         except FileNotFoundError as error:
             raise ValueError(f"{path / name}: is missing: copy the whole folder again, or {AGAIN}") from error
         if size != expected:
@@ -228,4 +249,5 @@ def _open_index(path: Path, shard: Shard) -> np.ndarray:
             )
     if not shard.documents:  # a memory map cannot be empty
         return np.empty((0, 2), INDEX_DTYPE)
-    return np.memmap(path / f"{shard.name}.index", INDEX_DTYPE, mode="r", shape=(shard.documents, 2))
+    with naming(path / f"{shard.name}.index"):
+        return np.memmap(path / f"{shard.name}.index", INDEX_DTYPE, mode="r", shape=(shard.documents, 2))

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import gzip
+import functools
 import itertools
 import json
-import zlib
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
-from llama_jax.data.pieces import Piece, file_version, open_binary, open_dataset, open_parquet
+from llama_jax.data.pieces import AGAIN, Piece, file_version, open_dataset, open_parquet
+from llama_jax.data.signatures import BOM, HEAD, foreign, page
+from llama_jax.data.streams import is_damage, open_binary, peek
+from llama_jax.data.system import in_words
 
 InvalidUtf8 = Literal["error", "skip", "replace"]
 
@@ -32,8 +35,8 @@ class Reading:
 
     Attributes:
         field: Of JSON lines, Parquet files and datasets: the one that holds the text.
-        invalid_utf8: What to do with a document that is not valid UTF-8: `error`, `skip` it, or `replace` the bad bytes
-            by U+FFFD.
+        invalid_utf8: What to do with a document that is not valid UTF-8, or holds NUL bytes: `error`, `skip` it, or
+            `replace` the bad bytes by U+FFFD.
     """
 
     field: str = "text"
@@ -56,34 +59,51 @@ def read_piece(piece: Piece, reading: Reading, skipped: Counter[str] | None = No
         ValueError: A document cannot be read; the message says where it is and what to do.
     """
     skipped = Counter() if skipped is None else skipped
-    if piece.kind != "hf" and file_version(piece.path) != piece.version:
-        raise ValueError(f"{piece.path}: has changed since the preparation began: run it again")
+    check_unchanged(piece)
     read = {"text": _read_text, "jsonl": _read_lines, "parquet": _read_parquet, "hf": _read_dataset}[piece.kind]
     try:
         yield from read(piece, reading, skipped)
     except Exception as error:
-        if piece.kind != "hf" and _is_damage(error):
-            raise ValueError(f"{piece.path}: is damaged or truncated ({error}): get it again") from error
+        if type(error).__name__ == "ArrowNotImplementedError":
+            raise ValueError(f"{piece.path}: this pyarrow cannot read it ({error}): write it anew") from error
+        if piece.kind != "hf" and is_damage(error):
+            raise ValueError(f"{piece.path}: is damaged or truncated ({error}): {AGAIN}") from error
         raise
 
 
-def _is_damage(error: Exception) -> bool:
-    """Tells whether an error comes from the content of a compressed or Parquet file."""
-    if isinstance(error, (EOFError, zlib.error, gzip.BadGzipFile)) or (type(error) is OSError and error.errno is None):
-        return True
-    return type(error).__module__.partition(".")[0] in ("zstd", "zstandard", "pyarrow")
+def check_unchanged(piece: Piece) -> None:
+    """Raises ValueError where the file of a piece is not as it was when it was found."""
+    if not piece.alone and file_version(piece.path) != piece.version:
+        raise ValueError(f"{piece.path}: has changed since the preparation began: run it again")
 
 
 def _read_text(piece: Piece, reading: Reading, skipped: Counter[str]) -> Iterator[Document]:
     with open_binary(piece.path) as file:
         data = file.read(LARGEST_DOCUMENT + 1)
-    if (text := _decode(data, lambda: piece.path, reading, skipped)) is not None:
+    what = foreign(data[:HEAD], certain=_is_text(data))
+    if what is not None and reading.invalid_utf8 != "skip":
+        raise ValueError(f"{piece.path}: {what}")
+    if what is not None:
+        skipped["not_text"] += 1
+    elif (text := _decode(data, lambda: piece.path, reading, skipped)) is not None:
         yield Document(text, piece.name)
+
+
+def _is_text(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return b"\0" not in data
 
 
 def _read_lines(piece: Piece, reading: Reading, skipped: Counter[str]) -> Iterator[Document]:
     is_cut = piece.stop is not None
-    with open_binary(piece.path) as file:
+    with open_binary(piece.path, whole=not is_cut) as file:
+        head, file = peek(file)
+        what = foreign(head) or page(head)
+        if what is not None and reading.invalid_utf8 != "skip":
+            raise ValueError(f"{piece.path}: {what}")
         at = piece.start
         if at:  # the line that runs over the boundary is the piece's before
             file.seek(at - 1)
@@ -91,17 +111,19 @@ def _read_lines(piece: Piece, reading: Reading, skipped: Counter[str]) -> Iterat
         number = 0
         while (piece.stop is None or at < piece.stop) and (line := file.readline(LARGEST_DOCUMENT + 1)):
             offset, at, number = at, at + len(line), number + 1
-
-            def where(offset: int = offset, number: int = number) -> str:
-                return f"{piece.path}:{_line_number(piece.path, offset) if is_cut else number}"
-
+            where = functools.partial(_line_at, piece, offset, number)
             if line.isspace():
                 continue
-            if (content := _decode(line, where, reading, skipped)) is None:
+            if (content := _decode(line, where, reading, skipped)) is None or not content.strip():
                 continue
             text = _valid(_field(content, where, reading.field), where, reading, skipped)
             if text is not None:
                 yield Document(text, f"{piece.name}@{offset}" if is_cut else f"{piece.name}:{number}")
+
+
+def _line_at(piece: Piece, offset: int, number: int) -> str:
+    """Names a line for a message: the number counts from where the piece begins."""
+    return f"{piece.path}:{number if piece.stop is None else _line_number(piece.path, offset)}"
 
 
 def _line_number(path: str, offset: int) -> int:
@@ -113,14 +135,55 @@ def _line_number(path: str, offset: int) -> int:
     return newlines + 1
 
 
+def _integer(digits: str) -> int | float:
+    """Reads a number of JSON; one of more digits than Python reads is infinite, as 1e999 is."""
+    try:
+        return int(digits)
+    except ValueError:
+        return math.inf
+
+
+_JSON = json.JSONDecoder(parse_int=_integer)
+
+
 def _field(line: str, where: Callable[[], str], field: str) -> str:
     try:
-        record = json.loads(line)
+        record = _JSON.decode(line.rstrip("\r\n"))
+    except RecursionError as error:
+        raise ValueError(
+            f"{where()}: is JSON that is nested too deeply to be read: flatten it or leave it out"
+        ) from error
     except ValueError as error:
-        raise ValueError(f"{where()}: is not JSON ({error}): a file of JSON lines has one object a line") from error
+        raise ValueError(
+            f"{where()}: is not JSON ({error}): a file of JSON lines has one object a line{_over_lines(line)}"
+        ) from error
     if not isinstance(record, dict):
-        raise ValueError(f"{where()}: holds a JSON {type(record).__name__}: a file of JSON lines has one object a line")
+        hint = "; `jq -c .[]` makes lines of an array" if isinstance(record, list) else ""
+        raise ValueError(
+            f"{where()}: holds a JSON {type(record).__name__}: a file of JSON lines has one object a line{hint}"
+        )
+    if line.count(json.dumps(field)) > 1:
+        _check_once(line, where, field)
     return _text(record, where, field)
+
+
+def _over_lines(line: str) -> str:
+    """Says how to make lines of one JSON value that stands on several."""
+    opened = line.strip()
+    if opened.startswith("["):
+        return "; it looks like one array: `jq -c .[]` makes lines of it"
+    return "; it looks like an object on several lines: `jq -c .` makes lines of it" if opened == "{" else ""
+
+
+def _check_once(line: str, where: Callable[[], str], field: str) -> None:
+    """Raises ValueError for an object that has a field twice, with different values."""
+
+    def pairs(found: list[tuple[str, Any]]) -> list[Any]:
+        return [value for name, value in found if name == field]  # of the outermost object in the end
+
+    values = json.JSONDecoder(parse_int=_integer, object_pairs_hook=pairs).decode(line)
+    if any(value != values[0] for value in values):
+        raise ValueError(f"{where()}: has the field {field!r} {len(values)} times, with different values: correct it")
 
 
 def _text(record: dict[str, Any], where: Callable[[], str], field: str) -> str:
@@ -139,16 +202,36 @@ def _list(names: Iterable[str]) -> str:
 
 
 def _decode(data: bytes, where: Callable[[], str], reading: Reading, skipped: Counter[str]) -> str | None:
-    """Decodes a document; None leaves it out."""
+    """Decodes a document of a file, without a byte order mark; None leaves it out."""
+    if (nul := data.find(b"\0")) >= 0 and len(data) <= LARGEST_DOCUMENT:
+        why = f"a NUL byte at byte {nul}, which no text has{'; UTF-16 has' if _is_wide(data) else ''}"
+        replaced = data.removeprefix(BOM).replace(b"\0", "\ufffd".encode()).decode(errors="replace")
+        return _invalid(replaced, why, where, reading, skipped)
+    return _decode_value(data, where, reading, skipped, mark=len(BOM) if data.startswith(BOM) else 0)
+
+
+def _is_wide(data: bytes) -> bool:
+    """Tells whether every other byte is NUL, nearly, as in UTF-16 of Latin letters."""
+    start = data[:HEAD]
+    halves = sorted((start[::2].count(0), start[1::2].count(0)))
+    return halves[1] > 0.2 * len(start) and halves[0] < 0.45 * len(start)
+
+
+def _decode_value(
+    data: bytes, where: Callable[[], str], reading: Reading, skipped: Counter[str], *, mark: int = 0
+) -> str | None:
+    """Decodes a document, without its first `mark` bytes; None leaves it out."""
     if len(data) > LARGEST_DOCUMENT:
         raise ValueError(
             f"{where()}: is one document of more than {LARGEST_DOCUMENT >> 20} MB: cut it into documents, such as the"
             " lines of a JSON lines file"
         )
+    text = data[mark:]
     try:
-        return data.decode()
+        return text.decode()
     except UnicodeDecodeError as error:
-        return _invalid(data.decode(errors="replace"), f"{error.reason} at byte {error.start}", where, reading, skipped)
+        why = f"{error.reason} at byte {error.start + mark}"
+        return _invalid(text.decode(errors="replace"), why, where, reading, skipped)
 
 
 def _valid(text: str, where: Callable[[], str], reading: Reading, skipped: Counter[str]) -> str | None:
@@ -182,6 +265,10 @@ def _read_parquet(piece: Piece, reading: Reading, skipped: Counter[str]) -> Iter
             raise ValueError(
                 f"{piece.path}: has no field {reading.field!r}: name the text's with --field; it has {_list(names)}"
             )
+        if names.count(reading.field) > 1:
+            raise ValueError(
+                f"{piece.path}: has the field {reading.field!r} {names.count(reading.field)} times: drop one"
+            )
         groups = range(piece.start, file.num_row_groups if piece.stop is None else piece.stop)
         row = sum(file.metadata.row_group(i).num_rows for i in range(piece.start))
         for batch in file.iter_batches(1024, row_groups=groups, columns=[reading.field]):
@@ -201,7 +288,7 @@ def _read_parquet(piece: Piece, reading: Reading, skipped: Counter[str]) -> Iter
                     raise ValueError(
                         f"{where}: its field {reading.field!r} is null, not a text: correct it or leave it out"
                     )
-                if (text := _decode(value, lambda where=where: where, reading, skipped)) is not None:
+                if (text := _decode_value(value, lambda where=where: where, reading, skipped)) is not None:
                     yield Document(text, where)
             row += len(values)
 
@@ -214,6 +301,8 @@ def _read_dataset(piece: Piece, reading: Reading, skipped: Counter[str]) -> Iter
             record = next(rows)
         except StopIteration:
             return
+        except PermissionError as error:
+            raise in_words(error, f"{source}#{row}") from error
         except Exception as error:
             raise OSError(f"{source}#{row}: cannot be read ({error}): run it again, it resumes") from error
         where = f"{source}#{row}"

@@ -4,6 +4,7 @@
     00000-of-00004.array_record    one record a document: its token ids, little endian
     00000-of-00004.index           uint32 [documents, 2], little endian: tokens and bytes of each document
     00000-of-00004.sources         one line a document: where it came from
+    inputs.json                    what it was prepared from (`data.inputs`); training does not need it
     tokenizer.model, ...           the tokenizer's files
 
 Documents are numbered through all shards, in the order of the input.
@@ -20,10 +21,12 @@ from typing import Any
 
 import numpy as np
 
+from llama_jax.data.system import exists, naming
 from llama_jax.text.tokenizer import TOKENIZER_FILES, VOCABULARY_FILES
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+INPUTS = "inputs.json"
 UNFINISHED = "unfinished"  # a folder in the corpus's own while it is being prepared
 INDEX_DTYPE = np.dtype("<u4")
 AGAIN = "prepare the corpus again, into a new folder"
@@ -39,6 +42,7 @@ class Shard:
         tokens: Of all documents, BOS and EOS included.
         bytes: UTF-8 of all texts.
         record_bytes: Size of the `.array_record` file; a truncated one shows.
+        content: SHA-256 of all records in order, in hexadecimal; empty in corpora of earlier versions.
     """
 
     name: str
@@ -46,6 +50,7 @@ class Shard:
     tokens: int
     bytes: int
     record_bytes: int
+    content: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +72,7 @@ class Manifest:
         reference: Bits per byte that something else needs for the texts, by its name.
         fingerprint: Of the input and the options that it was prepared from.
         format: Version of this layout.
+        barren: The inputs, as they were given, that gave no document.
     """
 
     vocab_size: int
@@ -83,6 +89,14 @@ class Manifest:
     reference: Mapping[str, float] = dataclasses.field(default_factory=dict)
     fingerprint: str = ""
     format: int = FORMAT
+    barren: tuple[str, ...] = ()
+
+    @property
+    def content(self) -> str:
+        """SHA-256 of the documents' tokens, shard by shard; empty in corpora of earlier versions."""
+        if not all(shard.content for shard in self.shards):
+            return ""
+        return hashlib.sha256(" ".join(shard.content for shard in self.shards).encode()).hexdigest()
 
     def to_json(self) -> str:
         """Writes the manifest as JSON."""
@@ -104,7 +118,8 @@ class Manifest:
             version = values.get("format")
             if version != FORMAT:
                 raise ValueError(f"format {version!r}, this llama_jax reads format {FORMAT}")
-            manifest = cls(**{**values, "shards": tuple(Shard(**shard) for shard in values["shards"])})
+            shards, barren = (tuple(values.get(name, ())) for name in ("shards", "barren"))
+            manifest = cls(**{**values, "shards": tuple(Shard(**shard) for shard in shards), "barren": barren})
             for field in ("documents", "tokens", "bytes"):
                 total = sum(getattr(shard, field) for shard in manifest.shards)
                 if total != getattr(manifest, field):
@@ -119,9 +134,10 @@ class Manifest:
 def read_manifest(path: Path) -> Manifest:
     """Reads the manifest of a corpus, and checks no other file; raises as `open_corpus`."""
     try:
-        return Manifest.from_json((path / MANIFEST).read_bytes(), str(path / MANIFEST))
+        with naming(path / MANIFEST):
+            return Manifest.from_json((path / MANIFEST).read_bytes(), str(path / MANIFEST))
     except (FileNotFoundError, NotADirectoryError) as error:
-        if not path.exists():
+        if not exists(path):
             raise FileNotFoundError(f"{path}: no such corpus; make it with scripts/prepare_data.py") from error
         if (path / UNFINISHED).is_dir():
             raise ValueError(
@@ -149,7 +165,9 @@ def is_corpus_file(name: str) -> bool:
     """Tells whether a file's name is one that a corpus has."""
     numbers = name.partition(".")[0].split("-of-")
     is_shard = len(numbers) == 2 and all(number.isdecimal() for number in numbers)
-    return name in (MANIFEST, UNFINISHED, *TOKENIZER_FILES) or (is_shard and name in shard_files("-of-".join(numbers)))
+    return name in (MANIFEST, INPUTS, UNFINISHED, *TOKENIZER_FILES) or (
+        is_shard and name in shard_files("-of-".join(numbers))
+    )
 
 
 def array_record() -> Any:

@@ -211,6 +211,14 @@ class Mixture:
         corpora, rows = self._dealt(block)
         return corpora.item(slot), rows.item(slot)
 
+    def before(self, row: int) -> list[int]:
+        """How many rows of each corpus come before a row of the run."""
+        if self._only is not None:
+            return [row if i == self._only else 0 for i in range(len(self._bounds) - 1)]
+        block, slot = divmod(row, self.block)
+        here = np.bincount(self._dealt(block)[0][:slot], minlength=len(self._bounds) - 1)
+        return [a + b for a, b in zip(self.used(block * self.block), here.tolist(), strict=True)]
+
     def used(self, rows: int) -> list[int]:
         """How many of the first rows, whole blocks of them, are of each corpus."""
         bounds = [math.floor(bound * rows) for bound in self._bounds]
@@ -273,11 +281,12 @@ class Plan:
         return Row(corpus, rows.pieces(k))
 
     def epoch(self, r: int) -> int:
-        """The epoch that the corpus of row r is in, from 0."""
-        corpus, k = self.mixture.locate(r)
-        rows = self._rows[corpus]
-        assert rows is not None
-        return rows.epoch(k)
+        """How often every document of every corpus has been read when row r begins: that of the slowest corpus.
+
+        It never falls. A small corpus with a large share may be much further than this.
+        """
+        before = self.mixture.before(r)
+        return min(rows.epoch(k) for rows, k in zip(self._rows, before, strict=True) if rows is not None)
 
 
 class SequentialPlan(CorpusRows):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import sys
@@ -12,8 +13,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from llama_jax.data import workers as worker_processes
+from llama_jax.data.inputs import Record, changes, digest, listed
 from llama_jax.data.manifest import (
     INDEX_DTYPE,
+    INPUTS,
     MANIFEST,
     UNFINISHED,
     Manifest,
@@ -25,6 +28,7 @@ from llama_jax.data.manifest import (
 from llama_jax.data.request import Request, make_tasks, read_tokenizer, tokenizer_id
 from llama_jax.data.request import make_request as make_request
 from llama_jax.data.shards import Done, Encoder, ShardWork, Task, disk_full, is_full, load_from_files, write_whole
+from llama_jax.data.system import exists, in_words
 from llama_jax.data.train_tokenizer import TrainingWork
 from llama_jax.text.tokenizer import TOKENIZER_FILES
 
@@ -52,8 +56,11 @@ def prepare(
     """
 
     def run(work: ShardWork, tasks: Sequence[Task]) -> Iterator[Done]:
-        with _progress("Preparing", sum(task.nbytes for task in tasks)) as advance:
-            yield from worker_processes.run(work, tasks, workers=processes, advance=advance)
+        pipes = [task for task in tasks if any(piece.stream for piece in task.pieces)]
+        files = [task for task in tasks if task not in pipes]
+        with _progress("Preparing", 0 if pipes else sum(task.nbytes for task in tasks)) as advance:
+            yield from worker_processes.run(work, pipes, workers=0, advance=advance)  # this process has them open
+            yield from worker_processes.run(work, files, workers=processes, advance=advance)
 
     processes = cpu_count() if workers is None else workers
     return prepare_with(run, request, out, reference=reference, training_workers=min(1, processes))
@@ -71,12 +78,13 @@ def prepare_with(
     if "://" in str(out):
         raise ValueError(f"{out}: is not on a disk of this machine: give a folder, or a runner of Beam (--runner)")
     out = Path(out).expanduser()
-    wanted = request.fingerprint(tokenizer_id(request))
-    if (manifest := _finished(out, wanted)) is not None:
-        return manifest
+    tokenizer = tokenizer_id(request)
+    wanted = request.fingerprint(tokenizer)
     try:
-        with _only_one(out):
-            if (manifest := _finished(out, wanted)) is not None:  # by another process meanwhile
+        if (manifest := _finished(out, request, tokenizer)) is not None:
+            return manifest
+        with _only_once(out, request), _only_one(out):
+            if (manifest := _finished(out, request, tokenizer)) is not None:  # by another process meanwhile
                 return manifest
             files = tokenizer_files(request, out / UNFINISHED, workers=training_workers)
             encoder = make_encoder(files, request)
@@ -85,14 +93,17 @@ def prepare_with(
             work = ShardWork(out, encoder, request.reading)
             for result in run(work, [task for task in tasks if task.name not in done]):
                 done[result.shard.name] = result
-            manifest = make_manifest(encoder, [done[task.name] for task in tasks], reference or {}, wanted)
+            manifest = make_manifest(encoder, tasks, done, reference or {}, wanted)
+            digests = [one for task in tasks for one in done[task.name].digests or [None] * len(task.pieces)]
+            record = Record(request.options(tokenizer), [piece for task in tasks for piece in task.pieces], digests)
+            write_whole(out / INPUTS, record.to_json())
             write_whole(out / MANIFEST, manifest.to_json())
             shutil.rmtree(out / UNFINISHED)
             return manifest
     except OSError as error:
         if is_full(error):
             raise disk_full(out) from error
-        raise
+        raise in_words(error, out, "write") from error
 
 
 def make_encoder(files: Mapping[str, bytes], request: Request) -> Encoder:
@@ -106,9 +117,14 @@ def make_encoder(files: Mapping[str, bytes], request: Request) -> Encoder:
 
 
 def make_manifest(
-    encoder: Encoder, shards: Sequence[Done], reference: Mapping[str, float], fingerprint: str
+    encoder: Encoder,
+    tasks: Sequence[Task],
+    found: Mapping[str, Done],
+    reference: Mapping[str, float],
+    fingerprint: str,
 ) -> Manifest:
     """Puts the manifest together; raises ValueError if there is no document."""
+    shards = [found[task.name] for task in tasks]
     skipped: Counter[str] = Counter()
     for done in shards:
         skipped.update(done.skipped)
@@ -131,7 +147,18 @@ def make_manifest(
         skipped=dict(skipped),
         reference=reference,
         fingerprint=fingerprint,
+        barren=_barren(tasks, found),
     )
+
+
+def _barren(tasks: Sequence[Task], found: Mapping[str, Done]) -> tuple[str, ...]:
+    """The inputs, as they were given, of which no document came."""
+    documents: dict[str, int] = {}
+    for task in tasks:
+        counts = found[task.name].documents or [1] * len(task.pieces)  # an earlier version did not count
+        for piece, count in zip(task.pieces, counts, strict=True):
+            documents[piece.given] = documents.get(piece.given, 0) + count
+    return tuple(given for given, count in documents.items() if not count)
 
 
 def cpu_count() -> int:
@@ -139,30 +166,65 @@ def cpu_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def check_same(manifest: Manifest, fingerprint: str, out: object) -> Manifest:
-    """Returns the manifest if it is of a finished preparation of the same; else raises FileExistsError."""
+def check_same(manifest: Manifest, fingerprint: str, out: object, found: Sequence[str] = ()) -> Manifest:
+    """Returns the manifest if it is of a finished preparation of the same; else raises FileExistsError.
+
+    Args:
+        manifest: Of the folder.
+        fingerprint: Of what is asked for.
+        out: The folder, for the message.
+        found: What has changed, for the message.
+    """
     if manifest.fingerprint != fingerprint:
+        why = f" ({listed(found)})" if found else ""
         raise FileExistsError(
-            f"{out}: holds a corpus that was prepared from other files or with other options: give another folder, or"
-            " remove it"
+            f"{out}: holds a corpus that was prepared from other files or with other options{why}: give another folder,"
+            " or remove it"
         )
     return manifest
 
 
-def _finished(out: Path, fingerprint: str) -> Manifest | None:
+def _finished(out: Path, request: Request, tokenizer: object) -> Manifest | None:
     """The manifest of a finished preparation of the same; refuses a folder with anything else."""
-    if not out.exists():
+    if not exists(out):
         return None
     if not out.is_dir():
         raise FileExistsError(f"{out}: is a file: give a folder for the corpus")
-    if (out / MANIFEST).exists():
-        return check_same(read_manifest(out), fingerprint, out)
+    if exists(out / MANIFEST):
+        manifest, fingerprint = read_manifest(out), request.fingerprint(tokenizer)
+        if manifest.fingerprint == fingerprint or (record := Record.read(out)) is None:
+            return check_same(manifest, fingerprint, out)
+        # Parsed again, so that both sides are what JSON makes of them.
+        options = json.loads(json.dumps(request.options(tokenizer)))
+        if found := changes(record, options, request.pieces):
+            check_same(manifest, fingerprint, out, found)
+        return manifest
     other = sorted(path.name for path in out.iterdir() if not is_corpus_file(path.name))
     if other or (any(out.iterdir()) and not (out / UNFINISHED).is_dir()):
         raise FileExistsError(
             f"{out}: holds something else than a corpus{f', such as {other[0]}' if other else ''}: give a new folder"
         )
     return None
+
+
+@contextlib.contextmanager
+def _only_once(out: Path, request: Request) -> Iterator[None]:
+    """Keeps a preparation of a pipe from resuming; one that fails in a new folder of its own leaves nothing behind."""
+    if not any(piece.stream for piece in request.pieces):
+        yield
+        return
+    if exists(out / UNFINISHED):
+        raise FileExistsError(
+            f"{out}: holds a preparation that was interrupted, and what comes from a pipe cannot be read again where it"
+            " stopped: remove the folder, or give another one"
+        )
+    is_new = not exists(out)
+    try:
+        yield
+    except BaseException:
+        if is_new:
+            shutil.rmtree(out, ignore_errors=True)
+        raise
 
 
 @contextlib.contextmanager
@@ -210,7 +272,7 @@ def _resume(out: Path, tasks: Sequence[Task], files: Mapping[str, bytes]) -> dic
             result = Done.from_json(mark.read_bytes())
             records, index, _ = [(out / name).stat().st_size for name in shard_files(task.name)]
             expected = result.shard.record_bytes, result.shard.documents * 2 * INDEX_DTYPE.itemsize
-            if result.fingerprint == task.fingerprint and (records, index) == expected:
+            if (records, index) == expected and _is_same(result, task):
                 done[task.name] = result
     kept = {name for task in done for name in shard_files(task)}
     for path in out.iterdir():
@@ -225,6 +287,15 @@ def _resume(out: Path, tasks: Sequence[Task], files: Mapping[str, bytes]) -> dic
     if done:
         print(f"{out}: {len(done)} of {len(tasks)} shards are there from an earlier run", file=sys.stderr)
     return done
+
+
+def _is_same(result: Done, task: Task) -> bool:
+    """Tells whether a finished shard is a task's: where only times are not as they were, the content decides."""
+    if result.fingerprint == task.fingerprint:
+        return True
+    if not task.lasting or result.lasting != task.lasting or None in result.digests:
+        return False
+    return [*map(digest, task.pieces)] == [*result.digests]
 
 
 @contextlib.contextmanager

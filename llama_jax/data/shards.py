@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import errno
 import functools
+import hashlib
 import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llama_jax.data.documents import Document, Reading, read_piece
+from llama_jax.data.documents import Document, Reading, check_unchanged, read_piece
+from llama_jax.data.inputs import digest
 from llama_jax.data.manifest import INDEX_DTYPE, UNFINISHED, Shard, array_record, shard_files
 from llama_jax.data.pieces import Piece
 from llama_jax.text.tokenizer import Tokenizer, tokenizer_from_files
@@ -63,11 +65,15 @@ class Encoder:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One shard to write: its name, what it is made of, and a fingerprint of all that its content depends on."""
+    """One shard to write: its name, what it is made of, and a fingerprint of all that its content depends on.
+
+    `lasting` is the same without the times of the files' last change.
+    """
 
     name: str
     pieces: tuple[Piece, ...]
     fingerprint: str
+    lasting: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -77,11 +83,17 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Done:
-    """A finished shard, what was left out of it, and the fingerprint of its task."""
+    """A finished shard, what was left out of it, and the fingerprints of its task.
+
+    `documents` has how many each piece gave, `digests` what `inputs.digest` says of each.
+    """
 
     shard: Shard
     skipped: Mapping[str, int]
     fingerprint: str
+    lasting: str = ""
+    documents: Sequence[int] = ()
+    digests: Sequence[str | None] = ()
 
     def to_json(self) -> str:
         """Writes it for the next run of an interrupted preparation."""
@@ -91,7 +103,7 @@ class Done:
     def from_json(cls, text: str | bytes) -> Done:
         """Reads what `to_json` wrote; raises ValueError, TypeError or KeyError if it is anything else."""
         values = json.loads(text)
-        return cls(Shard(**values["shard"]), values["skipped"], values["fingerprint"])
+        return cls(**{**values, "shard": Shard(**values["shard"])})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,10 +135,15 @@ class ShardWork:
         names = shard_files(task.name)
         try:
             skipped: Counter[str] = Counter()
-            documents = read_task(task, self.reading, skipped, advance)
-            counts = write_shard(unfinished / task.name, documents, self.encoder)
+            given = [0] * len(task.pieces)
+            documents = read_task(task, self.reading, skipped, advance, given)
+            count, tokens, nbytes, content = write_shard(unfinished / task.name, documents, self.encoder)
             record_bytes = (unfinished / names[0]).stat().st_size
-            done = Done(Shard(task.name, *counts, record_bytes), dict(sorted(skipped.items())), task.fingerprint)
+            shard = Shard(task.name, count, tokens, nbytes, record_bytes, content)
+            digests = [digest(piece) for piece in task.pieces]
+            for piece in task.pieces:
+                check_unchanged(piece)
+            done = Done(shard, dict(sorted(skipped.items())), task.fingerprint, task.lasting, given, digests)
             sync([unfinished / name for name in names])
             for name in names:
                 (unfinished / name).rename(self.folder / name)
@@ -141,7 +158,7 @@ class ShardWork:
         return done
 
 
-def write_shard(path: Path, documents: Iterator[Document], encoder: Encoder) -> tuple[int, int, int]:
+def write_shard(path: Path, documents: Iterator[Document], encoder: Encoder) -> tuple[int, int, int, str]:
     """Writes the three files of a shard.
 
     Args:
@@ -150,11 +167,12 @@ def write_shard(path: Path, documents: Iterator[Document], encoder: Encoder) -> 
         encoder: Documents to ids.
 
     Returns:
-        Number of documents, of tokens, and of bytes of text.
+        Number of documents, of tokens, of bytes of text, and the SHA-256 of the records.
     """
     module = array_record()
     records, index, sources = shard_files(path.name)
     count = tokens = nbytes = 0
+    content = hashlib.sha256()
     writer = module.ArrayRecordWriter(str(path.with_name(records)), "group_size:1")  # one document is read at a time
     try:
         with (
@@ -164,7 +182,9 @@ def write_shard(path: Path, documents: Iterator[Document], encoder: Encoder) -> 
             for document in documents:
                 ids, size = encoder(document.text), len(document.text.encode())
                 writer.write(ids.tobytes())
-                index_file.write(np.array([len(ids), size], INDEX_DTYPE).tobytes())
+                entry = np.array([len(ids), size], INDEX_DTYPE).tobytes()
+                index_file.write(entry)
+                content.update(entry + ids.tobytes())
                 sources_file.write(_one_line(document.source) + "\n")
                 count, tokens, nbytes = count + 1, tokens + len(ids), nbytes + size
     finally:
@@ -172,11 +192,11 @@ def write_shard(path: Path, documents: Iterator[Document], encoder: Encoder) -> 
     reader = module.ArrayRecordReader(str(path.with_name(records)))
     if reader.num_records() != count:
         raise OSError(f"{path.with_name(records)}: only {reader.num_records()} of {count} documents came to the disk")
-    return count, tokens, nbytes
+    return count, tokens, nbytes, content.hexdigest()
 
 
 def read_task(
-    task: Task, reading: Reading, skipped: Counter[str], advance: Callable[[int], None]
+    task: Task, reading: Reading, skipped: Counter[str], advance: Callable[[int], None], given: list[int]
 ) -> Iterator[Document]:
     """Reads the documents of a task that are not empty.
 
@@ -185,13 +205,15 @@ def read_task(
         reading: How.
         skipped: Counts what is left out.
         advance: Called with about how many bytes of input are just done.
+        given: Counts the documents of each piece.
     """
-    for piece in task.pieces:
+    for i, piece in enumerate(task.pieces):
         left = piece.nbytes
         for document in read_piece(piece, reading, skipped):
-            done = len(document.text) if piece.kind == "hf" else min(len(document.text), left)
+            done = len(document.text) if piece.alone else min(len(document.text), left)
             left -= done
             if document.text:
+                given[i] += 1
                 yield document
             else:
                 skipped["empty"] += 1
@@ -237,7 +259,8 @@ def disk_full(folder: Path) -> OSError:
     free = shutil.disk_usage(folder).free
     return OSError(
         f"{folder}: the disk is full ({free / 1e9:.1f} GB free): make room and run the same again, the finished shards"
-        " are kept; or prepare it in another folder"
+        " are kept; or prepare it in another folder. If there is room, it is a quota or a limit on the size of files"
+        " (`ulimit -f`): raise it"
     )
 
 

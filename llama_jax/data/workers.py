@@ -111,7 +111,7 @@ def serve(number: int) -> None:
             connection.send(("advance", pending))
             pending, last = 0, time.monotonic()
 
-    with contextlib.suppress(EOFError):  # there is no more to do
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # no more to do, or no parent any more
         work: Work[Any, Any] = connection.recv()
         while True:
             task = connection.recv()

@@ -22,6 +22,7 @@ from llama_jax.checkpoint.run import RunCheckpoints
 from llama_jax.config import ModelConfig
 from llama_jax.data.loader import Loader, Step
 from llama_jax.data.plan import sources
+from llama_jax.data.system import naming
 from llama_jax.infer.generate import Sampling, encode_prompt, generate, with_model
 from llama_jax.train import setup
 from llama_jax.train.choose import choose, in_words
@@ -144,12 +145,10 @@ class _Run:
 
     def _restored(self, step: int) -> TrainState:
         progress = self.checkpoints.progress(step)
-        before, now = progress["reads"], setup.what_is_read(self.recipe, self.corpora)
-        if changed := [key for key in now if before.get(key) != now[key]]:
+        if changed := setup.changed_reads(progress["reads"], self.recipe, self.corpora):
             raise ValueError(
-                f"{self.output}: its {progress['rows']} rows were counted with {changed[0]} ="
-                f" {before.get(changed[0])}, and now it is {now[changed[0]]}: give the same, or begin a new run from"
-                f" its weights: --output NEW --init-from {self.output}"
+                f"{self.output}: its {progress['rows']} rows were counted with {'; '.join(changed)}: give the same, or"
+                f" begin a new run from its weights: --output NEW --init-from {self.output}"
             )
         with jax.set_mesh(self.mesh):
             abstract = setup.abstract_state(self.recipe, self.config, self.optimizer)
@@ -396,7 +395,8 @@ class _Run:
             shown = prompt + text.rstrip() if text.strip() else repr(prompt + text)
             self.reporter.say(f"step {self.step}, a sample:\n{shown}")
         if distributed.is_main():
-            with (self.output / SAMPLES).open("a", encoding="utf-8") as file:
+            path = self.output / SAMPLES
+            with naming(path, "write"), path.open("a", encoding="utf-8") as file:
                 for prompt, text in zip(prompts, texts, strict=True):
                     file.write(json.dumps({"step": self.step, "prompt": prompt, "text": text}) + "\n")
 

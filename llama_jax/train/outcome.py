@@ -36,8 +36,9 @@ class Outcome:
         loss = "" if self.loss is None else f", loss {self.loss:.4f}"
         lines = [f"{'stopped' if self.signal else 'done'} at step {self.step} after {duration(self.seconds)}{loss}"]
         if self.validation:
-            loss, bits = (self.validation[f"validation_{name}"] for name in ("loss", "bits_per_byte"))
-            lines.append(f"validation: {loss:.4f} nats a token, {bits:.4f} bits a byte")
+            bits = self.validation.get("validation_bits_per_byte")
+            per_byte = "no byte is predicted" if bits is None else f"{bits:.4f} bits a byte"
+            lines.append(f"validation: {self.validation['validation_loss']:.4f} nats a token, {per_byte}")
             lines += [f"  for comparison, {name}: {bits:.4f} bits a byte" for name, bits in self.reference.items()]
         if self.skipped:
             lines.append(f"{self.skipped} steps were skipped: their loss or gradient was not finite")

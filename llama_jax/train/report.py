@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llama_jax.data.system import naming
+
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 CURVES = "curves.png"
 EVERY = 10.0  # seconds between lines where stderr is no terminal
@@ -66,8 +68,9 @@ class Reporter:
             return
         assert self._file
         finite = {name: finite_or_none(value) for name, value in values.items()}
-        self._file.write(json.dumps(finite) + "\n")
-        self._file.flush()
+        with naming(self._file.name, "write"):
+            self._file.write(json.dumps(finite) + "\n")
+            self._file.flush()
         numbers = {name: value for name, value in finite.items() if isinstance(value, (int, float)) and name != "step"}
         if self._events:
             for name, value in numbers.items():
@@ -99,7 +102,8 @@ class Reporter:
             self._bar.stop()
             self._bar = None
         if self._file:
-            self._file.close()
+            with naming(self._file.name, "write"):
+                self._file.close()
         if self._events:
             self._events.close()
         if self._wandb:

@@ -15,7 +15,7 @@ import optax
 
 from llama_jax import machines, sharding
 from llama_jax.config import ModelConfig
-from llama_jax.data.corpus import Corpus, check_tokenizer, open_corpus
+from llama_jax.data.corpus import Corpus, changed_facts, check_tokenizer, open_corpus
 from llama_jax.data.loader import BatchSchedule
 from llama_jax.data.loader import Stage as BatchStage
 from llama_jax.data.plan import WINDOW, Plan
@@ -147,7 +147,7 @@ def what_is_read(recipe: Recipe, corpora: Corpora) -> dict[str, Any]:
         "corpora": [
             {
                 name: getattr(corpus.manifest, name)
-                for name in ("documents", "tokens", "tokenizer_sha256", "fingerprint")
+                for name in ("documents", "tokens", "tokenizer_sha256", "fingerprint", "content")
             }
             for corpus in corpora.train
         ],
@@ -287,3 +287,25 @@ def read_initial(recipe: Recipe, checkpoint: Checkpoint, mesh: jax.sharding.Mesh
     with jax.set_mesh(mesh):
         like = make_model(recipe, checkpoint.config)
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def changed_reads(before: dict[str, Any], recipe: Recipe, corpora: Corpora) -> list[str]:
+    """Says what the order of the rows depended on and now is something else, a phrase for each.
+
+    Args:
+      before: what `what_is_read` returned when the rows were counted.
+      recipe: what is asked for now.
+      corpora: of the recipe.
+    """
+    now = what_is_read(recipe, corpora)
+    found = [f"{key} = {before.get(key)}, and now it is {now[key]}" for key in now if before.get(key) != now[key]]
+    if before.get("corpora") == now["corpora"]:
+        return found
+    found = [phrase for phrase in found if not phrase.startswith("corpora = ")]
+    then = before.get("corpora") or []
+    if len(then) != len(corpora.train):
+        return [*found, f"corpora: {len(then)}, and now {len(corpora.train)}"]
+    changed = [
+        (corpus.path, changed_facts(a, b)) for corpus, a, b in zip(corpora.train, then, now["corpora"], strict=True)
+    ]
+    return found + [f"corpora of other content: {path} has {why}" for path, why in changed if why]

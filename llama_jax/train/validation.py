@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 
 from llama_jax import distributed
 from llama_jax.data.corpus import Corpus
@@ -13,6 +14,7 @@ from llama_jax.data.loader import BatchSchedule, Loader, Stage
 from llama_jax.data.plan import SequentialPlan
 from llama_jax.model import Llama
 from llama_jax.sharding import pad_batch
+from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.train.step import validation_step
 
 ROWS = 8  # of a batch, or as many as the mesh has parts
@@ -54,7 +56,8 @@ class Validator:
         """`validation_loss` (nats a token) and `validation_bits_per_byte`, and of each of several corpora by name.
 
         A byte is one of the documents' UTF-8; what ends a document counts as loss, not as a byte. Where no BOS begins
-        a document, its first token is not predicted, and its bytes do not count.
+        a document, its first token is not predicted, and its bytes do not count; where none is left, there are no bits
+        a byte.
         """
         found, totals = {}, [0.0, 0.0, 0.0]
         for corpus, plan, nbytes in zip(self._corpora, self._plans, self._bytes, strict=True):
@@ -88,15 +91,35 @@ class Validator:
 
 
 def _predicted_bytes(corpus: Corpus, count: int) -> float:
-    """Bytes of the first documents' texts, without those of a first token that nothing predicts."""
-    total = float(corpus.nbytes[:count].sum())
+    """Bytes of the first documents' texts that some token predicts: all, or without BOS all but the first token's."""
     if corpus.manifest.bos:
-        return total
-    tokenizer = corpus.tokenizer()
+        return float(corpus.nbytes[:count].sum())
+    counted = _PredictedBytes(corpus.tokenizer())
+    total = 0.0
     for start in range(0, count, READ):
-        for document in corpus.read(range(start, min(start + READ, count))):
-            total -= len(tokenizer.token_bytes(int(document[0]))) if len(document) else 0
+        documents = range(start, min(start + READ, count))
+        total += sum(map(counted, corpus.nbytes[documents].tolist(), corpus.read(documents)))
     return total
+
+
+class _PredictedBytes:
+    """Counts the bytes of a document's text that its tokens after the first stand for."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._sizes = np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
+        self._unknown = (" ⁇ ".encode(), tokenizer.special_tokens.get("unk_token", "<unk>").encode())  # as it is spelt
+
+    def __call__(self, nbytes: int, ids: np.ndarray) -> int:
+        if not len(ids):
+            return nbytes
+        first, rest = self._tokenizer.token_bytes(int(ids[0])), int(self._sizes[ids[1:]].sum())
+        space = first.startswith(b" ")  # which may be the tokenizer's, not the text's
+        if first in self._unknown or rest + len(first) - nbytes in ((0, 1) if space else (0,)):
+            predicted = rest
+        else:  # a text that the tokenizer changes, or with unknown tokens: its own bytes without the first token's
+            predicted = nbytes - len(first) + (space and self._tokenizer.drops_space)
+        return min(max(predicted, 0), nbytes)
 
 
 def _host(pair: tuple[jax.Array, jax.Array]) -> tuple[float, ...]:
@@ -104,7 +127,5 @@ def _host(pair: tuple[jax.Array, jax.Array]) -> tuple[float, ...]:
 
 
 def _values(nats: float, tokens: float, nbytes: float) -> dict[str, float]:
-    return {
-        "validation_loss": nats / tokens,
-        "validation_bits_per_byte": nats / math.log(2) / nbytes if nbytes else math.nan,
-    }
+    bits = {"validation_bits_per_byte": nats / math.log(2) / nbytes} if nbytes else {}
+    return {"validation_loss": nats / tokens} | bits
