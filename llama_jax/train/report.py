@@ -54,7 +54,7 @@ class Reporter:
         if tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._events = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
+            self._events = SummaryWriter(str(output.absolute() / "tensorboard"), purge_step=step + 1)
         self._total, self._last = total_steps, 0.0
         self._start, self._first = time.monotonic(), step
         if sys.stderr.isatty():

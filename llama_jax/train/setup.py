@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import hashlib
+import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,14 +146,20 @@ def what_is_read(recipe: Recipe, corpora: Corpora) -> dict[str, Any]:
         "seq_len": recipe.batch.seq_len,
         "window": WINDOW,
         "weights": [weight / sum(recipe.data.weights) for weight in recipe.data.weights],
-        "corpora": [
-            {
-                name: getattr(corpus.manifest, name)
-                for name in ("documents", "tokens", "tokenizer_sha256", "fingerprint")
-            }
-            for corpus in corpora.train
-        ],
+        "corpora": facts_of(corpora.train),
     }
+
+
+def facts_of(corpora: list[Corpus]) -> list[dict[str, Any]]:
+    """What identifies each corpus, wherever it is stored."""
+    names = ("documents", "tokens", "tokenizer_sha256", "fingerprint")
+    return [{name: getattr(corpus.manifest, name) for name in names} for corpus in corpora]
+
+
+def measured_on(recipe: Recipe, corpora: Corpora) -> str:
+    """A name of what validation measures: losses of the same can be compared."""
+    facts = [facts_of(corpora.validation), recipe.validation.documents, recipe.batch.seq_len]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12] if corpora.validation else ""
 
 
 def batch_schedule(batch: Batch) -> BatchSchedule:
