@@ -187,7 +187,7 @@ class RunCheckpoints:
             with self._failure_in_words():
                 self._manager.check_for_errors()
             if self._expected and not self._manager.is_saving_in_progress():
-                self._settle()
+                self.wait()  # for the error, if there was one
 
     def wait(self) -> None:
         """Returns when all is on disk and has been opened again; raises OSError if it is not."""

@@ -16,7 +16,7 @@ from llama_jax.train.recipe import Recipe
 # Fields, and all below them, that may differ from the run that is resumed. Everything else is refused, unless
 # `allow_changes` names it: what is not in this list is what the run is.
 MAY_CHANGE = (
-    # The length of the run, the learning rate, and the batch: each is said, and recorded.
+    # The length of the run; the learning rate and the batch, which are said and recorded.
     "steps", "optimizer.schedule", "batch.sequences", "batch.stages",
     # How the same numbers are computed: on other devices, with less memory, by another implementation.
     "mesh", "remat", "attention", "compiler_options", "batch.microbatches", "data.threads", "data.prefetch",
@@ -26,7 +26,7 @@ MAY_CHANGE = (
     # Compared by what the corpora hold, not by where they are; never allowed to differ (`setup.what_is_read`).
     "data.train", "data.weights", "seed", "batch.seq_len",
 )  # fmt: skip
-SAID = ("steps", "optimizer.schedule", "batch.sequences", "batch.stages")
+SAID = ("optimizer.schedule", "batch.sequences", "batch.stages")
 # Of each process alone, or compared by content: what processes that train together may have differently.
 OF_EACH_PROCESS = (
     "data.threads", "data.prefetch", "tensorboard", "wandb", "profile", "output", "data.train", "data.validation",
