@@ -149,9 +149,7 @@ class RunCheckpoints:
         small = {PROGRESS: json.dumps(progress, indent=1), VALIDATED: json.dumps({"loss": loss, "of": of})}
         args = {item: save_request(arrays, self._stacked) for item, arrays in items.items()}
         with self._failure_in_words():
-            manager.save(
-                step, args=ocp.args.Composite(**args, run=_run_files().Save(small, dict(files))), force=True
-            )
+            manager.save(step, args=ocp.args.Composite(**args, run=_run_files().Save(small, dict(files))), force=True)
         shapes = {
             item: {name: (x.shape, np.dtype(x.dtype)) for name, x in arrays.items()} for item, arrays in items.items()
         }

@@ -22,6 +22,7 @@ from llama_jax.distributed.agreement import SHOWN, DisagreementError, difference
 from llama_jax.distributed.job import Job
 from llama_jax.distributed.meeting import meet
 from llama_jax.distributed.place import find_place
+from llama_jax.distributed.programs import cache_on_every_process
 
 HEARTBEAT_TIMEOUT = 30  # seconds; JAX's own, which also notices a process that hangs
 PACKAGES = ("jax", "jaxlib", "flax", "libtpu")
@@ -76,6 +77,7 @@ def initialize(
         initialization_timeout=round(max(timeout, 1)),
         heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
     )
+    cache_on_every_process()
     atexit.register(_job.finish)  # runs before JAX's own shutdown, where all wait for all
 
 
@@ -140,6 +142,20 @@ def gather(value: Any) -> list[Any]:
         job.send({"value": value})
         return broadcast(None)
     return broadcast([value, *(job.receive(i) for i in range(1, len(job.hosts)))])
+
+
+def compile_together(lowered: Any, compiler_options: Mapping[str, Any] | None = None) -> Any:
+    """Compiles a lowered program, and returns it when all processes have; all must call it.
+
+    A collective of XLA would give up (on CPUs after 30 s) while another process still compiles.
+
+    Args:
+      lowered: of `jax.jit(...).lower`.
+      compiler_options: of XLA.
+    """
+    program = lowered.compile(dict(compiler_options) if compiler_options else None)
+    gather(None)
+    return program
 
 
 def agree(facts: Mapping[str, Any]) -> None:

@@ -23,8 +23,9 @@ from llama_jax.checkpoint.run import RunCheckpoints
 from llama_jax.config import ModelConfig
 from llama_jax.data.loader import Loader, Step
 from llama_jax.data.plan import sources
-from llama_jax.infer.generate import Sampling, encode_prompt, generate, with_model
 from llama_jax.distributed.agreement import fingerprint
+from llama_jax.infer.generate import Sampling, encode_prompt, generate, with_model
+from llama_jax.sharding import whole_weights
 from llama_jax.train import resume, setup
 from llama_jax.train.choose import choose, in_words
 from llama_jax.train.guard import check_output, memory_in_words, only_one
@@ -123,6 +124,7 @@ class _Run:
         self.validated_step: int | None = None
         self.changes: list[dict[str, Any]] = []
         self._save_owed = False
+        self._whole_was_said = initial is not None  # by what reads it
         self.state = self._restored(steps[-1]) if steps else self._new(initial)
         self.reporter = Reporter(
             output, main=distributed.is_main(), total_steps=self.total, step=self.step,
@@ -159,13 +161,14 @@ class _Run:
         with jax.set_mesh(self.mesh):
             if initial:
                 model = setup.read_initial(self.recipe, initial, self.mesh)
-                return jax.jit(lambda model: new_state(model, self.optimizer), donate_argnums=0)(model)
+                init = jax.jit(lambda model: new_state(model, self.optimizer), donate_argnums=0)
+                return distributed.compile_together(init.lower(model))(model)
 
-            def init() -> TrainState:
+            def new() -> TrainState:
                 model = setup.make_model(self.recipe, self.config, seed=self.recipe.seed)
                 return new_state(model, self.optimizer)
 
-            return jax.jit(init)()
+            return distributed.compile_together(jax.jit(new).lower())()
 
     def _restored(self, step: int) -> TrainState:
         progress = self.checkpoints.progress(step)
@@ -319,6 +322,10 @@ class _Run:
             parts = f", {recipe.batch.microbatches} microbatches" if recipe.batch.microbatches > 1 else ""
             how = in_words(recipe, self.config, self.machine)
             self.reporter.say(f"mesh {recipe.mesh}, remat {recipe.remat}{parts}: {how}")
+        if not self._whole_was_said and (
+            whole := whole_weights(self.state.model.rules.undivided(config, self.mesh.shape))
+        ):
+            self.reporter.say(whole)
         if self.step >= self.total:
             self.reporter.say(f"{self.output}: all {self.total} steps are done already; --steps gives it more")
         else:
@@ -361,7 +368,7 @@ class _Run:
             start = time.perf_counter()
             step = compiled(self.optimizer, self.schedule, self.recipe.optimizer.z_weight)
             lowered = step.lower(self.state, part.batch, self._stop_flags())
-            self._programs[shape] = lowered.compile(self.recipe.compiler_options or None)
+            self._programs[shape] = distributed.compile_together(lowered, self.recipe.compiler_options)
             M, B, T = shape
             parts = f"{M} microbatches of " if M > 1 else ""
             self.reporter.say(f"compiled for {parts}{B} x {T} tokens in {time.perf_counter() - start:.1f} s")
@@ -457,7 +464,12 @@ class _Run:
         }
         loss = self.validated["validation_loss"] if self.validated_step == self.step else None
         self.checkpoints.save(
-            self.step, named_arrays(self.state), progress, self.files, loss=loss, of=setup.measured_on(self.recipe, self.corpora)
+            self.step,
+            named_arrays(self.state),
+            progress,
+            self.files,
+            loss=loss,
+            of=setup.measured_on(self.recipe, self.corpora),
         )
         self.reporter.say(f"step {self.step}: saving {self.output / CHECKPOINTS / str(self.step)}")
 

@@ -195,14 +195,10 @@ def make_mesh(recipe: Recipe, config: ModelConfig) -> jax.sharding.Mesh:
         mesh = sharding.make_mesh(config, data=slices, fsdp=len(devices) // slices)
     else:
         mesh = sharding.mesh_of(config, recipe.mesh)
-    ways, batch = mesh.shape["data"] * mesh.shape["fsdp"], recipe.batch
-    for stage in batch_schedule(batch).stages:
-        rows = stage.rows * stage.split // stage.microbatches
-        if rows % ways:
-            raise ValueError(
-                f"a microbatch of {rows} sequences does not divide among {ways} devices (data x fsdp): make"
-                " batch.sequences / batch.microbatches a multiple of that, or put devices on tensor or context (--mesh)"
-            )
+    for stage in batch_schedule(recipe.batch).stages:
+        rows, seq_len = stage.rows * stage.split, recipe.batch.seq_len // stage.split
+        if why := sharding.undivided_batch(mesh.shape, rows=rows, seq_len=seq_len, microbatches=stage.microbatches):
+            raise ValueError(why)
     return mesh
 
 
