@@ -11,8 +11,8 @@ Users write `fsdp=2,tensor=4`. From the outside in, each axis with more traffic 
 
 What does not divide, one rule for planning, training, loading and generating (README's meshes, decided here alone):
 
-- A dimension of the weights (heads, MLP, vocabulary, embedding) stays whole on each device, and every one of them says so
-  in the words of `whole_weights`: the results are right, and SmolLM2's 3 kv heads are no reason to refuse two devices.
+- A dimension of the weights (heads, MLP, vocabulary, embedding) stays whole on each device, and all of them say so in
+  the words of `whole_weights`: the results are right, and SmolLM2's 3 kv heads do not forbid two devices.
 - The batch and the length of a training step, of a prefill or of a cache that is planned: refused in the words of
   `undivided_batch`, by the planner and by training before its first step. Devices would compute the same, all of it.
 - Generation pads the batch (`pad_batch`), and prompts to powers of two. A length that `context` does not divide all the

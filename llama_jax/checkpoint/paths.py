@@ -46,10 +46,14 @@ def _links() -> Path:
     for parent in (tempfile.gettempdir(), *TEMPORARY):
         if PLAIN.fullmatch(parent) and os.access(parent, os.W_OK | os.X_OK):
             made = Path(tempfile.mkdtemp(prefix="llama_jax-", dir=parent))
-            process = os.getpid()
-            atexit.register(lambda: shutil.rmtree(made, ignore_errors=True) if os.getpid() == process else None)
+            atexit.register(_remove, made, os.getpid())
             return made
     raise OSError("no folder for temporary files is writable: set TMPDIR to one with a plain name")
+
+
+def _remove(folder: Path, process: int) -> None:
+    if os.getpid() == process:  # not a fork of it
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def local_folder(name: str) -> Path:

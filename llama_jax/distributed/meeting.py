@@ -1,7 +1,7 @@
 """How processes meet before JAX starts: at the coordinator's address, where process 0 listens itself.
 
-Every process connects, and says its number, host, versions and settings. JAX's own wait ends in a C++ abort that does not say who
-is missing.
+Every process connects, and says its number, host, versions and settings. JAX's own wait ends in a C++ abort that does
+not say who is missing.
 """
 
 from __future__ import annotations

@@ -148,9 +148,10 @@ class _Run:
         if distributed.process_count() == 1:
             return
         newest = self.checkpoints.folder / str(steps[-1]) if steps else None
+        train, validation = map(setup.facts_of, (self.corpora.train, self.corpora.validation))
         distributed.agree(
             {
-                "data": {"train": setup.facts_of(self.corpora.train), "validation": setup.facts_of(self.corpora.validation)},
+                "data": {"train": train, "validation": validation},
                 "init_from": fingerprint(initial.path) if initial else None,
                 "checkpoint": {newest.name: fingerprint(newest)} if newest else None,
                 "model": dataclasses.asdict(self.config),
