@@ -5,7 +5,6 @@ from __future__ import annotations
 import queue
 import shutil
 import threading
-from pathlib import Path
 
 import pytest
 
@@ -13,9 +12,10 @@ from llama_jax.distributed import agreement, meeting
 from llama_jax.distributed.agreement import differences, fingerprint
 from llama_jax.distributed.place import Place
 from tests.test_distributed import HOST, ROOT, free_port, outputs, said, start  # noqa: F401 (fixture)
-from tests.test_scripts import environment  # noqa: F401 (fixture)
+from tests.test_scripts import environment, model  # noqa: F401 (fixtures)
 from tests.train.corpora import random_documents, write_corpus
 
+EVERYWHERE = f". All must have the same: start one command everywhere (process 1 is on {HOST})"
 RECIPE = """
 from llama_jax.config import ModelConfig
 from llama_jax.train.recipe import *
@@ -88,10 +88,7 @@ def test_settings_are_compared_where_processes_meet(settings, words):
     for thread in threads:
         thread.join()
     for _ in threads:
-        assert (
-            answers.get_nowait()
-            == f"{words}. All must have the same: start one command everywhere (process 1 is on {HOST})"
-        )
+        assert answers.get_nowait() == words + EVERYWHERE
 
 
 def test_fingerprints(tmp_path):
@@ -122,11 +119,10 @@ def test_two_processes_compare_and_compile(start, tmp_path):  # noqa: F811
         processes = start("-m", "tests.agreement_worker", tmp_path, "copy,changed")
         texts, other = said(processes[0])
         assert texts == other
-        everywhere = f". All must have the same: start one command everywhere (process 1 is on {HOST})"
         assert texts[:4] == [
             "",
-            f"process 1 has optimizer.peak = 0.03, process 0 has 0.003; seed = 5, process 0: 0{everywhere}",
-            f"process 1 has only here = 1, process 0 has nothing{everywhere}",
+            f"process 1 has optimizer.peak = 0.03, process 0 has 0.003; seed = 5, process 0: 0{EVERYWHERE}",
+            f"process 1 has only here = 1, process 0 has nothing{EVERYWHERE}",
             "",
         ]
         assert texts[4].startswith("process 1 has files.weights = 10000 bytes, ")
@@ -148,7 +144,7 @@ def test_training_refuses_processes_that_differ(start, tmp_path):  # noqa: F811
     )
     words = (
         "error: process 1 has batch.sequences = 8, process 0 has 4; optimizer.schedule.peak = 0.03, process 0: 0.003;"
-        f" seed = 5, process 0: 0. All must have the same: start one command everywhere (process 1 is on {HOST})\n"
+        f" seed = 5, process 0: 0{EVERYWHERE}\n"
     )
     assert [err for _, err in outputs(start(command, path, "--output", tmp_path / "run"), code=1)] == [words] * 2
     assert not (tmp_path / "run").exists()
@@ -159,10 +155,27 @@ def test_training_refuses_other_data_in_the_same_place(start, tmp_path):  # noqa
     for i in range(2):
         write_corpus(tmp_path / f"corpus{i}", random_documents(40, seed=i))
     path = tmp_path / "recipe.py"
-    path.write_text(
-        "import os\n"
-        + RECIPE.format(train="#").replace("'#'", f"{str(tmp_path)!r} + '/corpus' + os.environ['JAX_PROCESS_ID']")
-    )
+    folder = f"{str(tmp_path)!r} + '/corpus' + os.environ['JAX_PROCESS_ID']"
+    path.write_text("import os\n" + RECIPE.format(train="#").replace("'#'", folder))
     for _, err in outputs(start(ROOT / "scripts/train.py", path, "--output", tmp_path / "run"), code=1):
         assert err.startswith("error: process 1 has data.train = [{"), err
-        assert Path(tmp_path / "run").exists() is False
+        assert not (tmp_path / "run").exists()
+
+
+def test_generating_refuses_other_weights(start, model, tmp_path):  # noqa: F811
+    """Each machine has its own copy of the model under one name; one has another number in it."""
+    for i in range(2):
+        shutil.copytree(model, tmp_path / str(i) / "model")
+    file = tmp_path / "1" / "model" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 64
+    file.write_bytes(content)
+    command = tmp_path / "generate.py"
+    command.write_text(
+        "import os, runpy, sys\n"
+        f"os.chdir(os.path.join({str(tmp_path)!r}, os.environ['JAX_PROCESS_ID']))\n"
+        f"sys.argv[0] = {str(ROOT / 'scripts/generate.py')!r}\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    for _, err in outputs(start(command, "--model", "model", "--prompt", "the fox", "--max-new-tokens", "2"), code=1):
+        assert err.startswith(f"error: process 1 has model files.model.safetensors = {len(content)} bytes, "), err
