@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
-CURVES = "curves.png"
+CURVES, WANDB = "curves.png", "wandb_id"
 EVERY = 10.0  # seconds between lines where stderr is no terminal
 SHOWN = ("loss", "learning_rate", "tokens_per_second", "mfu")
 
@@ -214,4 +214,11 @@ def _start_wandb(project: str, output: Path, recipe: Mapping[str, Any]) -> Any:
         import wandb  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError("--wandb needs the package: pip install wandb (or leave the option out)") from error
-    return wandb.init(project=project, dir=str(output), name=output.name, config=dict(recipe), resume="allow")
+    output.mkdir(parents=True, exist_ok=True)
+    file = output / WANDB  # so that a run that is resumed continues its own curves
+    known = file.read_text(encoding="utf-8").strip() if file.exists() else None
+    run = wandb.init(
+        project=project, dir=str(output), name=output.name, config=dict(recipe), resume="allow", id=known or None
+    )
+    file.write_text(f"{run.id}\n", encoding="utf-8")
+    return run
