@@ -13,7 +13,8 @@ class Validated:
 
     Attributes:
       loss: None where it was not measured, or was not finite.
-      of: what it was measured on; only losses of the same are compared.
+      of: what it was measured on; only losses of the same are compared. Empty: not recorded, taken to be that of the
+        newest.
     """
 
     loss: float | None = None
@@ -47,9 +48,10 @@ class KeepRules:
             kept |= {step for step in steps if step % self.every == 0}
         if self.best:
             kept |= {step for step in steps if step not in validated}
+            newest = next((known.of for step in reversed(steps) if (known := validated.get(step)) and known.of), "")
             groups: dict[str, list[tuple[float, int]]] = {}
             for step in steps:
                 if (known := validated.get(step)) and known.loss is not None and math.isfinite(known.loss):
-                    groups.setdefault(known.of, []).append((known.loss, -step))
+                    groups.setdefault(known.of or newest, []).append((known.loss, -step))
             kept |= {-step for group in groups.values() for _, step in sorted(group)[: self.best]}
         return kept

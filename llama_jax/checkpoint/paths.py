@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import itertools
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ from pathlib import Path
 
 PLAIN = re.compile(r"[A-Za-z0-9/._@+=,~-]*")
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/+")  # "gs://", also after pathlib has made it "gs:/"
+_NUMBERS = itertools.count()
 TEMPORARY = ("/dev/shm", "/tmp", "/var/tmp")  # where the usual one has no plain name
 
 
@@ -30,23 +32,23 @@ def plain(path: Path) -> Path:
         return path
     # The shortest part of the path with all the special names, which exists: the rest is the library's to make.
     folder = next(p for p in (*reversed(path.parents), path) if PLAIN.fullmatch(str(path.relative_to(p))))
-    return _link(folder) / path.relative_to(folder)
+    return _link(folder, os.getpid()) / path.relative_to(folder)
 
 
 @functools.cache
-def _link(folder: Path) -> Path:
-    link = _links() / str(len(os.listdir(_links())))
+def _link(folder: Path, process: int) -> Path:
+    link = _links(process) / str(next(_NUMBERS))
     link.symlink_to(folder, target_is_directory=True)
     return link
 
 
 @functools.cache
-def _links() -> Path:
+def _links(process: int) -> Path:
     """A folder of this process, removed at its end."""
     for parent in (tempfile.gettempdir(), *TEMPORARY):
         if PLAIN.fullmatch(parent) and os.access(parent, os.W_OK | os.X_OK):
             made = Path(tempfile.mkdtemp(prefix="llama_jax-", dir=parent))
-            atexit.register(_remove, made, os.getpid())
+            atexit.register(_remove, made, process)
             return made
     raise OSError("no folder for temporary files is writable: set TMPDIR to one with a plain name")
 

@@ -209,7 +209,7 @@ class RunCheckpoints:
                 ", ".join(map(str, sorted(unknown))),
             )
         # Renamed before they are deleted: a kill meanwhile leaves no half of a checkpoint.
-        self._put_away(set(steps) - self._rules.kept(steps, validated))
+        self._put_away({str(step) for step in steps} - {str(step) for step in self._rules.kept(steps, validated)})
         shutil.rmtree(self.folder / DELETED, ignore_errors=True)
 
     def _known(self, step: int) -> Validated | None:
@@ -247,15 +247,15 @@ class RunCheckpoints:
     def _set_aside(self) -> None:
         """Takes step folders that are not whole out of the manager's sight, which would count them."""
         if jax.process_index() == 0:
-            found = {int(path.name) for path in self.folder.iterdir() if path.name.isdecimal()}
-            self._put_away(found - set(self.steps()))
+            found = {path.name for path in self.folder.iterdir() if path.name.isdecimal()}
+            self._put_away(found - set(map(str, self.steps())))
 
-    def _put_away(self, steps: set[int]) -> None:
+    def _put_away(self, names: set[str]) -> None:
         """Moves step folders to where they are deleted."""
-        for step in sorted(steps):
+        for name in sorted(names):
             (self.folder / DELETED).mkdir(exist_ok=True)
-            shutil.rmtree(self.folder / DELETED / str(step), ignore_errors=True)
-            (self.folder / str(step)).rename(self.folder / DELETED / str(step))
+            shutil.rmtree(self.folder / DELETED / name, ignore_errors=True)
+            (self.folder / name).rename(self.folder / DELETED / name)
 
     def _open(self, items: Mapping[str, Mapping[str, jax.Array]]) -> Any:
         import orbax.checkpoint as ocp

@@ -108,6 +108,7 @@ class _Run:
         setup.check_sizes(recipe, self.config, self.corpora)
         self.machine = setup.machine_here()
         self.recipe = recipe = choose(recipe, self.config, self.machine)
+        distributed.agree(resume.of_all_processes(recipe))  # a process may have been given less memory
         self.batches = setup.batch_schedule(recipe.batch)
         self.mesh = setup.make_mesh(recipe, self.config)
         if self.mesh.devices.flat[0].platform == "cpu":

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from llama_jax.checkpoint.arrays import DamagedError
 from llama_jax.config import ModelConfig
@@ -91,7 +94,18 @@ def changes(before: Mapping[str, Any], recipe: Recipe, config: ModelConfig) -> l
     now = dataclasses.asdict(recipe) | {"model": dataclasses.asdict(config)}
     if before.get("init_from"):  # its model is that of the checkpoint, which this run reads too
         before = {key: value for key, value in before.items() if key != "model"}
-    return [Change(name, old, new) for name, new, old in differences(*_common(now, before))]
+    found = [Change(name, old, new) for name, new, old in differences(*_common(now, before))]
+    return [change for change in found if not _same(change, on_cpu=jax.default_backend() == "cpu")]
+
+
+def _same(change: Change, *, on_cpu: bool) -> bool:
+    """Whether two values mean the same."""
+    pair = (change.before, change.now)
+    if change.field == "dtype":
+        return len({("float32" if on_cpu else "bfloat16") if value == "auto" else value for value in pair}) == 1
+    if change.field == "init_from":
+        return all(pair) and len({os.path.realpath(os.path.expanduser(value)) for value in pair}) == 1
+    return False
 
 
 def refuse(found: list[Change], recipe: Recipe) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,9 @@ def test_rules_for_keeping():
     assert KeepRules(1, 0, 9).kept(losses, losses) == {1, 3, 5, 7}
     assert KeepRules(1, 0, 1).kept([*losses, 8], losses) == {7, 8}
     assert KeepRules(1, 0, 1).kept([*losses, 0, 8], {**losses, 8: Validated()}) == {0, 7, 8}  # of 0 nothing is known
-    other = losses | {2: Validated(9.0, "another corpus"), 4: Validated(0.1, "another corpus")}
-    assert KeepRules(1, 0, 1).kept(other, other) == {4, 7}  # losses of two corpora are not compared
+    other = {3: Validated(1.0, "a"), 4: Validated(0.1, "b"), 5: Validated(2.0, "b"), 6: Validated(1.5, "a")}
+    assert KeepRules(1, 0, 1).kept(other, other) == {3, 4, 6}  # losses of two corpora are not compared
+    assert KeepRules(1, 0, 1).kept([*other, 2], other | {2: Validated(0.5)}) == {2, 4, 6}  # of "a", as the newest
 
 
 def test_the_best_checkpoint_stays_over_restarts(recipe, losses):
@@ -179,6 +181,21 @@ def test_a_save_that_was_owed_is_owed_after_a_restart(recipe, monkeypatch):
     assert kept(stopped) == [4, 5, 6, 7]
 
 
+def test_a_run_of_weights_and_biases_is_continued(recipe, monkeypatch):
+    """The same id, as the package's `init` documents it."""
+    asked = []
+
+    def init(**options: Any) -> types.SimpleNamespace:
+        asked.append(options["id"])
+        nothing = lambda *args, **options: None  # noqa: E731
+        return types.SimpleNamespace(id="abc123", log=nothing, finish=nothing)
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    for step in (1, 2):
+        train(again(recipe, steps=step, wandb="project", data__validation=()))
+    assert asked == [None, "abc123"]
+
+
 # --- What may change ---
 
 
@@ -206,6 +223,13 @@ def test_what_changed_is_refused_with_both_values(recipe, losses):
         with pytest.raises(ValueError, match=message):
             train(again(recipe, **more, **changes))
     assert kept(recipe) == [1, 2]
+
+    # Another spelling of the same is no change: on a CPU `auto` is float32.
+    same = again(recipe, dtype="float32")
+    assert (
+        resume.changes({"dtype": "auto", "init_from": "runs/a"}, changed(same, init_from="./runs/b/../a"), same.model)
+        == []
+    )
 
     # What the recipe was recorded without, an older version's, is not compared: but its configuration is.
     file = output / "checkpoints" / "2" / "recipe.json"
