@@ -51,7 +51,7 @@ def main(folder: Path, copies: str) -> None:
 
     # Programs in the compilation cache, of all processes.
     events: list[str] = []
-    jax.monitoring.register_event_listener(lambda name, **_: events.append(name))
+    jax.monitoring.register_event_listener(lambda name, **_: events.append(name))  # pyright: ignore[reportArgumentType]
     jax.config.update("jax_compilation_cache_dir", str(folder / "cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     mesh = jax.make_mesh((2,), ("all",))

@@ -200,7 +200,8 @@ class _Run:
         """Takes up what the run decided by when this checkpoint was saved; an older version recorded less."""
         self.step, self.rows = step, progress["rows"]
         self.last = dict(progress.get("last", {}))
-        self.validated = dict(progress.get("validated", {}))
+        known = progress.get("validated", {})
+        self.validated = {name: math.nan if value is None else value for name, value in known.items()}
         self.validated_step = progress.get("validated_step")
         self._save_owed = bool(progress.get("save_owed"))
         new = [{"step": step, "field": one.field, "before": one.before, "now": one.now} for one in changed]

@@ -174,11 +174,11 @@ class Recipe:
     """The folder of metrics, checkpoints and plots; empty: runs/NAME."""
     resume: Literal["never", "auto"] = "never"
     """auto goes on from the newest checkpoint in the output folder, if there is one."""
+    profile: str = ""
+    """Steps to trace, such as 10:13, into OUTPUT/profile (xprof, Perfetto)."""
     allow_changes: tuple[str, ...] = ()
     """Fields that a run may resume with other values, beside those that always may (docs/training.md): such as
     model.rope_theta. What changed is recorded in the checkpoints."""
-    profile: str = ""
-    """Steps to trace, such as 10:13, into OUTPUT/profile (xprof, Perfetto)."""
 
     @property
     def total_steps(self) -> int:

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -195,11 +196,16 @@ def make_mesh(recipe: Recipe, config: ModelConfig) -> jax.sharding.Mesh:
         mesh = sharding.make_mesh(config, data=slices, fsdp=len(devices) // slices)
     else:
         mesh = sharding.mesh_of(config, recipe.mesh)
+    check_divides(recipe, mesh.shape)
+    return mesh
+
+
+def check_divides(recipe: Recipe, sizes: Mapping[str, int]) -> None:
+    """Raises ValueError where a stage of the run does not divide on a mesh of these sizes."""
     for stage in batch_schedule(recipe.batch).stages:
         rows, seq_len = stage.rows * stage.split, recipe.batch.seq_len // stage.split
-        if why := sharding.undivided_batch(mesh.shape, rows=rows, seq_len=seq_len, microbatches=stage.microbatches):
+        if why := sharding.undivided_batch(sizes, rows=rows, seq_len=seq_len, microbatches=stage.microbatches):
             raise ValueError(why)
-    return mesh
 
 
 def make_model(recipe: Recipe, config: ModelConfig, *, seed: int | None = None) -> Llama:
