@@ -90,8 +90,8 @@ def test_what_is_no_folder_of_this_machine_is_refused(recipe, name, words):
 def test_a_name_too_long_for_checkpoints_is_refused_before_training(recipe, tmp_path):
     """The folder itself can be made; the files of a checkpoint in it could not."""
     deep = tmp_path
-    while len(str(deep)) < 3900:
-        deep = deep / ("x" * 100)
+    while (left := 4030 - len(str(deep))) > 1:  # of the 4095 that Linux takes
+        deep = deep / ("x" * min(100, left - 1))
     with pytest.raises(OSError, match=r"checkpoints cannot be written to .* \(File name too long\): give another"):
         train(changed(recipe, output=str(deep)))
     shutil.rmtree(tmp_path / ("x" * 100))
@@ -137,7 +137,7 @@ def test_a_chunk_that_is_missing_is_noticed(tmp_path):
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("lost", ["optimizer/manifest.ocdbt", "run/progress.json", "config.json"])
+@pytest.mark.parametrize("lost", ["optimizer/manifest.ocdbt", "config.json"])
 def test_a_save_that_cannot_be_opened_deletes_nothing(recipe, monkeypatch, lost):
     """The storage loses a file of the newest: the one before stays, and the run ends with an error."""
     settle = RunCheckpoints._settle

@@ -114,12 +114,12 @@ def test_the_best_checkpoint_stays_over_restarts(recipe, losses):
     assert same.validation["validation_loss"] == 4.7
 
 
-@pytest.mark.parametrize("step", [3, 5])
-def test_killed_between_validation_and_save(recipe, losses, monkeypatch, step):
+def test_killed_between_validation_and_save(recipe, losses, monkeypatch):
+    """At the best of all steps; the save of the step before may not have come to its end."""
     save = loop._Run._save
 
     def die(run: Any) -> None:
-        if run.step == step:
+        if run.step == 3:
             raise Killed
         save(run)
 
@@ -127,7 +127,7 @@ def test_killed_between_validation_and_save(recipe, losses, monkeypatch, step):
         patch.setattr(loop._Run, "_save", die)
         with pytest.raises(Killed):
             train(recipe)
-    assert step not in kept(recipe)
+    assert 3 not in kept(recipe)
     train(again(recipe))
     assert kept(recipe) == KEPT
 
