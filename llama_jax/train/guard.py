@@ -14,7 +14,7 @@ import jax
 
 from llama_jax import distributed
 
-SHARED_SECONDS = 90.0  # until network storage shows a file that another machine wrote: NFS keeps what was not there for 60
+SHARED_SECONDS = 90.0  # until network storage shows what another machine wrote: NFS remembers an absence for 60
 
 
 def only_one(output: Path) -> filelock.BaseFileLock:
