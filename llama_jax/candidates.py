@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from llama_jax.estimate import Job, memory, roofline, work
 from llama_jax.machines import Chip, Machine, available_bytes, sizes_of
+from llama_jax.sharding import undivided_batch
 
 REMATS = ("matmuls", "none", "attention", "full", "groups", "offload")  # of equals the first
 MOST_TENSOR = 16  # devices on tensor that a search considers
@@ -26,12 +27,12 @@ def of(
     found = []
     for sizes in meshes:
         rows = sizes.get("data", 1) * sizes.get("fsdp", 1)
-        if job.batch % rows or job.seq_len % sizes.get("context", 1):
+        if undivided_batch(sizes, rows=job.batch, seq_len=job.seq_len):
             continue
         each = job.batch // rows
         parts = [1] if job.mode != "train" else [each // n for n in _powers(each) if each % n == 0]
         for M in [microbatches] if microbatches else parts:
-            if job.batch % (rows * M):
+            if undivided_batch(sizes, rows=job.batch, seq_len=job.seq_len, microbatches=M):
                 continue
             for policy in [remat] if remat else REMATS if job.mode == "train" else ("full",):
                 if policy == "offload" and not job.machine.chip.host:

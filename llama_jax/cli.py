@@ -34,13 +34,17 @@ class ModelArgs:
     """splash (TPU), cudnn (GPU), xla, cpu or reference; default: the fastest of the platform that is as exact."""
 
     def load(self, *, chat_format: str | None = None) -> LoadedLlama:
-        """Loads the model; of several processes, the first one's options count."""
+        """Loads the model; of several processes, the first one's options count, and all must have the same files."""
         import_jax()
-        from llama_jax.distributed import broadcast
+        from llama_jax.distributed import agree, broadcast, process_count
+        from llama_jax.distributed.agreement import fingerprint
         from llama_jax.weights.load import load
 
         options = broadcast(dataclasses.asdict(self))
-        return load(options.pop("model"), **options, chat_format=chat_format)
+        llama = load(options.pop("model"), **options, chat_format=chat_format)
+        if process_count() > 1 and llama.checkpoint:
+            agree({"model files": fingerprint(llama.checkpoint.path)})
+        return llama
 
 
 @dataclasses.dataclass

@@ -8,14 +8,24 @@ Users write `fsdp=2,tensor=4`. From the outside in, each axis with more traffic 
 - `tensor`: heads, MLP and vocabulary; two reductions a layer. The mesh splits it in two, because it may exceed the
   number of kv heads (Llama 3 70B has 8, a v5e-16 slice has 16 chips): `tensor_kv` = gcd(tensor, K) shards kv heads,
   `tensor_q` the groups of query heads that share one; MLP and vocabulary are split over both.
+
+What does not divide, one rule for planning, training, loading and generating (README's meshes, decided here alone):
+
+- A dimension of the weights (heads, MLP, vocabulary, embedding) stays whole on each device, and all of them say so in
+  the words of `whole_weights`: the results are right, and SmolLM2's 3 kv heads do not forbid two devices.
+- The batch and the length of a training step, of a prefill or of a cache that is planned: refused in the words of
+  `undivided_batch`, by the planner and by training before its first step. Devices would compute the same, all of it.
+- Generation pads the batch (`pad_batch`), and prompts to powers of two. A length that `context` does not divide all the
+  same is computed whole on each device, and said once in the words of `whole_sequences`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -228,9 +238,14 @@ class ShardingRules:
         """As `spec`, on the mesh in use."""
         return NamedSharding(jax.sharding.get_mesh(), self.spec(axes, shape))
 
-    def undivided(self, config: ModelConfig) -> list[str]:
-        """Which of the model's dimensions stay whole on the mesh in use because they do not divide, in words."""
-        sizes = jax.sharding.get_abstract_mesh().shape
+    def undivided(self, config: ModelConfig, sizes: Mapping[str, int] | None = None) -> list[str]:
+        """Which of the model's dimensions stay whole because they do not divide, in words.
+
+        Args:
+          config: the model.
+          sizes: of the mesh's axes; None is the mesh in use.
+        """
+        sizes = jax.sharding.get_abstract_mesh().shape if sizes is None else sizes
         dimensions = {
             "vocab": config.vocab_size,
             "embed": config.embed_dim,
@@ -244,6 +259,53 @@ class ShardingRules:
             if size % ways:
                 words.append(f"{_WORDS.get(axis, axis)} ({size}) does not divide by {ways}")
         return words
+
+
+def whole_weights(undivided: Sequence[str]) -> str:
+    """Says what follows from `ShardingRules.undivided`; empty where that is."""
+    if not undivided:
+        return ""
+    return f"each device holds and computes all of some weights, because {'; '.join(undivided)}"
+
+
+def undivided_batch(sizes: Mapping[str, int], *, rows: int, seq_len: int, microbatches: int = 1) -> str:
+    """Says why a step of training or prefill does not divide on a mesh; empty where it does.
+
+    Args:
+      sizes: of the axes data, fsdp and context; one that is not there is 1.
+      rows: sequences of the whole step.
+      seq_len: tokens of each.
+      microbatches: parts that the step is computed in.
+    """
+    ways, context = sizes.get("data", 1) * sizes.get("fsdp", 1), sizes.get("context", 1)
+    least = ways * microbatches
+    if rows % microbatches:
+        return f"a batch of {rows} sequences does not divide into {microbatches} microbatches"
+    if rows % least:
+        near = " or ".join(map(str, sorted({max(least, rows // least * least), -(-rows // least) * least})))
+        parts = f" (in {microbatches} microbatches)" if microbatches > 1 else ""
+        return (
+            f"a microbatch of {rows // microbatches} sequences does not divide among {ways} devices (data x fsdp): make"
+            f" the batch {near}{parts}, or put devices on tensor or context (--mesh)"
+        )
+    if seq_len % context:
+        near = " or ".join(str(n) for n in (seq_len // context * context, -(-seq_len // context) * context) if n)
+        return (
+            f"a sequence of {seq_len} tokens does not divide by context={context}: make it {near} tokens long, or put"
+            " these devices on another axis (--mesh)"
+        )
+    return ""
+
+
+@functools.cache
+def whole_sequences(seq_len: int, context: int) -> None:
+    """Warns, once, that generation computes all of a length on each device that `context` does not divide."""
+    if seq_len % context:
+        log.warning(
+            "each device holds and computes all of a sequence, because its %d tokens do not divide by context=%d",
+            seq_len,
+            context,
+        )
 
 
 def pad_batch(batch: int) -> int:

@@ -20,8 +20,8 @@ ROOT = Path(llama_jax.__file__).parent
 # Where each module stands; the longest prefix decides, and every module must be covered.
 LEVELS = {
     "config": 0, "config_keys": 0, "config_hf": 0, "config_meta": 0, "config_gguf": 0, "presets": 0,
-    "machines": 0, "estimate": 0, "candidates": 0, "tuned": 0, "metrics": 0,
-    "text": 1.0, "distributed": 1.0, "sharding": 1.1, "ops": 1.2, "kv_cache": 1.3,
+    "machines": 0, "estimate": 0, "tuned": 0, "metrics": 0,
+    "text": 1.0, "distributed": 1.0, "sharding": 1.1, "candidates": 1.2, "ops": 1.2, "kv_cache": 1.3,
     "model": 2,
     "infer": 3, "train": 3, "weights": 3, "data": 3, "checkpoint": 3,
     "infer.engine": 4, "infer.server": 4, "train.loop": 4, "evaluate": 4, "plan": 4,

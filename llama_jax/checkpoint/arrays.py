@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import dataclasses
 import errno
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +20,8 @@ from typing import Any
 
 import jax
 import numpy as np
+
+from llama_jax.checkpoint.paths import plain
 
 CHUNK = 1 << 26  # bytes: what a read of a few rows costs at most
 FILE = 1 << 28  # bytes of one data file, which is in memory until it is whole (Orbax's default: 2 GiB)
@@ -37,25 +40,56 @@ class SavedArray:
       shape: of the whole array.
       dtype: of the stored numbers.
       read: reads the part that an index (integers and slices) selects, and the chunks that hold it.
+      missing_chunks: counts the chunks that are not in the index of what is stored; reads none of them.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[tuple[Any, ...]], np.ndarray] = dataclasses.field(repr=False)
+    missing_chunks: Callable[[], int] = dataclasses.field(repr=False, default=lambda: 0)
 
 
 def save_arrays(path: Path, arrays: Mapping[str, jax.Array], *, stacked: Callable[[str], bool]) -> None:
-    """Saves arrays by name; returns when they are on disk. All processes call it.
+    """Saves arrays by name; returns when they are on disk and have been opened again. All processes call it.
 
     Args:
       path: of a new folder.
       arrays: name -> array; names may hold dots.
       stacked: whether the array of a name is stacked over layers, along its first axis.
+
+    Raises:
+      DamagedError: what was saved cannot be opened.
     """
     import orbax.checkpoint as ocp
 
     with ocp.Checkpointer(handler(arrays)) as checkpointer, _full_disk_in_words():
-        checkpointer.save(path.absolute(), args=save_request(arrays, stacked))
+        checkpointer.save(plain(path), args=save_request(arrays, stacked))
+    check_saved(path, {name: (x.shape, np.dtype(x.dtype)) for name, x in arrays.items()})
+
+
+def check_saved(path: Path, arrays: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> None:
+    """Opens what was saved: all arrays must be there, of these shapes and dtypes, and all of their chunks.
+
+    Reads descriptions and indices, no array.
+
+    Args:
+      path: the folder.
+      arrays: name -> shape and dtype.
+
+    Raises:
+      DamagedError: something is missing; says what.
+    """
+    found = open_arrays(path)
+    if names := sorted(found.keys() ^ arrays.keys()):
+        raise DamagedError(f"{path}: {names[0]!r} is {'missing' if names[0] in arrays else 'there, and was not saved'}")
+    for name, (shape, dtype) in arrays.items():
+        if (found[name].shape, found[name].dtype) != (tuple(shape), dtype):
+            raise DamagedError(
+                f"{path}: {name!r} is {found[name].dtype}{list(found[name].shape)} after it was saved as"
+                f" {dtype}{list(shape)}"
+            )
+        if missing := found[name].missing_chunks():
+            raise DamagedError(f"{path}: {missing} chunks of {name!r} are missing")
 
 
 def handler(arrays: Mapping[str, jax.Array]) -> Any:
@@ -119,10 +153,10 @@ def open_arrays(path: Path) -> dict[str, SavedArray]:
     import orbax.checkpoint as ocp
     import tensorstore
 
-    path = path.absolute()
     try:
-        tree = ocp.PyTreeCheckpointHandler().metadata(path).tree  # pyright: ignore[reportArgumentType]
-        store = {"driver": "ocdbt", "base": path.as_uri()}
+        place = plain(path)
+        tree = ocp.PyTreeCheckpointHandler().metadata(place).tree  # pyright: ignore[reportArgumentType]
+        store = {"driver": "ocdbt", "base": place.as_uri()}
         # Nothing is gained from holding what was read: each part is read once.
         context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 0}})
         opened = {
@@ -147,4 +181,17 @@ def open_arrays(path: Path) -> dict[str, SavedArray]:
 
         return read
 
-    return {name: SavedArray(tuple(x.shape), np.dtype(x.dtype.numpy_dtype), reader(name)) for name, x in arrays.items()}
+    return {
+        name: SavedArray(
+            tuple(x.shape), np.dtype(x.dtype.numpy_dtype), reader(name), functools.partial(_missing_chunks, x)
+        )
+        for name, x in arrays.items()
+    }
+
+
+def _missing_chunks(array: Any) -> int:
+    """Chunks of a tensorstore array that have no key in its store (Orbax stores those of zeros too)."""
+    sizes = array.chunk_layout.write_chunk.shape or ()  # None of a scalar
+    expected = math.prod(-(-n // size) for n, size in zip(array.shape, sizes, strict=True))
+    keys = array.kvstore.list().result()
+    return expected - sum(not key.endswith(b".json") for key in keys)

@@ -11,15 +11,18 @@ import atexit
 import hashlib
 import importlib.metadata
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from llama_jax.distributed.agreement import SHOWN, DisagreementError, differences, message, settings
 from llama_jax.distributed.job import Job
 from llama_jax.distributed.meeting import meet
 from llama_jax.distributed.place import find_place
+from llama_jax.distributed.programs import cache_on_every_process
 
 HEARTBEAT_TIMEOUT = 30  # seconds; JAX's own, which also notices a process that hangs
 PACKAGES = ("jax", "jaxlib", "flax", "libtpu")
@@ -47,8 +50,8 @@ def initialize(
       timeout: seconds to wait for the others.
 
     Raises:
-      ValueError: the arguments are incomplete or wrong, a process did not arrive, or two run different versions. Every
-        process that is there raises the same.
+      ValueError: the arguments are incomplete or wrong, a process did not arrive, or two have different versions or
+        settings. Every process that is there raises the same.
       RuntimeError: JAX has been used already.
     """
     global _job
@@ -61,7 +64,7 @@ def initialize(
 
     if xla_bridge.backends_are_initialized():
         raise RuntimeError("several processes must be joined before JAX is used: call distributed.initialize earlier")
-    hosts, connections = meet(place, versions(), timeout)
+    hosts, connections = meet(place, versions(), timeout, settings())
     _job = Job(place.process_id, hosts, connections)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, and go on
@@ -74,6 +77,7 @@ def initialize(
         initialization_timeout=round(max(timeout, 1)),
         heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
     )
+    cache_on_every_process()
     atexit.register(_job.finish)  # runs before JAX's own shutdown, where all wait for all
 
 
@@ -140,6 +144,37 @@ def gather(value: Any) -> list[Any]:
     return broadcast([value, *(job.receive(i) for i in range(1, len(job.hosts)))])
 
 
+def compile_together(lowered: Any, compiler_options: Mapping[str, Any] | None = None) -> Any:
+    """Compiles a lowered program, and returns it when all processes have; all must call it.
+
+    A collective of XLA would give up (on CPUs after 30 s) while another process still compiles.
+
+    Args:
+      lowered: of `jax.jit(...).lower`.
+      compiler_options: of XLA.
+    """
+    program = lowered.compile(dict(compiler_options) if compiler_options else None)
+    gather(None)
+    return program
+
+
+def agree(facts: Mapping[str, Any]) -> None:
+    """Returns if all processes pass equal facts; all must call it.
+
+    Args:
+      facts: what JSON can hold, in mappings of any depth; the names lead to what differs.
+
+    Raises:
+      DisagreementError: a process has others than process 0; the same on every process.
+    """
+    if process_count() == 1:
+        return
+    here = list(differences(facts, broadcast(facts)))[:SHOWN]
+    for i, found in enumerate(gather(here)):
+        if found:
+            raise DisagreementError(message(i, _joined().hosts[i], found))
+
+
 def fail(error: BaseException | str, *, code: int = 1) -> None:
     """Ends every process, with an error that names this one. Does nothing where there is one process.
 
@@ -152,7 +187,7 @@ def fail(error: BaseException | str, *, code: int = 1) -> None:
     if _job:
         if isinstance(error, BaseException):
             _job.wait_for_cause(error)
-        _job.fail(str(error), code)
+        _job.fail(str(error), code, of_all=isinstance(error, DisagreementError))
 
 
 def shutdown() -> None:

@@ -87,9 +87,10 @@ class Job:
         """Says that this process ends as it should."""
         self.send({"done": True})
 
-    def fail(self, text: str, code: int = 1) -> None:
-        """Ends all processes because of this one."""
-        self._end(f"{self.name(self.process)}: {text}", f"{self.name(self.process)} failed: {text}", code)
+    def fail(self, text: str, code: int = 1, *, of_all: bool = False) -> None:
+        """Ends all processes because of this one; `of_all` is whether the text is as true of the others."""
+        here = self.name(self.process)
+        self._end(*((text, text) if of_all else (f"{here}: {text}", f"{here} failed: {text}")), code)
 
     def wait_for_cause(self, error: BaseException) -> None:
         """An error of the runtime may follow from the end of another process, which then ends this one by name."""

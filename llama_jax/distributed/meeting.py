@@ -1,7 +1,7 @@
 """How processes meet before JAX starts: at the coordinator's address, where process 0 listens itself.
 
-Every process connects, and says its number, host and versions. JAX's own wait ends in a C++ abort that does not say who
-is missing.
+Every process connects, and says its number, host, versions and settings. JAX's own wait ends in a C++ abort that does
+not say who is missing.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from llama_jax.distributed.agreement import SHOWN, differences, message
 from llama_jax.distributed.place import Place
 
 log = logging.getLogger("llama_jax")
@@ -28,26 +29,30 @@ SAY_SECONDS = 5.0  # of silence until somebody who waits for others says so; the
 HELLO_SECONDS = 5.0  # what somebody who connects has to say who it is
 
 
-def meet(place: Place, versions: dict[str, str], timeout: float) -> tuple[list[str], dict[int, socket.socket]]:
-    """Waits until all are there, and compares versions.
+def meet(
+    place: Place, versions: dict[str, str], timeout: float, settings: dict[str, str] | None = None
+) -> tuple[list[str], dict[int, socket.socket]]:
+    """Waits until all are there, and compares versions and settings.
 
     Args:
       place: of this process.
-      versions: what must be the same on every process.
+      versions: of what is installed, which must be the same on every process.
       timeout: seconds to wait.
+      settings: flags of the environment, which must be the same too.
 
     Returns:
       The host of every process, and connections: of process 0 to all the others, of these to process 0.
 
     Raises:
-      ValueError: somebody did not arrive, runs other versions or says that it is somebody else; every process that is
-        there raises the same.
+      ValueError: a process did not arrive, has other versions or settings, or a number that another has; every process
+        that is there raises the same.
     """
     hello = {
         "process": place.process_id,
         "num_processes": place.num_processes,
         "host": socket.gethostname(),
         "versions": versions,
+        "settings": settings or {},
     }
     if place.process_id:
         return _go_to_hub(place, hello, timeout)
@@ -170,6 +175,8 @@ def _compare(num_processes: int, a: dict, b: dict) -> None:
             for x in (a, b)
         )
         raise ValueError(f"{' and '.join(runs)}: install the same on every machine, and start all again")
+    if found := list(differences(b.get("settings", {}), a["settings"])):
+        raise ValueError(message(b["process"], b["host"], found[:SHOWN]))
 
 
 def _go_to_hub(place: Place, hello: dict, timeout: float) -> tuple[list[str], dict[int, socket.socket]]:

@@ -21,7 +21,7 @@ from llama_jax.infer.decode import (
 )
 from llama_jax.infer.sampling import Sampling
 from llama_jax.kv_cache import KVCache, num_slots
-from llama_jax.sharding import pad_batch
+from llama_jax.sharding import pad_batch, whole_sequences
 from llama_jax.text.stream import StopStrings, StreamDecoder
 
 if TYPE_CHECKING:
@@ -146,6 +146,7 @@ def logits(llama: LoadedLlama, tokens: Any) -> jax.Array:
     with jax.set_mesh(llama.mesh):
         padded_BT = np.zeros((pad_batch(B), tokens_BT.shape[1]), np.int32)
         padded_BT[:B] = tokens_BT
+        whole_sequences(padded_BT.shape[1], llama.mesh.shape["context"])
         on_device = distributed.put(padded_BT, llama.model.rules.sharding(("batch", "seq"), padded_BT.shape))
         logits_BTV = programs_of(llama).forward(on_device)
         if len(padded_BT) == B:
@@ -305,6 +306,8 @@ class Run:
 
     def _prefill(self, values):
         rows, T = len(self._halt), bucket(max(map(len, self._ids)))
+        for length in (T, self.size):
+            whole_sequences(length, self._llama.mesh.shape["context"])
         tokens_BT, length_B = np.zeros((rows, T), np.int32), np.zeros(rows, np.int32)
         for i, row in enumerate(self._ids):
             tokens_BT[i, : len(row)], length_B[i] = row, len(row)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from llama_jax import estimate
+from llama_jax import estimate, sharding
 from llama_jax.estimate import Job, Memory, Roofline, Work
 from llama_jax.machines import available_bytes
 from llama_jax.ops.attention import check_implementation
@@ -99,6 +99,7 @@ class Plan:
             "attention": job.attention,
             "compiler_options": dict(job.compiler_options),
             "why_not": self.why_not or None,
+            "undivided": sharding.ShardingRules().undivided(job.config, job.ways),
             "estimated_cycles": self.estimated_cycles or None,
             "floor_cycles": self.floor_cycles or None,
             "roofline_seconds": self.roofline.seconds,
@@ -196,17 +197,9 @@ def check(job: Job, *, batch: bool = True) -> None:
             f"{machine.name} has {machine.slices} slices, which only data may span: make data a multiple of"
             f" {machine.slices}"
         )
-    rows = ways["data"] * ways["fsdp"]
-    if batch and job.batch % (rows * job.microbatches):
-        parts = f" in {job.microbatches} microbatches" if job.microbatches > 1 else ""
-        least = rows * job.microbatches
-        near = sorted({max(least, job.batch // least * least), -(-job.batch // least) * least})
-        raise ValueError(
-            f"a batch of {job.batch} sequences{parts} does not divide among {rows} devices (data x fsdp): make batch"
-            f" {' or '.join(map(str, near))}, or put devices on tensor or context (--mesh)"
-        )
-    if job.seq_len % ways["context"]:
-        raise ValueError(f"seq ({job.seq_len}) does not divide by context={ways['context']}")
+    rows, parts = (job.batch, job.microbatches) if batch else (0, 1)
+    if why := sharding.undivided_batch(ways, rows=rows, seq_len=job.seq_len, microbatches=parts):
+        raise ValueError(why)
 
 
 def default_mesh(job: Job) -> dict[str, int]:

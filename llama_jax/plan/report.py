@@ -10,6 +10,7 @@ from llama_jax.estimate import Job
 from llama_jax.machines import CHIPS
 from llama_jax.plan.make import Plan
 from llama_jax.plan.search import Found, name
+from llama_jax.sharding import ShardingRules, whole_weights
 
 COMPILER, ARITHMETIC, SHEET, LIMIT = "compiler", "arithmetic", "data sheet", "libtpu's limit"
 
@@ -52,6 +53,8 @@ def in_words(plan: Plan, *, model: str, chosen_by: str = "", recipe: bool = Fals
     if host := plan.host_bytes:
         note = f"of about {_gb(job.machine.chip.host)} a device" if job.machine.chip.host else ""
         lines.append(_line("host memory", _gb(host), exact, note))
+    if whole := whole_weights(ShardingRules().undivided(job.config, job.ways)):
+        lines += ["", whole[0].upper() + whole[1:]]
     lines += ["", verdict(plan, recipe=recipe), "", "Time of a step, at least"]
     lines += _times(plan)
     if plan.why_not:

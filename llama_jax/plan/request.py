@@ -15,7 +15,7 @@ from llama_jax.plan.make import check, default_mesh
 from llama_jax.presets import PRESETS
 from llama_jax.train.choose import choose
 from llama_jax.train.recipe import Recipe
-from llama_jax.train.setup import check_numbers
+from llama_jax.train.setup import check_divides, check_numbers
 
 BATCH = 8  # of decode and prefill
 LENGTH = 4096  # of a sequence or a cache, if the model has so many
@@ -133,6 +133,7 @@ def of_recipe(recipe: Recipe, on: str) -> tuple[Recipe, Job]:
         jobs = (_job(choose(recipe, config, where), where) for where in choices)
         asked = next((job for job in jobs if candidates.fits(job)), asked)
     chosen = choose(recipe, config, asked.machine)
+    check_divides(chosen, sharding.parse_mesh(chosen.mesh))
     return chosen, _job(chosen, asked.machine)
 
 

@@ -62,6 +62,11 @@ def by_arithmetic(recipe: Recipe, config: ModelConfig, machine: Machine) -> Job:
         microbatches=batch.microbatches or None,
     )
     if not jobs:
+        given = {} if recipe.mesh == "auto" else sharding.parse_mesh(recipe.mesh)
+        if why := sharding.undivided_batch(
+            given, rows=batch.sequences, seq_len=batch.seq_len, microbatches=batch.microbatches or 1
+        ):
+            raise ValueError(why)
         parts = f" in {batch.microbatches} microbatches" if batch.microbatches else ""
         raise ValueError(
             f"a batch of {batch.sequences} x {batch.seq_len}{parts} does not divide on the {machine.devices} devices of"

@@ -18,20 +18,23 @@ import numpy as np
 
 from llama_jax import distributed, metrics
 from llama_jax.checkpoint.arrays import DamagedError
+from llama_jax.checkpoint.paths import local_folder
 from llama_jax.checkpoint.run import RunCheckpoints
 from llama_jax.config import ModelConfig
 from llama_jax.data.loader import Loader, Step
 from llama_jax.data.plan import sources
 from llama_jax.data.system import naming
+from llama_jax.distributed.agreement import fingerprint
 from llama_jax.infer.generate import Sampling, encode_prompt, generate, with_model
-from llama_jax.train import setup
+from llama_jax.sharding import whole_weights
+from llama_jax.train import resume, setup
 from llama_jax.train.choose import choose, in_words
-from llama_jax.train.guard import memory_in_words, only_one
+from llama_jax.train.guard import check_output, memory_in_words, only_one
 from llama_jax.train.optim import adamw, learning_rate
 from llama_jax.train.outcome import Outcome
 from llama_jax.train.profile import tracing, window
 from llama_jax.train.recipe import Recipe
-from llama_jax.train.report import SAMPLES, Reporter, count, draw_curves, finite_or_none
+from llama_jax.train.report import SAMPLES, Reporter, count, draw_curves, finite_or_none, read_metrics
 from llama_jax.train.state import TrainState, describe, from_named_arrays, named_arrays, new_state
 from llama_jax.train.step import compiled
 from llama_jax.train.stop import StopRequest, on_request
@@ -62,7 +65,7 @@ def train(recipe: Recipe, *, name: str = "run") -> Outcome:
       OSError: a file cannot be read or written; the last good checkpoint is intact.
     """
     with on_request() as request, memory_in_words(), contextlib.ExitStack() as guards:
-        run = _Run(recipe, Path(recipe.output or f"runs/{name}").expanduser(), request, guards)
+        run = _Run(recipe, local_folder(recipe.output or f"runs/{name}"), request, guards)
         with contextlib.closing(run):
             return run.go()
 
@@ -81,8 +84,13 @@ class _Run:
         self.recipe, self.output, self.request = recipe, output, request
         self.start = time.monotonic()
         request.nothing_to_lose = distributed.process_count() == 1
+        resume.check_allowed(recipe)
+        distributed.agree(resume.of_all_processes(recipe))
         use_compilation_cache()
-        self.checkpoints = RunCheckpoints(output / CHECKPOINTS, **_kept(recipe), stacked=is_stacked)
+        self.checkpoints = RunCheckpoints(
+            output / CHECKPOINTS, **_kept(recipe), stacked=is_stacked,
+            earlier=lambda: {row["step"]: row.get("validation_loss") for row in read_metrics(output) if "step" in row},
+        )  # fmt: skip
         steps = distributed.broadcast(self.checkpoints.steps())
         if steps and recipe.resume == "never":
             raise ValueError(
@@ -97,9 +105,11 @@ class _Run:
         self.plan = setup.make_plan(recipe, self.corpora)
         initial = None if steps else setup.open_initial(recipe, self.corpora)
         self.config = self._config(initial)
+        self._agree_on_files(initial, steps)
         setup.check_sizes(recipe, self.config, self.corpora)
         self.machine = setup.machine_here()
         self.recipe = recipe = choose(recipe, self.config, self.machine)
+        distributed.agree(resume.of_all_processes(recipe))  # a process may have been given less memory
         self.batches = setup.batch_schedule(recipe.batch)
         self.mesh = setup.make_mesh(recipe, self.config)
         if self.mesh.devices.flat[0].platform == "cpu":
@@ -109,16 +119,20 @@ class _Run:
         self.files = self._files()
         if distributed.is_main():
             guards.callback(only_one(output).release)
+        check_output(output, CHECKPOINTS, self.total)
         self.step = self.rows = 0
+        self.last: dict[str, Any] = {}
+        self.validated: dict[str, float] = {}
+        self.validated_step: int | None = None
+        self.changes: list[dict[str, Any]] = []
+        self._save_owed = False
+        self._whole_was_said = initial is not None  # by what reads it
         self.state = self._restored(steps[-1]) if steps else self._new(initial)
         self.reporter = Reporter(
             output, main=distributed.is_main(), total_steps=self.total, step=self.step,
             tensorboard=recipe.tensorboard, wandb=recipe.wandb, recipe=dataclasses.asdict(recipe),
         )  # fmt: skip
-        self.last: dict[str, Any] = {}
-        self.validated: dict[str, float] = {}
         self._programs: dict[Any, Any] = {}
-        self._save_owed = False
 
     # --- Before the first step ---
 
@@ -131,17 +145,33 @@ class _Run:
             return open_checkpoint(self.output).config
         return self.recipe.model
 
+    def _agree_on_files(self, initial: Checkpoint | None, steps: list[int]) -> None:
+        """Raises DisagreementError where the processes do not all read the same files."""
+        if distributed.process_count() == 1:
+            return
+        newest = self.checkpoints.folder / str(steps[-1]) if steps else None
+        train, validation = map(setup.facts_of, (self.corpora.train, self.corpora.validation))
+        distributed.agree(
+            {
+                "data": {"train": train, "validation": validation},
+                "init_from": fingerprint(initial.path) if initial else None,
+                "checkpoint": {newest.name: fingerprint(newest)} if newest else None,
+                "model": dataclasses.asdict(self.config),
+            }
+        )  # fmt: skip
+
     def _new(self, initial: Checkpoint | None) -> TrainState:
         with jax.set_mesh(self.mesh):
             if initial:
                 model = setup.read_initial(self.recipe, initial, self.mesh)
-                return jax.jit(lambda model: new_state(model, self.optimizer), donate_argnums=0)(model)
+                init = jax.jit(lambda model: new_state(model, self.optimizer), donate_argnums=0)
+                return distributed.compile_together(init.lower(model))(model)
 
-            def init() -> TrainState:
+            def new() -> TrainState:
                 model = setup.make_model(self.recipe, self.config, seed=self.recipe.seed)
                 return new_state(model, self.optimizer)
 
-            return jax.jit(init)()
+            return distributed.compile_together(jax.jit(new).lower())()
 
     def _restored(self, step: int) -> TrainState:
         progress = self.checkpoints.progress(step)
@@ -153,13 +183,32 @@ class _Run:
         with jax.set_mesh(self.mesh):
             abstract = setup.abstract_state(self.recipe, self.config, self.optimizer)
         try:
+            self.checkpoints.check(step, named_arrays(abstract))
+            before = resume.recorded(self.checkpoints.folder / str(step), RECIPE)
+            found = resume.changes(before, self.recipe, self.config)
+            resume.refuse(found, self.recipe)
             items = self.checkpoints.restore(step, named_arrays(abstract))
         except DamagedError as error:
             raise ValueError(
                 f"{error}. Remove {self.checkpoints.folder / str(step)} to go on from the one before"
             ) from error
-        self.step, self.rows = step, progress["rows"]
+        self._remember(step, progress, resume.to_say(found, self.recipe))
         return from_named_arrays(abstract, items)
+
+    def _remember(self, step: int, progress: dict[str, Any], changed: list[resume.Change]) -> None:
+        """Takes up what the run decided by when this checkpoint was saved; an older version recorded less."""
+        self.step, self.rows = step, progress["rows"]
+        self.last = dict(progress.get("last", {}))
+        known = progress.get("validated", {})
+        self.validated = {name: math.nan if value is None else value for name, value in known.items()}
+        self.validated_step = progress.get("validated_step")
+        self._save_owed = bool(progress.get("save_owed"))
+        new = [{"step": step, "field": one.field, "before": one.before, "now": one.now} for one in changed]
+        self.changes = [*progress.get("changes", []), *new]
+        if distributed.is_main():
+            for change in changed:
+                print(f"resumed with {change}", file=sys.stderr)
+        self.checkpoints.tidy()  # of a run that was killed before it did so
 
     def _validator(self) -> Validator | None:
         if not self.corpora.validation:
@@ -228,10 +277,10 @@ class _Run:
                     if synchronous or self._save_owed or self._measure_is_due():
                         self._report(pending)
                         pending = None
-                    self.checkpoints.check()
+                    self.checkpoints.poll()
                     if self._save_owed and self._is_sound() and not self.last["skipped_in_a_row"]:  # else later
-                        self._save()
                         self._save_owed = False
+                        self._save()
                 if pending:
                     self._report(pending)
             if self.step and self._is_sound():
@@ -275,6 +324,10 @@ class _Run:
             parts = f", {recipe.batch.microbatches} microbatches" if recipe.batch.microbatches > 1 else ""
             how = in_words(recipe, self.config, self.machine)
             self.reporter.say(f"mesh {recipe.mesh}, remat {recipe.remat}{parts}: {how}")
+        if not self._whole_was_said and (
+            whole := whole_weights(self.state.model.rules.undivided(config, self.mesh.shape))
+        ):
+            self.reporter.say(whole)
         if self.step >= self.total:
             self.reporter.say(f"{self.output}: all {self.total} steps are done already; --steps gives it more")
         else:
@@ -317,7 +370,7 @@ class _Run:
             start = time.perf_counter()
             step = compiled(self.optimizer, self.schedule, self.recipe.optimizer.z_weight)
             lowered = step.lower(self.state, part.batch, self._stop_flags())
-            self._programs[shape] = lowered.compile(self.recipe.compiler_options or None)
+            self._programs[shape] = distributed.compile_together(lowered, self.recipe.compiler_options)
             M, B, T = shape
             parts = f"{M} microbatches of " if M > 1 else ""
             self.reporter.say(f"compiled for {parts}{B} x {T} tokens in {time.perf_counter() - start:.1f} s")
@@ -406,10 +459,21 @@ class _Run:
             "rows": self.rows,
             "tokens": self.rows * self.recipe.batch.seq_len,
             "reads": setup.what_is_read(self.recipe, self.corpora),
+            "last": {name: finite_or_none(self.last[name]) for name in ("loss", "skipped") if name in self.last},
+            "validated": {name: finite_or_none(value) for name, value in self.validated.items()},
+            "validated_step": self.validated_step,
+            "save_owed": self._save_owed,
+            "changes": self.changes,
         }
-        new = self.validated and self.validated_step == self.step
-        loss = self.validated["validation_loss"] if new else None
-        self.checkpoints.save(self.step, named_arrays(self.state), progress, self.files, loss=loss)
+        loss = self.validated["validation_loss"] if self.validated_step == self.step else None
+        self.checkpoints.save(
+            self.step,
+            named_arrays(self.state),
+            progress,
+            self.files,
+            loss=loss,
+            of=setup.measured_on(self.recipe, self.corpora),
+        )
         self.reporter.say(f"step {self.step}: saving {self.output / CHECKPOINTS / str(self.step)}")
 
 

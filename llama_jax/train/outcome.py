@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 
 from llama_jax.train.report import duration
 
@@ -45,5 +46,5 @@ class Outcome:
         if self.signal:
             lines.append("go on with --resume auto")
         else:
-            lines.append(f"python scripts/generate.py --model {self.output} --prompt ...")
+            lines.append(f"python scripts/generate.py --model {shlex.quote(self.output)} --prompt ...")
         return "\n".join(lines)

@@ -30,7 +30,7 @@ def tracing(steps: tuple[int, int], output: Path) -> Iterator[Callable[[int, obj
     def before(step: int, state: object) -> None:
         nonlocal running
         if not running and first <= step + 1 <= last:
-            jax.profiler.start_trace(str(output / "profile"))
+            jax.profiler.start_trace(str(output.absolute() / "profile"))
             running = True
         elif running and step == last:
             jax.block_until_ready(state)  # the last step may only have been begun

@@ -59,13 +59,14 @@ class Schedule:
     peak: float
     """Its largest value."""
     steps: int
-    """Updates from the first to the last: where it has fallen to `final`."""
+    """Updates of the whole schedule. It reaches `final` after the last of them: the last update, number steps - 1 from
+    0, still has the rate before that (peak 1, linear, 12 steps, final 0.1: 0.175), as optax counts."""
     kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     """How it falls: wsd stays at the peak, and falls in a straight line in the last `decay_steps`."""
     warmup_steps: int = 0
     """In which it rises from 0 in a straight line."""
     final: float = 0.1
-    """Its last value, as a share of the peak."""
+    """The value that it falls to, as a share of the peak: that of update number `steps`, and of all that follow."""
     decay_steps: int = 0
     """Of wsd only; 0 is a tenth of `steps`."""
 
@@ -175,6 +176,9 @@ class Recipe:
     """auto goes on from the newest checkpoint in the output folder, if there is one."""
     profile: str = ""
     """Steps to trace, such as 10:13, into OUTPUT/profile (xprof, Perfetto)."""
+    allow_changes: tuple[str, ...] = ()
+    """Fields that a run may resume with other values, beside those that always may (docs/training.md): such as
+    model.rope_theta. What changed is recorded in the checkpoints."""
 
     @property
     def total_steps(self) -> int:

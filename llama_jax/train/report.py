@@ -15,7 +15,7 @@ from typing import Any
 from llama_jax.data.system import naming
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
-CURVES = "curves.png"
+CURVES, WANDB = "curves.png", "wandb_id"
 EVERY = 10.0  # seconds between lines where stderr is no terminal
 SHOWN = ("loss", "learning_rate", "tokens_per_second", "mfu")
 
@@ -56,7 +56,7 @@ class Reporter:
         if tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._events = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
+            self._events = SummaryWriter(str(output.absolute() / "tensorboard"), purge_step=step + 1)
         self._total, self._last = total_steps, 0.0
         self._start, self._first = time.monotonic(), step
         if sys.stderr.isatty():
@@ -218,4 +218,11 @@ def _start_wandb(project: str, output: Path, recipe: Mapping[str, Any]) -> Any:
         import wandb  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError("--wandb needs the package: pip install wandb (or leave the option out)") from error
-    return wandb.init(project=project, dir=str(output), name=output.name, config=dict(recipe), resume="allow")
+    output.mkdir(parents=True, exist_ok=True)
+    file = output / WANDB  # so that a run that is resumed continues its own curves
+    known = file.read_text(encoding="utf-8").strip() if file.exists() else None
+    run = wandb.init(
+        project=project, dir=str(output), name=output.name, config=dict(recipe), resume="allow", id=known or None
+    )
+    file.write_text(f"{run.id}\n", encoding="utf-8")
+    return run

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import hashlib
+import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,14 +147,20 @@ def what_is_read(recipe: Recipe, corpora: Corpora) -> dict[str, Any]:
         "seq_len": recipe.batch.seq_len,
         "window": WINDOW,
         "weights": [weight / sum(recipe.data.weights) for weight in recipe.data.weights],
-        "corpora": [
-            {
-                name: getattr(corpus.manifest, name)
-                for name in ("documents", "tokens", "tokenizer_sha256", "fingerprint", "content")
-            }
-            for corpus in corpora.train
-        ],
+        "corpora": facts_of(corpora.train),
     }
+
+
+def facts_of(corpora: list[Corpus]) -> list[dict[str, Any]]:
+    """What identifies each corpus, wherever it is stored."""
+    names = ("documents", "tokens", "tokenizer_sha256", "fingerprint", "content")
+    return [{name: getattr(corpus.manifest, name) for name in names} for corpus in corpora]
+
+
+def measured_on(recipe: Recipe, corpora: Corpora) -> str:
+    """A name of what validation measures: losses of the same can be compared."""
+    facts = [facts_of(corpora.validation), recipe.validation.documents, recipe.batch.seq_len]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12] if corpora.validation else ""
 
 
 def batch_schedule(batch: Batch) -> BatchSchedule:
@@ -187,15 +196,16 @@ def make_mesh(recipe: Recipe, config: ModelConfig) -> jax.sharding.Mesh:
         mesh = sharding.make_mesh(config, data=slices, fsdp=len(devices) // slices)
     else:
         mesh = sharding.mesh_of(config, recipe.mesh)
-    ways, batch = mesh.shape["data"] * mesh.shape["fsdp"], recipe.batch
-    for stage in batch_schedule(batch).stages:
-        rows = stage.rows * stage.split // stage.microbatches
-        if rows % ways:
-            raise ValueError(
-                f"a microbatch of {rows} sequences does not divide among {ways} devices (data x fsdp): make"
-                " batch.sequences / batch.microbatches a multiple of that, or put devices on tensor or context (--mesh)"
-            )
+    check_divides(recipe, mesh.shape)
     return mesh
+
+
+def check_divides(recipe: Recipe, sizes: Mapping[str, int]) -> None:
+    """Raises ValueError where a stage of the run does not divide on a mesh of these sizes."""
+    for stage in batch_schedule(recipe.batch).stages:
+        rows, seq_len = stage.rows * stage.split, recipe.batch.seq_len // stage.split
+        if why := sharding.undivided_batch(sizes, rows=rows, seq_len=seq_len, microbatches=stage.microbatches):
+            raise ValueError(why)
 
 
 def make_model(recipe: Recipe, config: ModelConfig, *, seed: int | None = None) -> Llama:

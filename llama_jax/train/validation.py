@@ -50,7 +50,7 @@ class Validator:
             loss = validation_step(model, {name: x[0] for name, x in batch.items()})
             return loss.nll, loss.tokens
 
-        self._sums = jax.jit(sums)
+        self._sums, self._program = jax.jit(sums), None
 
     def __call__(self, model: Llama) -> dict[str, float]:
         """`validation_loss` (nats a token) and `validation_bits_per_byte`, and of each of several corpora by name.
@@ -83,7 +83,9 @@ class Validator:
             sharding = jax.NamedSharding(sharding.mesh, jax.P(None, *sharding.spec))
             with Loader(plan, schedule, stop_row=len(plan), sharding=sharding) as loader:
                 for step in loader:
-                    sums.append(self._sums(model, step.batch))
+                    if self._program is None:  # all batches have one shape
+                        self._program = distributed.compile_together(self._sums.lower(model, step.batch))
+                    sums.append(self._program(model, step.batch))
                     if len(sums) % 16 == 0:
                         jax.block_until_ready(sums[-1])  # so that batches do not pile up on the devices
             nats, tokens = (math.fsum(float(x) for x in column) for column in zip(*map(_host, sums), strict=True))

@@ -158,7 +158,7 @@ def read_model(
 
     from llama_jax.distributed import is_main
     from llama_jax.model import Llama
-    from llama_jax.sharding import ShardingRules
+    from llama_jax.sharding import ShardingRules, whole_weights
     from llama_jax.weights.progress import progress
 
     rules = ShardingRules()
@@ -173,9 +173,9 @@ def read_model(
             attention=attention,
             rngs=None,
         )
-        whole = rules.undivided(checkpoint.config)
+        whole = whole_weights(rules.undivided(checkpoint.config))
     if whole:
-        log.warning("each device holds and computes all of some weights, because %s", "; ".join(whole))
+        log.warning("%s", whole)
     paths, treedef = jax.tree_util.tree_flatten_with_path(abstract)
     parameters = [
         _Parameter(checkpoint, parameter_name(path), leaf.shape, jax.NamedSharding(mesh, leaf.sharding.spec))
