@@ -159,7 +159,9 @@ def facts_of(corpora: list[Corpus]) -> list[dict[str, Any]]:
 
 def measured_on(recipe: Recipe, corpora: Corpora) -> str:
     """A name of what validation measures: losses of the same can be compared."""
-    facts = [facts_of(corpora.validation), recipe.validation.documents, recipe.batch.seq_len]
+    texts = [corpus.manifest.content or corpus.manifest.fingerprint for corpus in corpora.validation]
+    tokenizers = [corpus.manifest.tokenizer_sha256 for corpus in corpora.validation]
+    facts = [texts, tokenizers, recipe.validation.documents, recipe.batch.seq_len]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12] if corpora.validation else ""
 
 
