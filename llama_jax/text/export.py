@@ -26,7 +26,7 @@ from llama_jax.text.bpe import (
     llama3_control_tokens,
     read_ranks,
 )
-from llama_jax.text.chat import ChatError, chat_format
+from llama_jax.text.chat import ChatError, guessed_format
 from llama_jax.text.spm import (
     BYTE,
     CONTROL,
@@ -138,8 +138,9 @@ def hf_files(files: Mapping[str, bytes]) -> dict[str, bytes]:
         return dict(files)
     config = json.loads(files.get("tokenizer_config.json", b"{}")) | _hf_config(tokenizer)
     if tokenizer.chat_template is None and "tokenizer_config.json" not in files:
-        with contextlib.suppress(ChatError):  # a vocabulary of no known generation
-            config["chat_template"] = _CHAT_TEMPLATES[chat_format(tokenizer).name]
+        with contextlib.suppress(ChatError):  # a marker is missing
+            if (chat := guessed_format(tokenizer)) is not None:
+                config["chat_template"] = _CHAT_TEMPLATES[chat.name]
     model = files["tokenizer.model"]
     if is_tiktoken(model):
         backend = _backend_from_tiktoken(model)
