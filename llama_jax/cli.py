@@ -112,7 +112,7 @@ def fail_clearly(*, code: int = 1) -> Iterator[None]:
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character gets its escape
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    warnings.showwarning = _show_warning
+    warnings.formatwarning = _one_line
     try:
         yield
         sys.stdout.flush()
@@ -133,8 +133,8 @@ def fail_clearly(*, code: int = 1) -> Iterator[None]:
         os._exit(130)  # what XLA still computes would end an orderly exit in a segmentation fault
 
 
-def _show_warning(message: Warning | str, *_: Any) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+def _one_line(message: Warning | str, *_: Any) -> str:
+    return f"warning: {message}\n"
 
 
 def _end_all(error: Exception | str, code: int) -> None:

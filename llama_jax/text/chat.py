@@ -105,7 +105,7 @@ def format_named(name: str) -> Callable[[Tokenizer], ChatFormat]:
         return lambda tokenizer: TemplateChat(tokenizer, template)
     if name not in formats:
         raise ChatError(
-            f"unknown chat format {name!r}: choose one of {', '.join(sorted(formats))} (or template:NAME, one of several)"
+            f"unknown chat format {name!r}: choose one of {', '.join(sorted(formats))}, or template:NAME of several"
         )
     return formats[name]
 

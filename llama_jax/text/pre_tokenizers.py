@@ -7,8 +7,8 @@ differs. Names that are not here belong to other architectures, or split text by
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 
 class PreTokenizer(NamedTuple):
@@ -115,6 +115,5 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
     **_named("minicpm5", r"\p{N}{1,3}", LLAMA3_REGEX.replace("{1,3}", "+"), whole_words=True),
     **_named("laguna", r"[^\n]+|[\n]+", _QWEN2),
     **_named("ufakzeka", _QWEN2.removeprefix(_CONTRACTIONS + "|")),
-    **_named("tiny_aya cohere2moe", r"\d{1,3}(?=(?:\d{3})*\b)", _GPT4O),
     **_named("default", r"[\p{P}$+<=>^~|]+", GPT2_REGEX, r"\p{N}+", "[0-9][0-9][0-9]"),
 }
