@@ -86,6 +86,29 @@ class Tokenizer(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
+class AddedToken:
+    """A token that is found in a text before its vocabulary splits the rest.
+
+    Attributes:
+        content: Its text.
+        id: Its id; None where the files name it without one, so that the vocabulary's or the next free id is meant.
+        special: It steers the model: it is not shown in decoded text. Others are words.
+        lstrip: Spaces before it belong to it.
+        rstrip: Spaces after it belong to it.
+        normalized: It is looked for in the text that the normalizer has been through.
+        single_word: It is not found inside a word.
+    """
+
+    content: str
+    id: int | None = None
+    special: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    normalized: bool = True
+    single_word: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Facts:
     """What the files beside a vocabulary say about it; None and empty where they are silent."""
 
@@ -94,6 +117,9 @@ class Facts:
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     add_bos: bool | None = None
+    add_eos: bool | None = None
+    added_tokens: tuple[AddedToken, ...] = ()  # merged from all files, each content once
+    add_prefix_space: bool | None = None  # does SentencePiece's space come before the start of a text?
     legacy: bool = True  # SentencePiece puts its space before every piece of text between control tokens
     chat_template: str | None = None
     tool_template: str | None = None
