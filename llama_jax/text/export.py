@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import dataclasses
 import itertools
 import json
 import string
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from llama_jax.text.added import library_tokens
 from llama_jax.text.bpe import (
     BYTE_TO_CHAR,
     CHAR_TO_BYTE,
@@ -27,6 +29,7 @@ from llama_jax.text.bpe import (
     read_ranks,
 )
 from llama_jax.text.chat import ChatError, chat_format
+from llama_jax.text.facts import AddedToken
 from llama_jax.text.spm import (
     BYTE,
     CONTROL,
@@ -142,7 +145,7 @@ def hf_files(files: Mapping[str, bytes]) -> dict[str, bytes]:
             config["chat_template"] = _CHAT_TEMPLATES[chat_format(tokenizer).name]
     model = files["tokenizer.model"]
     if is_tiktoken(model):
-        backend = _backend_from_tiktoken(model)
+        backend = _backend_from_tiktoken(model, tokenizer)
     else:
         backend = _backend_from_sentencepiece(model, tokenizer, legacy=file_facts(files).legacy)
     result = {
@@ -201,6 +204,7 @@ def gguf_metadata(files: Mapping[str, bytes], vocab_size: int) -> dict[str, Any]
         )
     state = _state(files["tokenizer.json"])
     model, added = state["model"], {token["id"]: token["content"] for token in state["added_tokens"]}
+    added |= {token.id: token.content for token in tokenizer.added_tokens if token.id is not None}
     texts = {i: text for text, i in model["vocab"].items()} | added
     tokens = [texts.get(i, f"[PAD{i}]") for i in range(vocab_size)]
     ids = {text: i for i, text in enumerate(tokens)}
@@ -311,21 +315,21 @@ def _hf_config(tokenizer: Tokenizer) -> dict[str, Any]:
     return config
 
 
-def _backend_from_tiktoken(model: bytes) -> Any:
-    from tokenizers import AddedToken, models
+def _backend_from_tiktoken(model: bytes, tokenizer: Tokenizer) -> Any:
+    from tokenizers import models
 
     ranks = read_ranks(model, "tokenizer.model")
     vocab = {token.decode("latin-1").translate(BYTE_TO_CHAR): rank for token, rank in ranks.items()}
     merges = _merges(sorted(vocab, key=vocab.__getitem__), vocab)
-    # The first name of an id is its name in 3.1.
-    names = {i: name for name, i in reversed(llama3_control_tokens().items())}
-    added = [AddedToken(names[i], special=True, normalized=False) for i in sorted(names)]
+    added = library_tokens(tokenizer.added_tokens, special=lambda token: token.special)
+    # In the vocabulary, tokens beyond Llama 3's own keep their ids, whatever is missing between them.
+    vocab |= {token.content: token.id for token in tokenizer.added_tokens if (token.id or 0) >= 128_256}
     return byte_level_backend(models.BPE(vocab=vocab, merges=merges, ignore_merges=True), (LLAMA3_REGEX,), added)
 
 
 def _backend_from_sentencepiece(model: bytes, tokenizer: Tokenizer, *, legacy: bool) -> Any:
-    from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
     from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, normalizers, pre_tokenizers
 
     pieces = read_pieces(model)
     control = tokenizer.control_tokens
@@ -334,7 +338,7 @@ def _backend_from_sentencepiece(model: bytes, tokenizer: Tokenizer, *, legacy: b
     merges = _merges(sorted(plain, key=lambda text: -pieces[plain[text]].score), plain)
     unknown = next(piece.text for piece in pieces if piece.kind == UNKNOWN)
     bpe = models.BPE(
-        vocab=vocab | dict(control),
+        vocab=vocab | {token.content: token.id for token in tokenizer.added_tokens},
         merges=merges,
         unk_token=unknown,
         fuse_unk=True,
@@ -349,10 +353,16 @@ def _backend_from_sentencepiece(model: bytes, tokenizer: Tokenizer, *, legacy: b
     else:
         backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
     backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if tokenizer.drops_space else steps)
-    special = {unknown: vocab[unknown], **control}
-    added = special | {piece.text: i for i, piece in enumerate(pieces) if piece.kind == USER_DEFINED}
-    in_order = sorted(added, key=added.__getitem__)
-    backend.add_tokens([AddedToken(text, special=text in special, normalized=False) for text in in_order])
+    added = {unknown: AddedToken(unknown, vocab[unknown], special=True, normalized=False)}
+    added |= {
+        piece.text: AddedToken(piece.text, i, normalized=False)
+        for i, piece in enumerate(pieces)
+        if piece.kind == USER_DEFINED
+    }
+    # SentencePiece has its prefix before all that is between two tokens: they are found in the raw text.
+    added |= {token.content: dataclasses.replace(token, normalized=False) for token in tokenizer.added_tokens}
+    in_order = sorted(added.values(), key=lambda token: token.id or 0)
+    backend.add_tokens(library_tokens(in_order, special=lambda token: token.special))
     return backend
 
 

@@ -221,7 +221,7 @@ def test_folder_without_tokenizer(tmp_path):
         *(
             ({"tokenizer.model": b"IQ== 0\n", name: {"chat_template": value}}, f"{name}: chat_template must be")
             for name in ("tokenizer_config.json", "chat_template.json")
-            for value in (5, False, {"default": "x"}, ["x"], [{"name": "default"}], [{"name": "a", "template": None}])
+            for value in (5, False, {"default": 5}, ["x"], [{"name": "default"}], [{"name": "a", "template": None}])
         ),
     ],
 )
