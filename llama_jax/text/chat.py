@@ -66,7 +66,7 @@ def chat_format(tokenizer: Tokenizer, name: str | None = None) -> ChatFormat:
         return format_named(name)(tokenizer)
     if tokenizer.chat_template is not None:
         return TemplateChat(tokenizer)
-    template, named = tokenizer.tool_template, _named_templates(tokenizer)
+    template, named = tokenizer.tool_template, tokenizer.chat_templates
     guess = guessed_format(tokenizer)
     if named:
         problem = f"has chat templates named {', '.join(named)}, and none is the default"
@@ -108,11 +108,6 @@ def format_named(name: str) -> Callable[[Tokenizer], ChatFormat]:
             f"unknown chat format {name!r}: choose one of {', '.join(sorted(formats))}, or template:NAME of several"
         )
     return formats[name]
-
-
-def _named_templates(tokenizer: Tokenizer) -> Mapping[str, str]:
-    """Returns the chat templates of a checkpoint that ships several, by name."""
-    return getattr(tokenizer, "chat_templates", {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,7 +257,7 @@ class TemplateChat:
         Raises:
             ChatError: there is no such template.
         """
-        named = _named_templates(tokenizer)
+        named = tokenizer.chat_templates
         if template is not None:
             own = {"default": tokenizer.chat_template, "tool_use": tokenizer.tool_template, **named}
             self._source = own.get(template)

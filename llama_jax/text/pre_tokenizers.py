@@ -92,7 +92,6 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
         whole_words=True,
         add_bos=True,
     ),
-    **_named("glm4", LLAMA3_REGEX, whole_words=True),
     **_named("smollm starcoder refact command-r codeshell exaone minerva-7b mellum2", _DIGITS, GPT2_REGEX),
     **_named("gpt-2 mpt olmo jais trillion granite-docling phi-2 gigachat a.x-4.0 mellum exaone4", GPT2_REGEX),
     **_named("qwen2 stablelm2 hunyuan megrez deepseek-r1-qwen kormo solar-open grok-2", _QWEN2),

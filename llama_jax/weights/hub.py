@@ -73,6 +73,8 @@ HUB_FILES = [
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*",
     "*.safetensors",
     "*.safetensors.index.json",
 ]
