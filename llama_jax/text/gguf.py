@@ -94,13 +94,19 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> BaseTokenizer | None:
     vocabulary = read_vocabulary(metadata)
     facts = _facts(metadata, vocabulary)
     if kind in _SENTENCEPIECE:
-        return _SentencePiece(_model(metadata, vocabulary), facts, vocabulary)
+        # Words are found in the raw text, before SentencePiece sees the rest of it.
+        hidden = [UNUSED if kind == USER_DEFINED else kind for kind in vocabulary.types]
+        return _SentencePiece(_model(metadata, vocabulary._replace(types=hidden)), facts, vocabulary)
     return _ByteLevel(_backend(metadata, vocabulary), facts, vocabulary, add_bos=_pre_tokenizer(metadata).add_bos)
 
 
 def model_from_gguf(metadata: Mapping[str, Any]) -> bytes:
     """Writes GGUF metadata of kind `llama` or `t5` as a serialized SentencePiece model, a `tokenizer.model`."""
-    return _model(metadata, read_vocabulary(metadata))
+    tokens, types, texts = read_vocabulary(metadata)
+    spelt = [t.replace(" ", "▁") if kind == USER_DEFINED else t for t, kind in zip(tokens, types, strict=True)]
+    with warnings.catch_warnings(action="ignore"):  # a run of spaces that is a word, and the same run as a piece
+        _rename_doubles(spelt, types, texts, sentencepiece=True)
+    return _model(metadata, Vocabulary(spelt, types, texts))
 
 
 def backend_from_gguf(metadata: Mapping[str, Any]) -> Any:
@@ -133,8 +139,6 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
             types[i] = CONTROL
         elif kind == UNUSED:
             texts[i] = b""
-        elif kind == USER_DEFINED and sentencepiece:
-            tokens[i] = token.replace(" ", "▁")
         elif kind == BYTE and not sentencepiece:
             texts[i] = _byte(token)
         tokens[i] = tokens[i] or f"[EMPTY{i}]"
@@ -312,16 +316,18 @@ def _backend(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> Any:
     tokens, types, _ = vocabulary
     merges = [_pair(merge) for merge in _strings(metadata, "merges") if merge]
     pre = _pre_tokenizer(metadata)
+    if pre.whole_words:  # no word is spelt so: what is unused is never taken whole
+        unused = _unmerged([t for t, kind in zip(tokens, types, strict=True) if kind == UNUSED], merges)
+        tokens = [f"[UNUSED{i}]" if token in unused else token for i, token in enumerate(tokens)]
     vocab = {token: i for i, token in enumerate(tokens)}
     try:
         model = models.BPE(vocab=vocab, merges=merges, ignore_merges=pre.whole_words)  # pyright: ignore
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"tokenizer.ggml.merges do not fit tokenizer.ggml.tokens: {error}") from error
-    unused = _unmerged([t for t, kind in zip(tokens, types, strict=True) if kind == UNUSED], merges)
     added = [
         AddedToken(token, special=kind != USER_DEFINED, normalized=False)
         for token, kind in zip(tokens, types, strict=True)
-        if kind in (CONTROL, USER_DEFINED, UNKNOWN) or token in unused
+        if kind in (CONTROL, USER_DEFINED, UNKNOWN)
     ]
     return byte_level_backend(model, pre.regexes, added)
 
