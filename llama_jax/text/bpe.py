@@ -86,15 +86,16 @@ class BPETokenizer(BaseTokenizer):
         self._control_view = _view(backend, listed, text_only=False)
         self._text_view = _view(backend, listed, text_only=True)
         self._inner_view = _view(backend, listed, text_only=True, prefix=False)
-        self._added = {token.id: token.content for token in self.added_tokens}
-        in_view = ((self._text_view.token_to_id(token.content), token.id) for token in self.added_tokens)
-        self._moved = {index: i for index, i in in_view if index != i}
+        indices = {token.id: self._text_view.token_to_id(token.content) for token in self.added_tokens}
+        self._moved = {index: i for i, index in indices.items() if index != i}
         if facts.add_prefix_space is False and not byte_level:
             self._text_view, self._control_view = (
                 self._inner_view,
                 _view(backend, listed, text_only=False, prefix=False),
             )
             drops_space = False
+        # A "normalized" token is found and shown as the normalizer makes it, with the prefix of a text.
+        self._added = {i: self._text_view.id_to_token(index) for i, index in indices.items()}
         self.drops_space = drops_space
         self._byte_level = byte_level
         # Metaspace's scheme "first" gives the prefix to the start of the whole text alone.
