@@ -72,7 +72,7 @@ class BPETokenizer(BaseTokenizer):
             find=backend.token_to_id,
             is_free=lambda i: backend.id_to_token(i) is None,
         )
-        unk = getattr(backend.model, "unk_token", None)
+        unk, self._own_size = getattr(backend.model, "unk_token", None), backend.get_vocab_size()
         super().__init__(
             max([backend.get_vocab_size(), *(i + 1 for i in tokens)]),
             tokens,
@@ -122,7 +122,7 @@ class BPETokenizer(BaseTokenizer):
             return b""
         piece = self._added.get(token)
         if piece is None:
-            piece = self._text_view.id_to_token(token) or ""
+            piece = "" if token >= self._own_size else self._text_view.id_to_token(token) or ""
             if self._byte_level:
                 try:
                     return piece.translate(CHAR_TO_BYTE).encode("latin-1")

@@ -146,6 +146,8 @@ def keys(size: int) -> dict[str, Files]:
     ]  # fmt: skip
     decoder = {str(size + i): word for i, word in enumerate(words)}
     markers = [token("<|im_start|>"), token("<|im_end|>"), token("<|think|>"), token("<|turn|>"), token("<|tool|>")]
+    extra = ["<x>", {"__type": "AddedToken", **token("<y>")}]
+    mask = {"__type": "AddedToken", **token("[MASK]", lstrip=True)}
     return {
         "plain": {},
         "words": {"tokenizer_config.json": {"added_tokens_decoder": decoder}},
@@ -153,9 +155,9 @@ def keys(size: int) -> dict[str, Files]:
                               "special_tokens_map.json": {"eos_token": "<|im_end|>"}},
         "special_tokens_map.json": {"special_tokens_map.json": {"pad_token": token("<pad>", lstrip=True),
                                                                 "sep_token": "<sep>"}},
-        "additional_special_tokens": {"tokenizer_config.json": {"additional_special_tokens": ["<x>", {"__type": "AddedToken", **token("<y>")}]}},
+        "additional_special_tokens": {"tokenizer_config.json": {"additional_special_tokens": extra}},
         "extra_special_tokens": {"tokenizer_config.json": {"extra_special_tokens": {"image_token": "<image>"}}},
-        "padding token": {"tokenizer_config.json": {"pad_token": "[PAD]", "mask_token": {"__type": "AddedToken", **token("[MASK]", lstrip=True)}}},
+        "padding token": {"tokenizer_config.json": {"pad_token": "[PAD]", "mask_token": mask}},
         "markers": {"tokenizer_config.json": {"added_tokens_decoder": {str(size + i): m for i, m in enumerate(markers)},
                                               "chat_template": TEMPLATE}},
         "spaces": {"tokenizer_config.json": {"clean_up_tokenization_spaces": False, "split_special_tokens": False,
