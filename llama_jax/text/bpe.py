@@ -54,7 +54,7 @@ class BPETokenizer(BaseTokenizer):
             find=backend.token_to_id,
             is_free=lambda i: backend.id_to_token(i) is None,
         )
-        unk = getattr(backend.model, "unk_token", None)
+        unk, self._own_size = getattr(backend.model, "unk_token", None), backend.get_vocab_size()
         super().__init__(
             max([backend.get_vocab_size(), *(i + 1 for i in tokens)]),
             tokens,
@@ -68,15 +68,16 @@ class BPETokenizer(BaseTokenizer):
         self._control_view = _view(backend, listed, text_only=False)
         self._text_view = _view(backend, listed, text_only=True)
         self._inner_view = _view(backend, listed, text_only=True, prefix=False)
-        self._added = {token.id: token.content for token in self.added_tokens}
-        in_view = ((self._text_view.token_to_id(token.content), token.id) for token in self.added_tokens)
-        self._moved = {index: i for index, i in in_view if index != i}
+        indices = {token.id: self._text_view.token_to_id(token.content) for token in self.added_tokens}
+        self._moved = {index: i for i, index in indices.items() if index != i}
         if facts.add_prefix_space is False and not byte_level:
             self._text_view, self._control_view = (
                 self._inner_view,
                 _view(backend, listed, text_only=False, prefix=False),
             )
             drops_space = False
+        # A "normalized" token is found and shown as the normalizer makes it, with the prefix of a text.
+        self._added = {i: self._text_view.id_to_token(index) for i, index in indices.items()}
         self.drops_space = drops_space
         self._byte_level = byte_level
         # Metaspace's scheme "first" gives the prefix to the start of the whole text alone.
@@ -103,7 +104,7 @@ class BPETokenizer(BaseTokenizer):
             return b""
         piece = self._added.get(token)
         if piece is None:
-            piece = self._text_view.id_to_token(token) or ""
+            piece = "" if token >= self._own_size else self._text_view.id_to_token(token) or ""
             if self._byte_level:
                 try:
                     return piece.translate(CHAR_TO_BYTE).encode("latin-1")

@@ -11,6 +11,7 @@ from typing import Any
 
 TEMPLATE_FOLDER = "additional_chat_templates"  # NAME.jinja: transformers' place for every template but the default
 _LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast")
+_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FLAGS = ("lstrip", "rstrip", "normalized", "single_word")
 _EXTRA = ("extra_special_tokens", "additional_special_tokens")  # the first is transformers 5's name for the second
 
@@ -71,11 +72,13 @@ def file_facts(files: Mapping[str, bytes], folder: Path = Path()) -> Facts:
     # transformers reads special_tokens_map.json only where there is no added_tokens_decoder, and then prefers it.
     # An empty name, as in the first conversions of LLaMA, names nothing.
     sources = (legacy_map, config) if decides else (config, legacy_map)
-    named = {key: value for source in sources for key, value in source.items() if _content(value)}
-    for key in _EXTRA:
-        named |= {k: v for source in sources for k, v in _mapping(source.get(key)).items() if _content(v)}
-    special = {key: _content(value) for key, value in named.items() if key.endswith("_token")}
-    added = _added_tokens(files, folder, config, [*_extras(sources), *named.values()], decides=decides)
+    named: dict[str, Any] = dict.fromkeys(_ROLES)  # transformers numbers new tokens in this order
+    for source in sources:
+        named |= {k: v for k, v in source.items() if k.endswith("_token") and _content(v)}
+        named |= {k: v for key in _EXTRA for k, v in _mapping(source.get(key)).items() if _content(v)}
+    named = {key: value for key, value in named.items() if value is not None}
+    special = {key: _content(value) for key, value in named.items()}
+    added = _added_tokens(files, folder, config, named, [*_extras(sources)], decides=decides)
     bos_ids, eos_ids = (
         [i for name in ("generation_config.json", "config.json") for i in _token_ids(files, name, key, folder)]
         for key in ("bos_token_id", "eos_token_id")
@@ -136,15 +139,23 @@ def _extras(sources: tuple[dict[str, Any], ...]) -> Iterator[Any]:
 
 
 def _added_tokens(
-    files: Mapping[str, bytes], folder: Path, config: Mapping[str, Any], named: list[Any], *, decides: bool
+    files: Mapping[str, bytes],
+    folder: Path,
+    config: Mapping[str, Any],
+    named: Mapping[str, Any],
+    extras: list[Any],
+    *,
+    decides: bool,
 ) -> tuple[AddedToken, ...]:
     """Merges what the files say of every added token: those with an id first, in the order of ids."""
     tokens: dict[str, AddedToken] = {}
-    for value in named:
-        # transformers takes every token that it is given by name as a special one, found in the raw text.
-        flags = {k: bool(value[k]) for k in _FLAGS if k in value} if isinstance(value, dict) else {}
-        if flags or _content(value) not in tokens:
-            tokens[_content(value)] = AddedToken(_content(value), special=True, **{"normalized": False} | flags)
+    for value in (*named.values(), *extras):
+        # transformers takes a token that it is given by name as a special one, found in the raw text.
+        said = value if isinstance(value, dict) else {}
+        flags = {"normalized": False} | {k: bool(said[k]) for k in _FLAGS if k in said}
+        special = value not in extras or said.get("special", True) is not False
+        if said or _content(value) not in tokens:
+            tokens[_content(value)] = AddedToken(_content(value), special=special, **flags)
     for text, i in _read_json(files, "added_tokens.json", folder).items():
         known = tokens.get(text, AddedToken(text))
         tokens[text] = dataclasses.replace(known, id=_id(i, folder / "added_tokens.json"))
