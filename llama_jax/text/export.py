@@ -248,8 +248,7 @@ def gguf_metadata(files: Mapping[str, bytes], vocab_size: int, stop_ids: Sequenc
         "add_space_prefix": tokenizer.drops_space,
     }
     metadata = {f"tokenizer.ggml.{key}": value for key, value in metadata.items()}
-    templates = {"default": tokenizer.chat_template, "tool_use": tokenizer.tool_template, **tokenizer.chat_templates}
-    named = {name: text for name, text in templates.items() if text is not None and name != "default"}
+    named = {name: text for name, text in _templates(tokenizer).items() if name != "default"}
     if tokenizer.chat_template is not None:
         metadata["tokenizer.chat_template"] = tokenizer.chat_template
     if named:
@@ -388,12 +387,18 @@ def _hf_config(tokenizer: Tokenizer) -> dict[str, Any]:
         "clean_up_tokenization_spaces": False,
         **tokenizer.special_tokens,
     }
-    templates = {"default": tokenizer.chat_template, "tool_use": tokenizer.tool_template}
-    if tokenizer.tool_template is not None:
-        config["chat_template"] = [{"name": k, "template": v} for k, v in templates.items() if v is not None]
-    elif tokenizer.chat_template is not None:
+    named = _templates(tokenizer)
+    if named.keys() - {"default"}:
+        config["chat_template"] = [{"name": name, "template": text} for name, text in named.items()]
+    elif named:
         config["chat_template"] = tokenizer.chat_template
     return config
+
+
+def _templates(tokenizer: Tokenizer) -> dict[str, str]:
+    """Returns the chat templates by name."""
+    named = {"default": tokenizer.chat_template, "tool_use": tokenizer.tool_template, **tokenizer.chat_templates}
+    return {name: text for name, text in named.items() if text is not None}
 
 
 def _backend_from_tiktoken(model: bytes, tokenizer: Tokenizer) -> Any:

@@ -102,11 +102,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> BaseTokenizer | None:
 
 def model_from_gguf(metadata: Mapping[str, Any]) -> bytes:
     """Writes GGUF metadata of kind `llama` or `t5` as a serialized SentencePiece model, a `tokenizer.model`."""
-    tokens, types, texts = read_vocabulary(metadata)
-    spelt = [t.replace(" ", "▁") if kind == USER_DEFINED else t for t, kind in zip(tokens, types, strict=True)]
-    with warnings.catch_warnings(action="ignore"):  # a run of spaces that is a word, and the same run as a piece
-        _rename_doubles(spelt, types, texts, sentencepiece=True)
-    return _model(metadata, Vocabulary(spelt, types, texts))
+    return _model(metadata, read_vocabulary(metadata))
 
 
 def backend_from_gguf(metadata: Mapping[str, Any]) -> Any:
