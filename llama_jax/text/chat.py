@@ -264,9 +264,7 @@ class TemplateChat:
             self._tool_source = None
             if self._source is None:
                 known = ", ".join(key for key, value in own.items() if value is not None) or "none"
-                raise ChatError(
-                    f"this checkpoint has no chat template named {template!r}; it has {known}: choose another"
-                )
+                raise ChatError(f"this checkpoint has no chat template named {template!r}: choose one of {known}")
         elif tokenizer.chat_template is None:
             remedy = f"choose one as template:{next(iter(named))}" if named else "choose llama2, llama3 or codellama70b"
             several = f"has chat templates named {', '.join(named)}, none of them the default" if named else ""
