@@ -66,11 +66,11 @@ def chat_format(tokenizer: Tokenizer, name: str | None = None) -> ChatFormat:
         return format_named(name)(tokenizer)
     if tokenizer.chat_template is not None:
         return TemplateChat(tokenizer)
-    template, named = tokenizer.tool_template, tokenizer.chat_templates
+    template, named = tokenizer.tool_template, [name for name in tokenizer.chat_templates if name != "default"]
     guess = guessed_format(tokenizer)
     if named:
         problem = f"has chat templates named {', '.join(named)}, and none is the default"
-        remedy = f"choose one with chat_format='template:{next(iter(named))}' (--chat-format)"
+        remedy = f"choose one with chat_format='template:{named[0]}' (--chat-format)"
     else:
         problem = "has no chat template"
         remedy = (
