@@ -135,9 +135,14 @@ def _write_hf_texts(folder: Path, checkpoint: Checkpoint, options: Options) -> l
 def _tokenizer_files(checkpoint: Checkpoint) -> tuple[dict[str, bytes], list[str]]:
     """The tokenizer's files; none, and a warning, where it has no such spelling: weights need no tokenizer."""
     try:
-        return checkpoint.tokenizer_files(), []
+        files = checkpoint.tokenizer_files()
     except ValueError as error:
         return {}, [f"the tokenizer was left out, there are only weights: {error}"]
+    own = checkpoint.tokenizer is None or checkpoint.tokenizer.chat_template or checkpoint.tokenizer.chat_templates
+    if own or not json.loads(files.get("tokenizer_config.json", b"{}")).get("chat_template"):
+        return files, []
+    guess = "the source has no chat template: it got the one of the generation that its vocabulary belongs to"
+    return files, [f"{guess}, which a base model was not trained on"]
 
 
 def _special_ids(checkpoint: Checkpoint) -> dict[str, Any]:

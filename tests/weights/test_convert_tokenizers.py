@@ -98,3 +98,13 @@ def test_more_rows_than_tokens(tmp_path):
         open_checkpoint(folder).tokenizer.encode("a<word>b")
     )
     assert size + 2 in tokenizer.encode("a<word>b")
+
+
+def test_a_chat_template_that_was_made_is_said(tmp_path):
+    """Files without any template, such as Meta's, tell no base model from one that chats."""
+    model = sentencepiece_model(model_type="bpe", normalization_rule_name="identity", remove_extra_whitespaces=False)
+    size = sentencepiece.SentencePieceProcessor(model_proto=model).vocab_size()
+    folder = checkpoint(tmp_path / "it", {"tokenizer.model": model}, size)
+    for to in ("hf", "gguf"):
+        assert "the source has no chat template" in convert(folder, tmp_path / to, to=to).warnings[0]
+        assert open_checkpoint(tmp_path / to).tokenizer.chat_template is not None
