@@ -6,7 +6,6 @@ mapping with `role` and `content`; a content is a string or a list of `{"type": 
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import functools
 import json
@@ -110,26 +109,19 @@ def format_named(name: str) -> Callable[[Tokenizer], ChatFormat]:
     return formats[name]
 
 
-@dataclasses.dataclass(frozen=True)
 class _GuessWithTools:
     """A guessed format, and the template for tools of a checkpoint that has one for nothing else."""
 
-    guess: ChatFormat
-    tools: ChatFormat
-
-    @property
-    def name(self) -> str:
-        return self.guess.name
-
-    @property
-    def stop_ids(self) -> tuple[int, ...]:
-        return tuple(sorted({*self.guess.stop_ids, *self.tools.stop_ids}))
+    def __init__(self, guess: ChatFormat, tools: ChatFormat):
+        self._guess, self._tools = guess, tools
+        self.name = guess.name
+        self.stop_ids = tuple(sorted({*guess.stop_ids, *tools.stop_ids}))
 
     def prompt(
         self, messages: Sequence[Message], *, tools: Tools = None, add_generation_prompt: bool = True
     ) -> list[int]:
         """Encodes the conversation, in the template where there are tools."""
-        form = self.tools if tools else self.guess
+        form = self._tools if tools else self._guess
         return form.prompt(messages, tools=tools, add_generation_prompt=add_generation_prompt)
 
 

@@ -23,6 +23,7 @@ from llama_jax.text.bpe import (
     read_ranks,
 )
 from llama_jax.text.chat import ChatError, guessed_format
+from llama_jax.text.facts import AddedToken as Added
 from llama_jax.text.gguf import backend_from_gguf, is_sentencepiece, model_from_gguf
 from llama_jax.text.pre_tokenizers import GPT2_REGEX, LLAMA3_REGEX, PRE_TOKENIZERS
 from llama_jax.text.samples import sample_texts as sample_texts
@@ -225,7 +226,7 @@ def gguf_metadata(files: Mapping[str, bytes], vocab_size: int, stop_ids: Sequenc
         texts, kinds, vocabulary = _of_tokenizer_json(files)
     else:
         texts, kinds, vocabulary = _of_sentencepiece(files["tokenizer.model"])
-    added = {token.id: token for token in tokenizer.added_tokens}
+    added = _added(tokenizer)
     if any(i >= vocab_size and i not in added for i in texts):
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding only {vocab_size} rows: use the"
@@ -309,7 +310,7 @@ def _of_sentencepiece(model: bytes) -> tuple[dict[int, str], dict[int, int], dic
     if is_tiktoken(model):
         raise ValueError("this tokenizer.model is not Llama 3's own: convert with llama.cpp's own script")
     pieces, spec = read_pieces(model), read_spec(model)
-    kinds = {ModelType.BPE: "llama", ModelType.UNIGRAM: "t5"}
+    kinds: dict[int, str] = {ModelType.BPE: "llama", ModelType.UNIGRAM: "t5"}
     if spec.kind not in kinds:
         raise ValueError(
             f"tokenizer.model is of SentencePiece's kind {spec.kind}: a GGUF file has none but BPE and unigram"
@@ -408,8 +409,13 @@ def _backend_from_tiktoken(model: bytes, tokenizer: Tokenizer) -> Any:
     vocab = {token.decode("latin-1").translate(BYTE_TO_CHAR): rank for token, rank in ranks.items()}
     merges = _merges(sorted(vocab, key=vocab.__getitem__), vocab)
     added = _library_tokens(tokenizer)
-    vocab |= {token.content: token.id for token in tokenizer.added_tokens if token.id >= len(ranks) + 256}
+    vocab |= {token.content: i for i, token in _added(tokenizer).items() if i >= len(ranks) + 256}
     return byte_level_backend(models.BPE(vocab=vocab, merges=merges, ignore_merges=True), (LLAMA3_REGEX,), added)
+
+
+def _added(tokenizer: Tokenizer) -> dict[int, Added]:
+    """Returns the tokenizer's added tokens by id."""
+    return {token.id: token for token in tokenizer.added_tokens if token.id is not None}
 
 
 def _library_tokens(tokenizer: Tokenizer, but: Container[str] = ()) -> list[Any]:
@@ -417,7 +423,7 @@ def _library_tokens(tokenizer: Tokenizer, but: Container[str] = ()) -> list[Any]
     # SentencePiece has its prefix before all that is between two tokens: they are found in the raw text.
     return library_tokens(
         (dataclasses.replace(t, normalized=False) for t in tokenizer.added_tokens if t.content not in but),
-        special=lambda token: token.special or not tokenizer.token_bytes(token.id),
+        special=lambda token: token.special or (token.id is not None and not tokenizer.token_bytes(token.id)),
     )
 
 
@@ -428,7 +434,7 @@ def _backend_from_sentencepiece(model: bytes, tokenizer: Tokenizer, *, legacy: b
     pieces, spec = read_pieces(model), read_spec(model)
     if spec.kind != ModelType.BPE or spec.charsmap:
         raise _Inexact("the library has no such model, or normalizes by another table")
-    added = {token.content: token.id for token in tokenizer.added_tokens}
+    added = {token.content: i for i, token in _added(tokenizer).items()}
     vocab = {piece.text: i for i, piece in enumerate(pieces)}
     plain = {piece.text: i for i, piece in enumerate(pieces) if piece.kind == NORMAL and piece.text not in added}
     merges = _merges(sorted(plain, key=lambda text: -pieces[plain[text]].score), plain)

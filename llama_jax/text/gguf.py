@@ -218,7 +218,7 @@ def _facts(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> Facts:
 
 def _ids(metadata: Mapping[str, Any], key: str, size: int, *, warn: bool = False) -> list[int]:
     """Returns the ids under `tokenizer.ggml.<key>`, those that are tokens."""
-    value = metadata.get(f"{_KEYS}{key}")
+    value: Any = metadata.get(f"{_KEYS}{key}")
     values: Any = value.tolist() if hasattr(value, "tolist") else value
     values = values if isinstance(values, list | tuple) else [] if values is None else [values]
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in values):

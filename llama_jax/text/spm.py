@@ -156,8 +156,8 @@ def read_spec(model: bytes) -> Spec:
         if number in merged:
             merged[number] |= dict(_fields(value))
     trainer, normalizer = merged[2], merged[3]
-    spaces = (bool(normalizer.get(number, 1)) for number in (3, 4))
-    return Spec(trainer.get(3, ModelType.UNIGRAM), *spaces, normalizer.get(2, b""))
+    prefix, spaces = (bool(normalizer.get(number, 1)) for number in (3, 4))
+    return Spec(trainer.get(3, ModelType.UNIGRAM), prefix, spaces, normalizer.get(2, b""))
 
 
 def read_pieces(model: bytes) -> list[Piece]:
