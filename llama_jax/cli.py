@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +76,7 @@ class ProcessArgs:
         sys.stdout = open(results, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)  # noqa: SIM115
         if not distributed.is_main():
             logging.getLogger("llama_jax").setLevel(logging.ERROR)
+            warnings.simplefilter("ignore")
 
 
 @dataclasses.dataclass
@@ -107,13 +109,14 @@ class SamplingArgs:
 
 @contextlib.contextmanager
 def fail_clearly(*, code: int = 1) -> Iterator[None]:
-    """Turns expected errors into one line on stderr and exit code `code`, and Ctrl-C into 130.
+    """Turns expected errors into one line on stderr and exit code `code`, and Ctrl-C into 130; warnings are lines too.
 
     With several processes, each of these ends them all, and the line names the process.
     """
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character gets its escape
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    warnings.formatwarning = _one_line
     try:
         yield
         sys.stdout.flush()
@@ -132,6 +135,10 @@ def fail_clearly(*, code: int = 1) -> Iterator[None]:
         _end_all("interrupted", 130)
         print("interrupted", file=sys.stderr)
         os._exit(130)  # what XLA still computes would end an orderly exit in a segmentation fault
+
+
+def _one_line(message: Warning | str, *_: Any) -> str:
+    return f"warning: {message}\n"
 
 
 def _end_all(error: Exception | str, code: int) -> None:

@@ -30,7 +30,7 @@ class Args:
     max_new_tokens: int = 512
     """Most tokens of an answer."""
     chat_format: str | None = None
-    """llama2, llama3, codellama70b or template; default: the checkpoint's own."""
+    """llama2, llama3, codellama70b or template (template:NAME, one of several); default: the checkpoint's own."""
     model: tyro.conf.OmitArgPrefixes[ModelArgs] = dataclasses.field(default_factory=ModelArgs)
     sampling: tyro.conf.OmitArgPrefixes[SamplingArgs] = dataclasses.field(default_factory=SamplingArgs)
     processes: tyro.conf.OmitArgPrefixes[ProcessArgs] = dataclasses.field(default_factory=ProcessArgs)

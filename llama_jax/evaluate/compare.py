@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from llama_jax import distributed, sharding
-from llama_jax.text.chat import ChatError, chat_format
+from llama_jax.text.chat import ChatError, TemplateChat, guessed_format
 from llama_jax.text.differences import differences
 from llama_jax.text.export import sample_texts
 from llama_jax.weights import names
@@ -139,7 +139,8 @@ def _compare_tokenizers(a: Checkpoint, b: Checkpoint) -> list[str]:
 
 def _prompt(tokenizer: Any, messages: Sequence[Any]) -> list[int] | None:
     try:
-        return chat_format(tokenizer).prompt(messages)
+        chat = guessed_format(tokenizer) if tokenizer.chat_template is None else TemplateChat(tokenizer)
+        return None if chat is None else chat.prompt(messages)
     except ChatError:  # no chat format
         return None
 

@@ -1,4 +1,4 @@
-"""Byte-pair encoding: Meta's Llama 3 file, Hugging Face's `tokenizer.json`, and GGUF files of kind `gpt2`."""
+"""Byte-pair encoding: Meta's Llama 3 file, Hugging Face's `tokenizer.json`."""
 
 from __future__ import annotations
 
@@ -6,29 +6,14 @@ import base64
 import copy
 import dataclasses
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from llama_jax.text.spm import CONTROL, USER_DEFINED
-from llama_jax.text.tokenizer import BaseTokenizer, Facts, gguf_array, is_control_like, valid
-
-LLAMA3_REGEX = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
-    r"\s+(?!\S)|\s+"
-)
-GPT2_REGEX = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_DEFAULT_REGEXES = (r"[\p{P}$+<=>^~|]+", GPT2_REGEX, r"\p{N}+", "[0-9][0-9][0-9]")
-# tokenizer.ggml.pre -> the regexes that split text one after the other, as in llama.cpp's llama-vocab.cpp.
-PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), (LLAMA3_REGEX,)),
-    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r"), (r"\p{N}", GPT2_REGEX)),
-    **dict.fromkeys(("gpt-2", "mpt", "olmo"), (GPT2_REGEX,)),
-    "qwen2": (LLAMA3_REGEX.replace("{1,3}", ""),),
-    "smaug-bpe": (LLAMA3_REGEX,),
-    "default": _DEFAULT_REGEXES,
-}
-# Those that look a word up before they merge it.
-LLAMA3_PRE = ("llama-bpe", "llama3", "llama-v3")
+from llama_jax.text.added import from_library, library_tokens, merge_added
+from llama_jax.text.facts import AddedToken, Facts
+from llama_jax.text.pre_tokenizers import LLAMA3_REGEX
+from llama_jax.text.tokenizer import BaseTokenizer, valid
 
 # GPT-2's printable stand-ins for bytes: itself where Latin-1 prints it, else 256 and up.
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -55,64 +40,71 @@ class BPETokenizer(BaseTokenizer):
         Args:
             backend: A `tokenizers.Tokenizer`: its model, normalizer and pre-tokenizer are used.
             facts: What the files beside it say.
-            added: Id to `AddedToken`. Those that are special, named in `facts` or look like `<|...|>` are
-                control tokens; the others (runs of spaces, say) are text with an id of their own.
+            added: Id to the library's `AddedToken`. `added.py` tells which are control tokens; the others (runs of
+                spaces, say) are text with an id of their own.
             byte_level: Tokens are spelt with GPT-2's stand-ins for bytes, not with `▁` and `<0x0A>`.
             drops_space: Decoding removes one leading space.
             add_bos: The tokenizer puts BOS before a plain prompt.
         """
-        from tokenizers import AddedToken
-
-        added = dict(added)
-        for text in facts.special_tokens.values():
-            token = backend.token_to_id(text)
-            if token is not None and token not in added:
-                added[token] = AddedToken(text, normalized=False)
-        named = set(facts.special_tokens.values())
-        control = {
-            token.content: i
-            for i, token in added.items()
-            if token.special or token.content in named or is_control_like(token.content)
-        }
-        for token in added.values():
-            token.special = token.content in control
-        tokens = [added[i] for i in sorted(added)]
+        # An id without a text is free: the library gives added tokens consecutive ids, the files may not.
+        tokens = merge_added(
+            from_library(added),
+            facts,
+            backend.get_vocab_size(),
+            find=backend.token_to_id,
+            is_free=lambda i: backend.id_to_token(i) is None,
+        )
+        unk, self._own_size = getattr(backend.model, "unk_token", None), backend.get_vocab_size()
+        super().__init__(
+            max([backend.get_vocab_size(), *(i + 1 for i in tokens)]),
+            tokens,
+            facts,
+            add_bos=add_bos,
+            unk=None if unk is None else backend.token_to_id(unk),
+            find=backend.token_to_id,
+        )
+        listed = library_tokens(self.added_tokens, special=lambda token: token.id in self._control_ids)
         # Three views of one model: control tokens recognised, text only, text that does not start the whole.
-        self._control_view = _view(backend, tokens, text_only=False)
-        self._text_view = _view(backend, tokens, text_only=True)
-        self._inner_view = _view(backend, tokens, text_only=True, prefix=False)
-        self._added = {i: token.content for i, token in added.items()}
-        size = max([self._text_view.get_vocab_size(), *(i + 1 for i in added)])
-        unk = getattr(backend.model, "unk_token", None)
-        self._control_ids = frozenset(control.values())
-        super().__init__(size, control, facts, add_bos, None if unk is None else backend.token_to_id(unk))
+        self._control_view = _view(backend, listed, text_only=False)
+        self._text_view = _view(backend, listed, text_only=True)
+        self._inner_view = _view(backend, listed, text_only=True, prefix=False)
+        indices = {token.id: self._text_view.token_to_id(token.content) for token in self.added_tokens}
+        self._moved = {index: i for i, index in indices.items() if index != i}
+        if facts.add_prefix_space is False and not byte_level:
+            self._text_view, self._control_view = (
+                self._inner_view,
+                _view(backend, listed, text_only=False, prefix=False),
+            )
+            drops_space = False
+        # A "normalized" token is found and shown as the normalizer makes it, with the prefix of a text.
+        self._added = {i: self._text_view.id_to_token(index) for i, index in indices.items()}
         self.drops_space = drops_space
         self._byte_level = byte_level
         # Metaspace's scheme "first" gives the prefix to the start of the whole text alone.
         self._prefix_each = b'"prepend_scheme":"first"' not in _state(backend.pre_tokenizer)
         # The library looks for "normalized" tokens once Prepend has done its work.
         if b'"Prepend"' in _state(backend.normalizer):
-            self._no_prefix_after = frozenset(i for i, token in added.items() if token.normalized)
+            self._no_prefix_after = frozenset(i for i, token in tokens.items() if token.normalized)
 
     def split_control(self, text: str) -> list[str | int]:
         """Splits text at its control tokens: ordinary text as strings, control tokens as ids."""
         text, parts, end = valid(text), [], 0
         # The library's own matching: it honours lstrip, rstrip, single_word and normalized.
         encoding = self._control_view.encode(text, add_special_tokens=False)
-        for token, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
+        for token, (start, stop) in zip(self._ids(encoding), encoding.offsets, strict=True):
             if text[start:stop].replace("▁", " ").strip() in self._spellings and token in self._control_ids:
                 parts += [text[end:start], token]
                 end = stop
         return [part for part in (*parts, text[end:]) if part != ""]
 
     def token_bytes(self, token: int) -> bytes:
-        """Returns the bytes that one id adds to the text: none for a control token."""
+        """Returns the bytes that one id adds to the text: none for a special token."""
         self._check_id(token)
-        if token in self._control_ids:
+        if token in self._hidden:
             return b""
         piece = self._added.get(token)
         if piece is None:
-            piece = self._text_view.id_to_token(token) or ""
+            piece = "" if token >= self._own_size else self._text_view.id_to_token(token) or ""
             if self._byte_level:
                 try:
                     return piece.translate(CHAR_TO_BYTE).encode("latin-1")
@@ -123,10 +115,16 @@ class BPETokenizer(BaseTokenizer):
         return piece.encode() if self._byte_level else piece.replace("▁", " ").encode()
 
     def _with_control(self, text: str) -> list[int]:
-        return self._control_view.encode(text, add_special_tokens=False).ids
+        return self._ids(self._control_view.encode(text, add_special_tokens=False))
+
+    def _ordinary(self, text: str, *, prefix: bool) -> list[int]:
+        return self._without_control(text, prefix=prefix)  # the views find the words themselves
 
     def _plain(self, text: str, *, prefix: bool) -> list[int]:
-        return (self._text_view if prefix else self._inner_view).encode(text, add_special_tokens=False).ids
+        return self._ids((self._text_view if prefix else self._inner_view).encode(text, add_special_tokens=False))
+
+    def _ids(self, encoding: Any) -> list[int]:
+        return [self._moved.get(i, i) for i in encoding.ids] if self._moved else encoding.ids
 
 
 class TiktokenTokenizer(BaseTokenizer):
@@ -143,16 +141,32 @@ class TiktokenTokenizer(BaseTokenizer):
         import tiktoken
 
         ranks = read_ranks(data, source)
-        control = llama3_control_tokens()
+        names, size = llama3_control_tokens(), len(ranks) + 256
         special = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"} | dict(facts.special_tokens)
         facts = dataclasses.replace(facts, special_tokens=special)
-        super().__init__(len(ranks) + 256, control, facts, add_bos=True, unk=None)
+        # The first name of an id is its name in 3.1.
+        own = {i: AddedToken(name, i, special=True, normalized=False) for name, i in reversed(names.items())}
+        of_id = {i for token in facts.added_tokens if (i := token.id) is not None}
+
+        def find(text: str) -> int | None:
+            return names[text] if text in names and names[text] not in of_id else ranks.get(text.encode())
+
+        added = merge_added(own.values(), facts, size, find=find, is_free=lambda i: i >= len(ranks))
+        kept = {name: i for name, i in names.items() if added[i] == own[i]}
+        size = max(size, *(i + 1 for i in added))
+        super().__init__(size, added, facts, add_bos=True, unk=None, find=find, aliases=kept)
         self._encoding = tiktoken.Encoding("llama3", pat_str=LLAMA3_REGEX, mergeable_ranks=ranks, special_tokens={})
+        self._texts = {token.id: token.content for token in self.added_tokens}
 
     def token_bytes(self, token: int) -> bytes:
-        """Returns the bytes that one id adds to the text: none for a control token."""
+        """Returns the bytes that one id adds to the text: none for a special token."""
         self._check_id(token)
-        return b"" if token in self._never_text else self._encoding.decode_single_token_bytes(token)
+        if token in self._hidden:
+            return b""
+        piece = self._texts.get(token)
+        if piece is not None or token >= 128_256:
+            return (piece or "").encode()
+        return self._encoding.decode_single_token_bytes(token)
 
     def _plain(self, text: str, *, prefix: bool) -> list[int]:
         return [i for chunk in _chunks(text) for i in self._encoding.encode_ordinary(chunk)]
@@ -201,56 +215,43 @@ def load_tokenizer_json(data: bytes, facts: Facts, *, source: str) -> BPETokeniz
         backend = Tokenizer.from_buffer(data)
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"{source} is not a readable tokenizer.json: get it again ({error})") from error
+    backend.no_padding()  # the file keeps what it was last used with
+    backend.no_truncation()
     decoder = _state(backend.decoder)
     byte_level = b'"ByteLevel"' in decoder
     if not byte_level and b'"ByteFallback"' not in decoder and b'"Metaspace"' not in decoder:
         raise ValueError(f"{source} has decoder {decoder.decode()}: a Llama's is ByteLevel, ByteFallback or Metaspace")
     strips = b'"Strip"' in decoder or (b'"Metaspace"' in decoder and b'"prepend_scheme":"never"' not in decoder)
-    bos = backend.token_to_id(facts.special_tokens.get("bos_token", ""))
+    facts, add_bos = _first_token(backend, facts, source)
     return BPETokenizer(
         backend,
         facts,
         added=backend.get_added_tokens_decoder(),
         byte_level=byte_level,
         drops_space=strips and not byte_level,
-        add_bos=backend.encode("a").ids[:1] == [facts.bos_id if bos is None else bos],
+        add_bos=add_bos,
     )
 
 
-def bpe_from_gguf(metadata: Mapping[str, Any], facts: Facts) -> BPETokenizer:
-    """Builds the byte-level BPE that GGUF metadata of kind `gpt2` describes."""
-    backend = backend_from_gguf(metadata)
-    return BPETokenizer(
-        backend,
-        facts,
-        added=backend.get_added_tokens_decoder(),
-        byte_level=True,
-        drops_space=False,
-        add_bos=backend.model.ignore_merges,  # llama.cpp's default for Llama 3, and for no other
-    )
-
-
-def backend_from_gguf(metadata: Mapping[str, Any]) -> Any:
-    """Builds the `tokenizers.Tokenizer` that GGUF metadata of kind `gpt2` describes."""
-    from tokenizers import AddedToken, models
-
-    tokens = gguf_array(metadata, "tokens")
-    types = gguf_array(metadata, "token_type", len(tokens))
-    merges = [tuple(merge.split(" ")) for merge in gguf_array(metadata, "merges")]
-    pre = metadata.get("tokenizer.ggml.pre", "llama-bpe" if "<|begin_of_text|>" in tokens else "default")
-    if pre not in PRE_TOKENIZERS:
-        raise ValueError(f"tokenizer.ggml.pre {pre!r} is not supported: {', '.join(sorted(PRE_TOKENIZERS))}")
-    vocab = {token: i for i, token in enumerate(tokens)}
-    try:
-        model = models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in LLAMA3_PRE)  # pyright: ignore
-    except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"tokenizer.ggml.merges do not fit tokenizer.ggml.tokens: {error}") from error
-    added = [
-        AddedToken(token, special=kind == CONTROL, normalized=False)
-        for token, kind in zip(tokens, types, strict=True)
-        if kind in (CONTROL, USER_DEFINED)
-    ]
-    return byte_level_backend(model, PRE_TOKENIZERS[pre], added)
+def _first_token(backend: Any, facts: Facts, source: str) -> tuple[Facts, bool]:
+    """Returns the facts with the BOS that a tokenizer.json has, and whether it puts it before a text."""
+    bos = backend.token_to_id(facts.special_tokens.get("bos_token", ""))
+    bos = facts.bos_id if bos is None else bos
+    unk = getattr(backend.model, "unk_token", None)
+    first = backend.encode("a").ids[:1]
+    if first == backend.encode("a", add_special_tokens=False).ids[:1]:
+        first = []
+    if bos is None or (unk is not None and bos == backend.token_to_id(unk)):
+        found = next(iter(first), backend.token_to_id("<s>") if bos is not None else None)
+        if bos is not None and found is not None and found != bos:
+            warnings.warn(
+                f"config.json or generation_config.json says that id {bos} begins a text; it is {unk!r} in {source},"
+                f" which has {backend.id_to_token(found)!r} for it: {source} is right",
+                stacklevel=4,
+            )
+        bos = bos if found is None else found
+        facts = dataclasses.replace(facts, bos_id=bos)
+    return facts, bos is not None and first == [bos]
 
 
 def byte_level_backend(model: Any, regexes: Sequence[str], added: Sequence[Any]) -> Any:

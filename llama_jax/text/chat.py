@@ -11,6 +11,7 @@ import functools
 import json
 import re
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -53,29 +54,75 @@ def chat_format(tokenizer: Tokenizer, name: str | None = None) -> ChatFormat:
 
     Args:
         tokenizer: The checkpoint's tokenizer.
-        name: "llama2", "llama3", "codellama70b" or "template" force a format. None takes the checkpoint's own
-            template, else the format of the generation that the vocabulary belongs to.
+        name: "llama2", "llama3", "codellama70b" or "template" force a format, "template:NAME" one of several
+            templates. None takes the checkpoint's own template. Where it has none, that is a guess, the format of the
+            generation that the vocabulary belongs to, and a warning says so.
+
+    Raises:
+        ChatError: there is no such format, or the vocabulary lacks what it needs.
     """
-    if name is None:
-        control = tokenizer.control_tokens
-        known = {
-            "template": tokenizer.chat_template is not None,
-            "llama3": {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"} <= control.keys(),
-            "codellama70b": "<step>" in control,
-            "llama2": tokenizer.drops_space and {"<s>", "</s>"} <= control.keys(),
-        }
-        name = next((key for key, fits in known.items() if fits), None)
-        if name is None:
-            raise ChatError("this model has no chat format (no template, no known vocabulary): use generate")
-    return format_named(name)(tokenizer)
+    if name is not None:
+        return format_named(name)(tokenizer)
+    if tokenizer.chat_template is not None:
+        return TemplateChat(tokenizer)
+    template, named = tokenizer.tool_template, [name for name in tokenizer.chat_templates if name != "default"]
+    guess = guessed_format(tokenizer)
+    if named:
+        problem = f"has chat templates named {', '.join(named)}, and none is the default"
+        remedy = f"choose one with chat_format='template:{named[0]}' (--chat-format)"
+    else:
+        problem = "has no chat template"
+        remedy = (
+            "choose one with chat_format= (--chat-format), or use generate if it is a base model, which cannot chat"
+        )
+    if guess is None and template is None:
+        raise ChatError(f"this model {problem}, and its vocabulary is not one of a known chat format: {remedy}")
+    if guess is None:
+        return TemplateChat(tokenizer, "tool_use")
+    warnings.warn(
+        f"this checkpoint {problem}: the {guess.name} format is a guess from its vocabulary; {remedy}", stacklevel=3
+    )
+    return guess if template is None else _GuessWithTools(guess, TemplateChat(tokenizer, "tool_use"))
+
+
+def guessed_format(tokenizer: Tokenizer) -> ChatFormat | None:
+    """Returns the chat format of the generation that a vocabulary belongs to; None for any other vocabulary."""
+    control = tokenizer.control_tokens
+    known = (
+        (Llama3Chat, {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"} <= control.keys()),
+        (CodeLlama70BChat, "<step>" in control),
+        (Llama2Chat, tokenizer.drops_space and {"<s>", "</s>"} <= control.keys()),
+    )
+    return next((form(tokenizer) for form, fits in known if fits), None)
 
 
 def format_named(name: str) -> Callable[[Tokenizer], ChatFormat]:
     """Returns the chat format of that name; it takes the checkpoint's tokenizer."""
     formats = {form.name: form for form in (TemplateChat, Llama3Chat, CodeLlama70BChat, Llama2Chat)}
+    kind, _, template = name.partition(":")
+    if kind == TemplateChat.name and template:
+        return lambda tokenizer: TemplateChat(tokenizer, template)
     if name not in formats:
-        raise ChatError(f"unknown chat format {name!r}: choose one of {', '.join(sorted(formats))}")
+        raise ChatError(
+            f"unknown chat format {name!r}: choose one of {', '.join(sorted(formats))}, or template:NAME of several"
+        )
     return formats[name]
+
+
+class _GuessWithTools:
+    """A guessed format, and the template for tools of a checkpoint that has one for nothing else."""
+
+    def __init__(self, guess: ChatFormat, tools: ChatFormat):
+        self._guess, self._tools = guess, tools
+        self.name = guess.name
+        self.stop_ids = tuple(sorted({*guess.stop_ids, *tools.stop_ids}))
+
+    def prompt(
+        self, messages: Sequence[Message], *, tools: Tools = None, add_generation_prompt: bool = True
+    ) -> list[int]:
+        """Encodes the conversation, in the template where there are tools."""
+        form = self._tools if tools else self._guess
+        return form.prompt(messages, tools=tools, add_generation_prompt=add_generation_prompt)
 
 
 class Llama2Chat:
@@ -191,9 +238,31 @@ class TemplateChat:
 
     name = "template"
 
-    def __init__(self, tokenizer: Tokenizer):
-        if tokenizer.chat_template is None:
-            raise ChatError("this checkpoint has no chat template: choose llama2, llama3 or codellama70b")
+    def __init__(self, tokenizer: Tokenizer, template: str | None = None):
+        """Takes the checkpoint's template.
+
+        Args:
+            tokenizer: The checkpoint's tokenizer.
+            template: The name of one of several templates. None takes the default one, and the one named `tool_use`
+                where there are tools.
+
+        Raises:
+            ChatError: there is no such template.
+        """
+        named = tokenizer.chat_templates
+        if template is not None:
+            own = {"default": tokenizer.chat_template, "tool_use": tokenizer.tool_template, **named}
+            self._source = own.get(template)
+            self._tool_source = None
+            if self._source is None:
+                known = ", ".join(key for key, value in own.items() if value is not None) or "none"
+                raise ChatError(f"this checkpoint has no chat template named {template!r}: choose one of {known}")
+        elif tokenizer.chat_template is None:
+            remedy = f"choose one as template:{next(iter(named))}" if named else "choose llama2, llama3 or codellama70b"
+            several = f"has chat templates named {', '.join(named)}, none of them the default" if named else ""
+            raise ChatError(f"this checkpoint {several or 'has no chat template'}: {remedy}")
+        else:
+            self._source, self._tool_source = tokenizer.chat_template, tokenizer.tool_template
         self._tokenizer = tokenizer
         self._control = any_of(spellings(tokenizer.control_tokens))
         self.stop_ids = tokenizer.stop_ids
@@ -202,8 +271,7 @@ class TemplateChat:
         self, messages: Sequence[Message], *, tools: Tools = None, add_generation_prompt: bool = True
     ) -> list[int]:
         """Encodes the conversation, to the ids of transformers' `apply_chat_template` if it is harmless."""
-        source = self._tokenizer.tool_template if tools else None
-        source = source or self._tokenizer.chat_template or ""
+        source = (self._tool_source if tools else None) or self._source or ""
         # transformers leaves out keys whose value is None.
         messages = [{k: v for k, v in message.items() if v is not None} for message in _nonempty(messages)]
         # A role is part of the format, not of the text: a known one, or one that the template itself names.
@@ -227,6 +295,12 @@ class TemplateChat:
         # Hide control strings only, so that a template that looks at the text sees almost all of it. If it
         # joins pieces of text to a control string all the same, hide all that control strings are made of.
         text = rendered(lambda text, _: self._control.sub(lambda match: mask.hide_edges(match[0]), text))
+        if tools and not re.search(r"\btools\b", source):
+            warnings.warn(
+                "this checkpoint's chat template never mentions tools: they are not in the prompt; leave them out, or"
+                " describe them in the system message",
+                stacklevel=2,
+            )
         parts, safe = (self._tokenizer.split_control(t) for t in (text, rendered(mask.hide)))
         if _ids(parts) != _ids(safe):
             parts = safe

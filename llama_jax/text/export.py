@@ -8,25 +8,25 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import dataclasses
 import itertools
 import json
-import string
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from llama_jax.text.added import STOP_TOKENS, library_tokens
 from llama_jax.text.bpe import (
     BYTE_TO_CHAR,
     CHAR_TO_BYTE,
-    GPT2_REGEX,
-    LLAMA3_PRE,
-    LLAMA3_REGEX,
-    PRE_TOKENIZERS,
-    backend_from_gguf,
     byte_level_backend,
     llama3_control_tokens,
     read_ranks,
 )
-from llama_jax.text.chat import ChatError, chat_format
+from llama_jax.text.chat import ChatError, guessed_format
+from llama_jax.text.facts import AddedToken as Added
+from llama_jax.text.gguf import backend_from_gguf, is_sentencepiece, model_from_gguf
+from llama_jax.text.pre_tokenizers import GPT2_REGEX, LLAMA3_REGEX, PRE_TOKENIZERS
+from llama_jax.text.samples import sample_texts as sample_texts
 from llama_jax.text.spm import (
     BYTE,
     CONTROL,
@@ -34,8 +34,9 @@ from llama_jax.text.spm import (
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
-    model_from_gguf,
+    ModelType,
     read_pieces,
+    read_spec,
 )
 from llama_jax.text.tokenizer import (
     Tokenizer,
@@ -119,6 +120,10 @@ def _refuses_wrong_types(source: str) -> Iterator[None]:
         raise ValueError(f"{problem}: download the checkpoint again") from error
 
 
+class _Inexact(ValueError):
+    """A format cannot say what a tokenizer does."""
+
+
 @_refuses_wrong_types("the tokenizer's files")
 def hf_files(files: Mapping[str, bytes]) -> dict[str, bytes]:
     """Returns what transformers' `AutoTokenizer` loads.
@@ -128,30 +133,46 @@ def hf_files(files: Mapping[str, bytes]) -> dict[str, bytes]:
 
     Returns:
         The files, with a `tokenizer.json` and a `tokenizer_config.json` made from `tokenizer.model`. Meta's files do
-        not tell a base model from a chat model: both get the chat template of their generation.
+        not tell a base model from a chat model: both get the chat template of their generation. Where no
+        `tokenizer.json` says exactly what `tokenizer.model` does, the files stay as they are; see `hf_warnings`.
 
     Raises:
-        ValueError: a file is damaged, or its SentencePiece model is not like a Llama's.
+        ValueError: a file is damaged.
     """
     tokenizer = None if "tokenizer.json" in files else tokenizer_from_files(files)
     if tokenizer is None:
         return dict(files)
     config = json.loads(files.get("tokenizer_config.json", b"{}")) | _hf_config(tokenizer)
     if tokenizer.chat_template is None and "tokenizer_config.json" not in files:
-        with contextlib.suppress(ChatError):  # a vocabulary of no known generation
-            config["chat_template"] = _CHAT_TEMPLATES[chat_format(tokenizer).name]
+        with contextlib.suppress(ChatError):  # a marker is missing
+            if (chat := guessed_format(tokenizer)) is not None:
+                config["chat_template"] = _CHAT_TEMPLATES[chat.name]
     model = files["tokenizer.model"]
-    if is_tiktoken(model):
-        backend = _backend_from_tiktoken(model)
-    else:
-        backend = _backend_from_sentencepiece(model, tokenizer, legacy=file_facts(files).legacy)
-    result = {
-        **files,
-        "tokenizer.json": _tokenizer_json(backend, tokenizer),
-        "tokenizer_config.json": _json(config),
-    }
-    _check_same_ids(tokenizer, tokenizer_from_files(result), "tokenizer.json")
+    try:
+        if is_tiktoken(model):
+            backend = _backend_from_tiktoken(model, tokenizer)
+        else:
+            backend = _backend_from_sentencepiece(model, tokenizer, legacy=file_facts(files).legacy)
+        result = {
+            **files,
+            "tokenizer.json": _tokenizer_json(backend, tokenizer),
+            "tokenizer_config.json": _json(config),
+        }
+        _check_same_ids(tokenizer, tokenizer_from_files(result), "tokenizer.json")
+    except _Inexact:
+        return dict(files)
     return result
+
+
+def hf_warnings(files: Mapping[str, bytes]) -> list[str]:
+    """Returns what transformers does otherwise with the files of `hf_files`, in words."""
+    if "tokenizer.json" in files or "tokenizer.model" not in files:
+        return []
+    return [
+        "no tokenizer.json says exactly what this tokenizer.model does (its normalization, or its kind), so there is"
+        " only tokenizer.model: sentencepiece and transformers 4 with use_fast=False give its ids, transformers 5"
+        " gives other ids for some texts"
+    ]
 
 
 @_refuses_wrong_types("the GGUF file's metadata")
@@ -170,22 +191,29 @@ def hf_files_from_gguf(metadata: Mapping[str, Any]) -> dict[str, bytes]:
     tokenizer = tokenizer_from_gguf(metadata)
     if tokenizer is None:
         return {}
-    files = {"tokenizer_config.json": _json(_hf_config(tokenizer))}
-    if metadata["tokenizer.ggml.model"] == "llama":
-        return hf_files({"tokenizer.model": model_from_gguf(metadata), **files})
+    config = _hf_config(tokenizer)
+    if is_sentencepiece(metadata):
+        config["added_tokens_decoder"] = {
+            str(token.id): {key: value for key, value in dataclasses.asdict(token).items() if key != "id"}
+            for token in tokenizer.added_tokens
+        }
+        return hf_files({"tokenizer.model": model_from_gguf(metadata), "tokenizer_config.json": _json(config)})
+    files = {"tokenizer_config.json": _json(config)}
     return {"tokenizer.json": _tokenizer_json(backend_from_gguf(metadata), tokenizer), **files}
 
 
 @_refuses_wrong_types("the tokenizer's files")
-def gguf_metadata(files: Mapping[str, bytes], vocab_size: int) -> dict[str, Any]:
+def gguf_metadata(files: Mapping[str, bytes], vocab_size: int, stop_ids: Sequence[int] = ()) -> dict[str, Any]:
     """Returns the tokenizer's part of a GGUF file's metadata.
 
     Args:
         files: Tokenizer files.
-        vocab_size: Rows of the embedding; llama.cpp wants as many tokens, so unused ones fill up.
+        vocab_size: Rows of the embedding; llama.cpp wants as many tokens, so unused ones fill up, and added tokens
+            that have no row are left out.
+        stop_ids: Ids that end generation, besides those that the files name.
 
     Returns:
-        `tokenizer.*` keys to str, int, bool, list[str], list[float] or list[int].
+        `tokenizer.*` keys to str, int, bool, bytes, list[str], list[float] or list[int].
 
     Raises:
         ValueError: a file is damaged, there are more than `vocab_size` tokens, or llama.cpp has no such tokenizer.
@@ -194,26 +222,57 @@ def gguf_metadata(files: Mapping[str, bytes], vocab_size: int) -> dict[str, Any]
     tokenizer = tokenizer_from_files(files)
     if tokenizer is None:
         return {"tokenizer.ggml.model": "none"}
-    if tokenizer.vocab_size > vocab_size:
+    if "tokenizer.json" in files:
+        texts, kinds, vocabulary = _of_tokenizer_json(files)
+    else:
+        texts, kinds, vocabulary = _of_sentencepiece(files["tokenizer.model"])
+    added = _added(tokenizer)
+    if any(i >= vocab_size and i not in added for i in texts):
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding only {vocab_size} rows: use the"
             " tokenizer that belongs to these weights"
         )
-    state = _state(files["tokenizer.json"])
-    model, added = state["model"], {token["id"]: token["content"] for token in state["added_tokens"]}
-    texts = {i: text for text, i in model["vocab"].items()} | added
+    texts |= {i: token.content for i, token in added.items()}
+    hidden = {i for i in added if not tokenizer.token_bytes(i)}
+    fixed = {i: kind for i, kind in kinds.items() if kind in (BYTE, UNKNOWN)}
+    kinds |= {i: CONTROL if i in hidden else USER_DEFINED for i in added} | fixed
     tokens = [texts.get(i, f"[PAD{i}]") for i in range(vocab_size)]
-    ids = {text: i for i, text in enumerate(tokens)}
-    kinds = dict.fromkeys(added, USER_DEFINED) | dict.fromkeys(tokenizer.control_tokens.values(), CONTROL)
-    if _is_byte_level(state):
-        merges = [" ".join(pair) for pair in model["merges"]]
-        vocabulary = {"model": "gpt2", "pre": _pre_tokenizer(state), "merges": merges}
-    else:
-        kinds |= {ids[name]: BYTE for byte in range(256) if (name := f"<0x{byte:02X}>") in ids}
-        kinds |= {ids[name]: UNKNOWN for name in [model["unk_token"]] if name in ids}
-        vocabulary = {"model": "llama", "pre": "default", "scores": _scores(files, model["merges"], tokens)}
-    kinds |= {i: UNUSED for i, token in enumerate(tokens) if token == f"[PAD{i}]"}
-    special = tokenizer.special_tokens
+    kinds |= {i: UNUSED for i in range(vocab_size) if i not in texts}
+    scores = vocabulary.pop("scores", None)
+    metadata = {
+        **vocabulary,
+        "tokens": tokens,
+        "token_type": [kinds.get(i, NORMAL) for i in range(vocab_size)],
+        **({} if scores is None else {"scores": [scores.get(i, 0.0) for i in range(vocab_size)]}),
+        **_gguf_roles(tokenizer, tokens, stop_ids),
+        "add_bos_token": tokenizer.add_bos,
+        "add_space_prefix": tokenizer.drops_space,
+    }
+    metadata = {f"tokenizer.ggml.{key}": value for key, value in metadata.items()}
+    named = {name: text for name, text in _templates(tokenizer).items() if name != "default"}
+    if tokenizer.chat_template is not None:
+        metadata["tokenizer.chat_template"] = tokenizer.chat_template
+    if named:
+        metadata["tokenizer.chat_templates"] = list(named)
+        metadata |= {f"tokenizer.chat_template.{name}": text for name, text in named.items()}
+    _check_same_ids(tokenizer, tokenizer_from_gguf(metadata), "a GGUF file")
+    return metadata
+
+
+def gguf_warnings(metadata: Mapping[str, Any]) -> list[str]:
+    """Returns what llama.cpp does otherwise with the metadata of `gguf_metadata`, in words."""
+    keys = ("precompiled_charsmap", "remove_extra_whitespaces")
+    held = [key for key in keys if metadata.get(f"tokenizer.ggml.{key}")]
+    if metadata.get("tokenizer.ggml.model") != "llama" or not held:
+        return []
+    return [
+        f"llama.cpp does not read {' and '.join(held)} for this kind of tokenizer: it gives other ids for some texts"
+    ]
+
+
+def _gguf_roles(tokenizer: Tokenizer, tokens: list[str], stop_ids: Sequence[int]) -> dict[str, Any]:
+    """Returns the special ids by GGUF's names."""
+    ids, special = {text: i for i, text in enumerate(tokens)}, tokenizer.special_tokens
     roles = {
         "bos": tokenizer.bos_id,
         "eos": ids.get(special.get("eos_token", "")),
@@ -221,24 +280,50 @@ def gguf_metadata(files: Mapping[str, bytes], vocab_size: int) -> dict[str, Any]
         "padding": ids.get(special.get("pad_token", "")),
         **{role: next((ids[name] for name in names if name in ids), None) for role, names in _GGUF_NAMES.items()},
     }
-    metadata = {
-        **vocabulary,
-        "tokens": tokens,
-        "token_type": [kinds.get(i, NORMAL) for i in range(vocab_size)],
-        **{f"{role}_token_id": i for role, i in roles.items() if i is not None},
-        "add_bos_token": tokenizer.add_bos,
-        "add_space_prefix": tokenizer.drops_space,
+    ends = sorted(i for i in {*tokenizer.stop_ids, *stop_ids} if i < len(tokens))
+    known = {ids[name] for name in STOP_TOKENS if name in ids} | {roles[role] for role in ("eos", "eot", "eom")}
+    if roles["eos"] is None and ends:
+        roles["eos"] = ends[0]
+    found: dict[str, Any] = {f"{role}_token_id": i for role, i in roles.items() if i is not None and i < len(tokens)}
+    return found if known.issuperset(ends) else found | {"eos_token_ids": ends}  # ollama's key
+
+
+def _of_tokenizer_json(files: Mapping[str, bytes]) -> tuple[dict[int, str], dict[int, int], dict[str, Any]]:
+    """Returns the tokens of a tokenizer.json, the types of some of them, and the keys of its kind."""
+    state = _state(files["tokenizer.json"])
+    model = state["model"]
+    texts = {i: text for text, i in model["vocab"].items()}
+    if _is_byte_level(state):
+        # The gguf package writes no empty list, and llama.cpp wants the key: the empty merge is none.
+        merges = [" ".join(pair) for pair in model["merges"]] or [""]
+        return texts, {}, {"model": "gpt2", "pre": _pre_tokenizer(state), "merges": merges}
+    ids = model["vocab"]
+    kinds = {ids[name]: BYTE for byte in range(256) if (name := f"<0x{byte:02X}>") in ids}
+    kinds |= {ids[name]: UNKNOWN for name in [model["unk_token"]] if name in ids}
+    scores = _scores(files, model["merges"], texts)
+    spaces = {"remove_extra_whitespaces": True} if " {2,}" in json.dumps(state["normalizer"]) else {}
+    return texts, kinds, {"model": "llama", "pre": "default", "scores": scores, **spaces}
+
+
+def _of_sentencepiece(model: bytes) -> tuple[dict[int, str], dict[int, int], dict[str, Any]]:
+    """Returns the tokens of a tokenizer.model, their types, and the keys of its kind."""
+    if is_tiktoken(model):
+        raise ValueError("this tokenizer.model is not Llama 3's own: convert with llama.cpp's own script")
+    pieces, spec = read_pieces(model), read_spec(model)
+    kinds: dict[int, str] = {ModelType.BPE: "llama", ModelType.UNIGRAM: "t5"}
+    if spec.kind not in kinds:
+        raise ValueError(
+            f"tokenizer.model is of SentencePiece's kind {spec.kind}: a GGUF file has none but BPE and unigram"
+        )
+    keys = {
+        "model": kinds[spec.kind],
+        "pre": "default",
+        "scores": {i: piece.score for i, piece in enumerate(pieces)},
+        **({"remove_extra_whitespaces": True} if spec.remove_spaces else {}),
+        **({"precompiled_charsmap": spec.charsmap} if spec.charsmap else {}),
     }
-    metadata = {f"tokenizer.ggml.{key}": value for key, value in metadata.items()}
-    if tokenizer.chat_template is not None:
-        metadata["tokenizer.chat_template"] = tokenizer.chat_template
-    if tokenizer.tool_template is not None:
-        metadata |= {
-            "tokenizer.chat_templates": ["tool_use"],
-            "tokenizer.chat_template.tool_use": tokenizer.tool_template,
-        }
-    _check_same_ids(tokenizer, tokenizer_from_gguf(metadata), "a GGUF file")
-    return metadata
+    fixed = {i: piece.kind for i, piece in enumerate(pieces) if piece.kind != NORMAL}
+    return {i: piece.text for i, piece in enumerate(pieces)}, fixed, keys
 
 
 @_refuses_wrong_types("the tokenizer's files")
@@ -282,7 +367,7 @@ def _meta_model(files: Mapping[str, bytes], tokenizer: Tokenizer) -> bytes:
     known = llama3_control_tokens()
     # tiktoken merges what makes the lowest id, whatever its two parts, down to single bytes.
     if not (
-        _pre_tokenizer(state) in LLAMA3_PRE
+        _pre_tokenizer(state) == "llama-bpe"
         and sorted(vocab.values()) == list(range(128_000))
         and all(tokenizer.control_tokens.get(name) == known[name] for name in _LLAMA3_MARKERS)
         and {chr(char) for char in CHAR_TO_BYTE} == set("".join(vocab)) <= vocab.keys()
@@ -303,38 +388,59 @@ def _hf_config(tokenizer: Tokenizer) -> dict[str, Any]:
         "clean_up_tokenization_spaces": False,
         **tokenizer.special_tokens,
     }
-    templates = {"default": tokenizer.chat_template, "tool_use": tokenizer.tool_template}
-    if tokenizer.tool_template is not None:
-        config["chat_template"] = [{"name": k, "template": v} for k, v in templates.items() if v is not None]
-    elif tokenizer.chat_template is not None:
+    named = _templates(tokenizer)
+    if named.keys() - {"default"}:
+        config["chat_template"] = [{"name": name, "template": text} for name, text in named.items()]
+    elif named:
         config["chat_template"] = tokenizer.chat_template
     return config
 
 
-def _backend_from_tiktoken(model: bytes) -> Any:
-    from tokenizers import AddedToken, models
+def _templates(tokenizer: Tokenizer) -> dict[str, str]:
+    """Returns the chat templates by name."""
+    named = {"default": tokenizer.chat_template, "tool_use": tokenizer.tool_template, **tokenizer.chat_templates}
+    return {name: text for name, text in named.items() if text is not None}
+
+
+def _backend_from_tiktoken(model: bytes, tokenizer: Tokenizer) -> Any:
+    from tokenizers import models
 
     ranks = read_ranks(model, "tokenizer.model")
     vocab = {token.decode("latin-1").translate(BYTE_TO_CHAR): rank for token, rank in ranks.items()}
     merges = _merges(sorted(vocab, key=vocab.__getitem__), vocab)
-    # The first name of an id is its name in 3.1.
-    names = {i: name for name, i in reversed(llama3_control_tokens().items())}
-    added = [AddedToken(names[i], special=True, normalized=False) for i in sorted(names)]
+    added = _library_tokens(tokenizer)
+    vocab |= {token.content: i for i, token in _added(tokenizer).items() if i >= len(ranks) + 256}
     return byte_level_backend(models.BPE(vocab=vocab, merges=merges, ignore_merges=True), (LLAMA3_REGEX,), added)
 
 
+def _added(tokenizer: Tokenizer) -> dict[int, Added]:
+    """Returns the tokenizer's added tokens by id."""
+    return {token.id: token for token in tokenizer.added_tokens if token.id is not None}
+
+
+def _library_tokens(tokenizer: Tokenizer, but: Container[str] = ()) -> list[Any]:
+    """Returns the tokenizer's added tokens as the library has them, special where no text shows them."""
+    # SentencePiece has its prefix before all that is between two tokens: they are found in the raw text.
+    return library_tokens(
+        (dataclasses.replace(t, normalized=False) for t in tokenizer.added_tokens if t.content not in but),
+        special=lambda token: token.special or (token.id is not None and not tokenizer.token_bytes(token.id)),
+    )
+
+
 def _backend_from_sentencepiece(model: bytes, tokenizer: Tokenizer, *, legacy: bool) -> Any:
-    from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
     from tokenizers import Tokenizer as Backend
 
-    pieces = read_pieces(model)
-    control = tokenizer.control_tokens
+    pieces, spec = read_pieces(model), read_spec(model)
+    if spec.kind != ModelType.BPE or spec.charsmap:
+        raise _Inexact("the library has no such model, or normalizes by another table")
+    added = {token.content: i for i, token in _added(tokenizer).items()}
     vocab = {piece.text: i for i, piece in enumerate(pieces)}
-    plain = {piece.text: i for i, piece in enumerate(pieces) if piece.kind == NORMAL and piece.text not in control}
+    plain = {piece.text: i for i, piece in enumerate(pieces) if piece.kind == NORMAL and piece.text not in added}
     merges = _merges(sorted(plain, key=lambda text: -pieces[plain[text]].score), plain)
     unknown = next(piece.text for piece in pieces if piece.kind == UNKNOWN)
     bpe = models.BPE(
-        vocab=vocab | dict(control),
+        vocab=vocab | added,
         merges=merges,
         unk_token=unknown,
         fuse_unk=True,
@@ -342,17 +448,25 @@ def _backend_from_sentencepiece(model: bytes, tokenizer: Tokenizer, *, legacy: b
     )
     backend: Any = Backend(bpe)
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    if not tokenizer.drops_space:
-        backend.normalizer = normalizers.Replace(" ", "▁")
-    elif legacy:
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    else:
+    normal: list[Any] = []
+    if spec.remove_spaces:  # at the end, a typed "▁" counts as one
+        normal = [normalizers.Replace(Regex(regex), text) for regex, text in ((r"\A +", ""), (" {2,}", " "))]
+        normal += [normalizers.Replace(" ", "▁"), normalizers.Replace(Regex(r"▁+\z"), "")]
+    if tokenizer.drops_space and legacy:
+        normal += [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    elif tokenizer.drops_space:
         backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
+    else:
+        normal += [normalizers.Replace(" ", "▁")]
+    if normal:
+        backend.normalizer = normalizers.Sequence(normal) if len(normal) > 1 else normal[0]
     backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if tokenizer.drops_space else steps)
-    special = {unknown: vocab[unknown], **control}
-    added = special | {piece.text: i for i, piece in enumerate(pieces) if piece.kind == USER_DEFINED}
-    in_order = sorted(added, key=added.__getitem__)
-    backend.add_tokens([AddedToken(text, special=text in special, normalized=False) for text in in_order])
+    words = {p.text: AddedToken(p.text, normalized=False) for p in pieces if p.kind == USER_DEFINED}
+    words = {text: token for text, token in words.items() if text not in added}
+    words[unknown] = AddedToken(unknown, special=True, normalized=False)
+    tokens = {token.content: token for token in _library_tokens(tokenizer, but=[unknown])} | words
+    ids = vocab | added
+    backend.add_tokens([tokens[text] for text in sorted(tokens, key=ids.__getitem__)])
     return backend
 
 
@@ -404,7 +518,7 @@ def _pre_tokenizer(state: Mapping[str, Any]) -> str:
     """Returns llama.cpp's name for the pre-tokenizer of a byte-level `tokenizer.json`."""
     regexes, whole_words = _regexes(state["pre_tokenizer"]), state["model"]["ignore_merges"]
     fitting = (
-        name for name, known in PRE_TOKENIZERS.items() if known == regexes and (name in LLAMA3_PRE) == whole_words
+        name for name, known in PRE_TOKENIZERS.items() if (known.regexes, known.whole_words) == (regexes, whole_words)
     )
     name = None if state["normalizer"] else next(fitting, None)
     if name is None:
@@ -429,15 +543,15 @@ def _regexes(state: Any) -> tuple[str, ...]:
     return (str(state),)
 
 
-def _scores(files: Mapping[str, bytes], merges: list[list[str]], tokens: list[str]) -> list[float]:
+def _scores(files: Mapping[str, bytes], merges: list[list[str]], texts: Mapping[int, str]) -> dict[int, float]:
     """Returns the score of every token: the higher, the earlier it is merged."""
     model = files.get("tokenizer.model", b"")
     if model and not is_tiktoken(model) and tokenizer_from_files({"tokenizer.model": model}):
         pieces = read_pieces(model)
-        if tokens[: len(pieces)] == [piece.text for piece in pieces]:
-            return [piece.score for piece in pieces] + [0.0] * (len(tokens) - len(pieces))
+        if all(texts.get(i) == piece.text for i, piece in enumerate(pieces)):
+            return {i: piece.score for i, piece in enumerate(pieces)}
     ranks = {left + right: rank for rank, (left, right) in reversed([*enumerate(merges)])}
-    return [-float(ranks.get(token, len(merges))) for token in tokens]
+    return {i: -float(ranks.get(text, len(merges))) for i, text in texts.items()}
 
 
 def _check_same_ids(tokenizer: Tokenizer, converted: Tokenizer | None, form: str) -> None:
@@ -447,54 +561,7 @@ def _check_same_ids(tokenizer: Tokenizer, converted: Tokenizer | None, form: str
         if tokenizer.split_control(text) == [text] and (
             converted is None or converted.encode(text) != tokenizer.encode(text)
         ):
-            raise ValueError(
-                f"this tokenizer is not like a Llama's: as {form} it would give other ids for {text!r}; use the"
-                " tokenizer that belongs to these weights"
+            raise _Inexact(
+                f"as {form} this tokenizer would give other ids for some texts, first {text!r}: the format cannot say"
+                " what it does; convert to hf or meta, which keep its files"
             )
-
-
-def sample_texts() -> list[str]:
-    """Returns some two hundred texts of many scripts and oddities, to compare two tokenizers by."""
-    phrases = _PHRASES.strip().splitlines()
-    spaces = [f"a{space * n}b{space * n}" for space in _SPACES for n in (1, 2, 3, 4, 7, 16)]
-    numbers = ["0123456789"[: n + 1] * (n // 5 + 1) for n in range(10)]
-    marks = [mark for char in string.punctuation for mark in (char, f" {char}{char}x")]
-    return ["", *phrases, *(phrase[::-1] for phrase in phrases), *spaces, *numbers, *marks, *_CODE]
-
-
-_SPACES = (" ", "\n", "\t", "\r\n", "\u00a0", "\u3000")
-_CODE = (
-    'def f(x: int) -> str:\n    return f\'{x!r:>8}\'\n\n\nclass A(B):\n\t"""Doc."""\n',
-    "for (int i = 0; i < n; ++i) { a[i] *= 2.5e-3f; }  // done\n#include <stdio.h>\n",
-    "SELECT \"name\", COUNT(*) FROM t WHERE x <> 'y' GROUP BY 1;\n",
-    '{"key": [1, null, true, "\\u00e9"], "b": {}}\r\n',
-    "<div class='a'>&amp;&nbsp;</div>\n<!-- x -->",
-    "\\begin{align} E &= mc^2 \\\\ \\end{align} $\\alpha_1$",
-)
-_PHRASES = """
-The capital of France is Paris, isn't it? I'm sure we'LL see; they'd've said so.
-À l'été, l'œuvre naïve coûte 5 €. Straße über Größe. Señor, ¿qué pasó?
-Dziękuję, żółć. Příliš žluťoučký kůň. İstanbul'da ığdır. Þórður, Ærøskøbing.
-Tiếng Việt: việc này rất quan trọng. Ng\u0303 e\u0301 o\u0302\u0323 a\u030a
-Съешь же ещё этих мягких французских булок. Україна: їжак, ґанок.
-Ξεσκεπάζω την ψυχοφθόρα βδελυγμία. Ἐν ἀρχῇ ἦν ὁ λόγος.
-السلام عليكم، كيف حالك؟ العربيَّة ١٢٣٤٥ ﷺ
-שלום עולם, מה שלומך? בְּרֵאשִׁית
-नमस्ते दुनिया, आप कैसे हैं? क्षत्रिय १२३
-สวัสดีชาวโลก วันนี้อากาศดีมาก ๑๒๓
-வணக்கம் உலகம். ಕನ್ನಡ ಭಾಷೆ. বাংলা ভাষা। ગુજરાતી
-你好，世界！今天天气怎么样？繁體中文：龍馬精神。𠮷野家
-こんにちは世界。カタカナとひらがな、漢字ヲ混ゼル。ｶﾞｷﾞｸﾞ
-안녕하세요, 세계! 오늘 날씨가 좋네요. \u1112\u1161\u11ab\u1100\u1173\u11af
-გამარჯობა მსოფლიო. Բարեւ աշխարհ. ሰላም ልዑል። ភាសាខ្មែរ မြန်မာ
-🦙 👩‍👩‍👧‍👦 👍🏽 🇫🇷🇯🇵 ❤️ 1️⃣ 🏴󠁧󠁢󠁳󠁣󠁴󠁿 ☺☻
-x\u200by\u200dz\ufeffw\u00ad \u202eabc\u202c \x00\x07\x1b[0m\x7f\u0085 \ufffd\ue000\U0010fffd
-∀x∈ℝ: ⌈x⌉ = −⌊−x⌋, α ∧ ¬β → ∑ᵢ xᵢ² ≠ ½ Ⅷ ① ﬁ ﬀ Å Ω
-3.14159 1,234,567.89 0xDEADBEEF 1e-10 12:34:56 2024-07-23 +49 (0)30 ١٢ Ⅻ ²³
-https://user@example.com:8080/path/?q=a%20b&c=#frag C:\\Users\\x a_b-c.d/e
-<|begin_of_text|><|start_header_id|>user<|end_header_id|> hi<|eot_id|><|python_tag|>
-<s>[INST] <<SYS>> be brief <</SYS>> hello [/INST] hi </s><unk><pad><0x0A><step>
-<PRE> def f <SUF> return <MID> <EOT>▁<PRE>▁▁a▁b <|im_start|>system<|im_end|><|endoftext|>
-ALL CAPS AND camelCaseWords snake_case_words kebab-case-words aaaaaaaaaaaaaaaaaaaaaaaaaaaaaa
-abababababababa 哈哈哈哈哈哈哈 !!!!!!?????......------______=====~~~~
-"""

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import struct
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from llama_jax.text.tokenizer import BaseTokenizer, Facts, gguf_array, is_control_like
+from llama_jax.text.added import is_control_like, merge_added
+from llama_jax.text.facts import AddedToken, Facts
+from llama_jax.text.tokenizer import BaseTokenizer
 
 # Token types: GGUF's numbers are SentencePiece's own.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -25,7 +29,8 @@ class SentencePieceTokenizer(BaseTokenizer):
     """A serialized SentencePiece model.
 
     Text after a control token gets SentencePiece's leading space again, as in Meta's code and llama.cpp.
-    Where the checkpoint says `legacy: false`, only the start of the whole text gets it.
+    Where the checkpoint says `legacy: false`, only the start of the whole text gets it, and where it says
+    `add_prefix_space: false`, none does.
     """
 
     def __init__(self, model: bytes, facts: Facts, *, source: str):
@@ -38,64 +43,121 @@ class SentencePieceTokenizer(BaseTokenizer):
         """
         from sentencepiece import SentencePieceProcessor
 
+        def with_prefix(prefix: bool) -> Any:
+            # Concatenated protobuf messages merge: this adds normalizer_spec { add_dummy_prefix: ... }.
+            return SentencePieceProcessor(model_proto=model + _field(3, _field(3, int(prefix))))
+
         try:
             sp: Any = SentencePieceProcessor(model_proto=model)
-            # Concatenated protobuf messages merge: this adds normalizer_spec { add_dummy_prefix: false }.
-            self._bare: Any = SentencePieceProcessor(model_proto=model + _field(3, _field(3, 0)))
+            self._bare: Any = with_prefix(False)
         except RuntimeError as error:
             raise ValueError(
                 f"{source} is neither a SentencePiece model nor a tiktoken file: get it again ({error})"
             ) from error
         self._sp, size = sp, sp.vocab_size()
-        pieces = enumerate(map(sp.id_to_piece, range(size)))
-        control = {piece: i for i, piece in pieces if sp.is_control(i) or is_control_like(piece)}
-        control |= {text: i for text, i in facts.added.items() if i >= size}
+        ids = {sp.id_to_piece(i): i for i in range(size)}
         named = {"bos_token": sp.bos_id(), "eos_token": sp.eos_id(), "unk_token": sp.unk_id()}
         special = {name: sp.id_to_piece(i) for name, i in named.items() if i >= 0}
-        facts = dataclasses.replace(facts, special_tokens=special | dict(facts.special_tokens))
-        size = max([size, *(i + 1 for i in control.values())])
-        super().__init__(size, control, facts, add_bos=True, unk=sp.unk_id())
-        self.drops_space = sp.normalize("a").startswith("▁")
+        eos_ids = _plausible_ends(facts.eos_ids, sp, source)
+        facts = dataclasses.replace(facts, special_tokens=special | dict(facts.special_tokens), eos_ids=eos_ids)
+        own = [
+            AddedToken(piece, i, special=True, normalized=False)
+            for piece, i in ids.items()
+            if sp.is_control(i) or is_control_like(piece)
+        ]
+
+        def is_free(i: int) -> bool:
+            return i >= size or read_pieces(model)[i].kind in (CONTROL, USER_DEFINED, UNUSED)
+
+        added = merge_added(own, facts, size, find=ids.get, is_free=is_free)
+        size = max([size, *(i + 1 for i in added)])
+        super().__init__(size, added, facts, add_bos=True, unk=sp.unk_id(), find=ids.get)
+        self._texts = {token.id: token.content for token in self.added_tokens}
+        if facts.add_prefix_space is not None:
+            self._sp = with_prefix(facts.add_prefix_space)
+        self.drops_space = self._sp.normalize("a").startswith("▁")
         self._prefix_each = facts.legacy
 
     def token_bytes(self, token: int) -> bytes:
-        """Returns the bytes that one id adds to the text: none for a control token."""
+        """Returns the bytes that one id adds to the text: none for a special token."""
         self._check_id(token)
-        if token in self._never_text or token >= self._sp.vocab_size():
+        if token in self._never_text and token in self._hidden:
             return b""
-        if self._sp.is_unknown(token):
+        if token < self._sp.vocab_size() and self._sp.is_unknown(token):
             return " ⁇ ".encode()
-        piece = self._sp.id_to_piece(token)
-        if self._sp.is_byte(token):
-            return bytes([int(piece[3:5], 16)])
+        piece = self._texts.get(token)
+        if piece is None:
+            if token >= self._sp.vocab_size():
+                return b""
+            piece = self._sp.id_to_piece(token)
+            if self._sp.is_byte(token):
+                return bytes([int(piece[3:5], 16)])
         return piece.replace("▁", " ").encode()
 
     def _plain(self, text: str, *, prefix: bool) -> list[int]:
         return (self._sp if prefix else self._bare).encode(text)
 
 
-def sentencepiece_from_gguf(metadata: Mapping[str, Any], facts: Facts) -> SentencePieceTokenizer:
-    """Builds the tokenizer that GGUF metadata of kind `llama` describes."""
-    return SentencePieceTokenizer(model_from_gguf(metadata), facts, source="the GGUF file's tokenizer")
-
-
-def model_from_gguf(metadata: Mapping[str, Any]) -> bytes:
-    """Writes GGUF metadata of kind `llama` as a serialized SentencePiece model, a `tokenizer.model`."""
-    tokens = gguf_array(metadata, "tokens")
-    scores = gguf_array(metadata, "scores", len(tokens))
-    types = [int(kind) for kind in gguf_array(metadata, "token_type", len(tokens))]
-    if UNKNOWN not in types:
-        types[int(metadata.get("tokenizer.ggml.unknown_token_id", 0))] = UNKNOWN
-    pieces = b"".join(
-        _field(1, _field(1, token) + _field(2, float(score)) + _field(3, kind))
-        for token, score, kind in zip(tokens, scores, types, strict=True)
+def _plausible_ends(eos_ids: tuple[int, ...], sp: Any, source: str) -> tuple[int, ...]:
+    """Returns the ids that end a text, without the model's BOS where a file took it for the end."""
+    wrong = sp.bos_id()
+    if wrong not in eos_ids or wrong == sp.eos_id() or sp.eos_id() < 0 or sp.eos_id() in eos_ids:
+        return eos_ids
+    warnings.warn(
+        f"config.json or generation_config.json says that id {wrong} ends a text; {source} says that it begins one"
+        f" ({sp.id_to_piece(wrong)!r}) and that {sp.eos_id()} ({sp.id_to_piece(sp.eos_id())!r}) ends it: {source} is"
+        " right, as for the first conversions of LLaMA",
+        stacklevel=4,
     )
-    # model_type BPE; byte_fallback, which the library refuses unless all 256 byte pieces are there.
-    trainer = _field(3, 2) + _field(35, int(BYTE in types))
-    # No charsmap is the identity; add_dummy_prefix, remove_extra_whitespaces, escape_whitespaces.
-    add_prefix = int(metadata.get("tokenizer.ggml.add_space_prefix", True))
-    normalizer = _field(1, "identity") + _field(3, add_prefix) + _field(4, 0) + _field(5, 1)
-    return pieces + _field(2, trainer) + _field(3, normalizer)
+    return tuple(i for i in eos_ids if i != wrong)
+
+
+class ModelType(enum.IntEnum):
+    """SentencePiece's numbers for what encodes."""
+
+    UNIGRAM = 1
+    BPE = 2
+
+
+class Spec(NamedTuple):
+    """What a SentencePiece model does besides its pieces.
+
+    Attributes:
+      kind: a `ModelType`, or the number of another one.
+      add_prefix: a text is encoded with a space before it.
+      remove_spaces: spaces at the ends of a text, and all but one of a run, are removed before.
+      charsmap: the library's compiled normalization; empty is the identity.
+    """
+
+    kind: int = ModelType.BPE
+    add_prefix: bool = True
+    remove_spaces: bool = False
+    charsmap: bytes = b""
+
+
+def write_model(pieces: Iterable[Piece], spec: Spec) -> bytes:
+    """Writes a serialized SentencePiece model."""
+    pieces = list(pieces)
+    vocabulary = b"".join(
+        _field(1, _field(1, piece.text) + _field(2, piece.score) + _field(3, piece.kind)) for piece in pieces
+    )
+    # model_type; byte_fallback, which the library refuses unless all 256 byte pieces are there.
+    trainer = _field(3, int(spec.kind)) + _field(35, int(any(piece.kind == BYTE for piece in pieces)))
+    # precompiled_charsmap, add_dummy_prefix, remove_extra_whitespaces, escape_whitespaces.
+    name = _field(1, "user_defined") + _field(2, spec.charsmap) if spec.charsmap else _field(1, "identity")
+    normalizer = name + _field(3, int(spec.add_prefix)) + _field(4, int(spec.remove_spaces)) + _field(5, 1)
+    return vocabulary + _field(2, trainer) + _field(3, normalizer)
+
+
+def read_spec(model: bytes) -> Spec:
+    """Reads what a serialized SentencePiece model that the library has accepted does besides its pieces."""
+    merged: dict[int, dict[int, Any]] = {2: {}, 3: {}}
+    for number, value in _fields(model):
+        if number in merged:
+            merged[number] |= dict(_fields(value))
+    trainer, normalizer = merged[2], merged[3]
+    prefix, spaces = (bool(normalizer.get(number, 1)) for number in (3, 4))
+    return Spec(trainer.get(3, ModelType.UNIGRAM), prefix, spaces, normalizer.get(2, b""))
 
 
 def read_pieces(model: bytes) -> list[Piece]:

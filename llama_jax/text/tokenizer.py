@@ -5,36 +5,26 @@ file (`bpe.py`: Llama 3) and Hugging Face's `tokenizer.json` (`bpe.py`: any). A 
 the last.
 
 A *control token* is an id that steers the model and is not text (`<s>`, `<|eot_id|>`). Text never becomes one
-unless the caller asks for it with `control=True`, and decoded text does not show them.
+unless the caller asks for it with `control=True`, and decoded text does not show those that are special. Other
+added tokens are words (`added.py`): found in text before the vocabulary splits the rest, and shown.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import itertools
-import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from llama_jax.text.added import STOP_TOKENS, Splitter, is_hidden, is_marker
+from llama_jax.text.added import is_control_like as is_control_like
+from llama_jax.text.facts import TEMPLATE_FOLDER, Facts, file_facts, with_named_templates
+from llama_jax.text.facts import AddedToken as AddedToken
 from llama_jax.text.stream import StreamDecoder
 
-# Control tokens that end a turn or a text, wherever a vocabulary has them.
-STOP_TOKENS = (
-    "</s>",
-    "<|end_of_text|>",
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|im_end|>",
-    "<|endoftext|>",
-    "<|end|>",
-    "<|eot|>",
-    "<|eom|>",
-    "<end_of_turn>",
-    "<step>",
-    "▁<EOT>",
-)
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model")  # the first that exists is used
 # A tokenizer's files in Hugging Face's spelling, and Meta's tokenizer.model.
 TOKENIZER_FILES = (
@@ -47,8 +37,6 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
-# Code Llama's files call these ordinary pieces; so do fine-tunes with the `<|...|>` markers they added.
-_CONTROL_LIKE = re.compile(r"<[|｜].*[|｜]>|▁<(PRE|SUF|MID|EOT)>|<step>")
 
 
 class Tokenizer(Protocol):
@@ -59,9 +47,11 @@ class Tokenizer(Protocol):
     stop_ids: tuple[int, ...]  # ids that end generation
     add_bos: bool  # does the checkpoint's own tokenizer put BOS before a plain prompt?
     control_tokens: Mapping[str, int]
+    added_tokens: tuple[AddedToken, ...]  # in the order of their ids
     special_tokens: Mapping[str, str]  # bos_token, eos_token, ... as a chat template sees them
     chat_template: str | None
     tool_template: str | None  # used instead of chat_template when there are tools, where a checkpoint ships two
+    chat_templates: Mapping[str, str]  # all of them, by name
     drops_space: bool  # SentencePiece encodes " Hi" for "Hi": one leading space of the whole text is not text
 
     def encode(self, text: str, *, bos: bool = False, control: bool = False) -> list[int]:
@@ -77,30 +67,16 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Decodes ids; control tokens are invisible and malformed UTF-8 becomes U+FFFD."""
+        """Decodes ids; special tokens are invisible and malformed UTF-8 becomes U+FFFD."""
         ...
 
     def token_bytes(self, token: int) -> bytes:
-        """Returns the bytes that one id adds to the text: none for a control token."""
+        """Returns the bytes that one id adds to the text: none for a special token."""
         ...
 
     def infill_prompt(self, prefix: str, suffix: str, *, suffix_first: bool = False) -> list[int]:
         """Returns the ids of Code Llama's prompt for the text between `prefix` and `suffix`."""
         ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Facts:
-    """What the files beside a vocabulary say about it; None and empty where they are silent."""
-
-    special_tokens: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    added: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    bos_id: int | None = None
-    eos_ids: tuple[int, ...] = ()
-    add_bos: bool | None = None
-    legacy: bool = True  # SentencePiece puts its space before every piece of text between control tokens
-    chat_template: str | None = None
-    tool_template: str | None = None
 
 
 class BaseTokenizer:
@@ -110,18 +86,50 @@ class BaseTokenizer:
     _prefix_each = True  # does text after a control token get the prefix that the start of a text gets?
     _no_prefix_after: frozenset[int] = frozenset()  # but not after these control tokens
 
-    def __init__(self, size: int, control: Mapping[str, int], facts: Facts, add_bos: bool, unk: int | None):
+    def __init__(
+        self,
+        size: int,
+        added: Mapping[int, AddedToken],
+        facts: Facts,
+        *,
+        add_bos: bool,
+        unk: int | None,
+        find: Callable[[str], int | None],
+        aliases: Mapping[str, int] | None = None,
+    ):
+        """Sorts the added tokens into what may be typed and what is shown.
+
+        Args:
+            size: Number of ids.
+            added: Id to added token.
+            facts: What the files beside the vocabulary say.
+            add_bos: The tokenizer puts BOS before a plain prompt, where the files are silent.
+            unk: Id of the unknown token.
+            find: Returns the id of an ordinary token, None where there is none of that text.
+            aliases: Other names of control tokens.
+        """
         special = facts.special_tokens
+        control = {token.content: i for i, token in sorted(added.items()) if is_marker(token, facts)}
+        control |= {name: i for name, i in (aliases or {}).items() if name not in control}
         self.vocab_size = size
-        self.control_tokens: Mapping[str, int] = dict(control)
+        self.added_tokens = tuple(added[i] for i in sorted(added))
+        self.control_tokens: Mapping[str, int] = control
         self.special_tokens: Mapping[str, str] = special
         self.chat_template, self.tool_template = facts.chat_template, facts.tool_template
-        self.bos_id = control.get(special.get("bos_token", ""), facts.bos_id)
+        self.chat_templates: Mapping[str, str] = facts.templates
+
+        def named(key: str) -> int | None:
+            name = special.get(key, "")
+            return control.get(name, find(name) if name else None)
+
+        bos, eos = named("bos_token"), named("eos_token")
+        self.bos_id = facts.bos_id if bos is None else bos
         self.add_bos = (add_bos if facts.add_bos is None else facts.add_bos) and self.bos_id is not None
-        stops = [control[name] for name in (special.get("eos_token", ""), *STOP_TOKENS) if name in control]
-        self.stop_ids = tuple(sorted({*stops, *facts.eos_ids}))
-        # Unknown text may give the unknown token, which steers nothing.
-        self._never_text = frozenset(control.values()) - {unk}
+        stops = [control[name] for name in STOP_TOKENS if name in control]
+        self.stop_ids = tuple(sorted({*stops, *facts.eos_ids, *([] if eos is None else [eos])}))
+        # Unknown text may give the unknown token, which steers nothing; a single character cannot be typed otherwise.
+        self._never_text = frozenset(i for name, i in control.items() if len(name) > 1) - {unk}
+        self._hidden = frozenset(i for i, token in added.items() if is_hidden(token, facts))
         self._spellings = spellings(control)
         self._control_regex = any_of(self._spellings)
 
@@ -134,11 +142,13 @@ class BaseTokenizer:
 
     def split_control(self, text: str) -> list[str | int]:
         """Splits text at its control tokens: ordinary text as strings, control tokens as ids."""
-        text, parts, end = valid(text), [], 0
-        for match in self._control_regex.finditer(text):
-            parts += [text[end : match.start()], self._spellings[match[0]]]
-            end = match.end()
-        return [part for part in (*parts, text[end:]) if part != ""]
+        parts: list[str | int] = [""]
+        for piece, token in self._all_added.split(valid(text)):
+            if token in self._control_ids:
+                parts += [token, ""]
+            else:
+                parts[-1] = f"{parts[-1]}{piece}"
+        return [part for part in parts if part != ""]
 
     def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
         """Encodes consecutive parts of one text: strings are ordinary text, integers are ids."""
@@ -152,7 +162,7 @@ class BaseTokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Decodes ids; control tokens are invisible and malformed UTF-8 becomes U+FFFD."""
+        """Decodes ids; special tokens are invisible and malformed UTF-8 becomes U+FFFD."""
         stream = StreamDecoder(self)
         return stream.push(ids) + stream.finish()
 
@@ -175,18 +185,48 @@ class BaseTokenizer:
         return [self.bos_id, pre, *head, suf, *tail, mid]
 
     def token_bytes(self, token: int) -> bytes:
-        """Returns the bytes that one id adds to the text: none for a control token."""
+        """Returns the bytes that one id adds to the text: none for a special token."""
         raise NotImplementedError
 
     def _plain(self, text: str, *, prefix: bool) -> list[int]:
         """Encodes text as the library does, with or without the prefix that the start of a text gets."""
         raise NotImplementedError
 
+    @functools.cached_property
+    def _control_ids(self) -> frozenset[int]:
+        return frozenset(self.control_tokens.values())
+
+    @functools.cached_property
+    def _all_added(self) -> Splitter:
+        flags = {token.id: token for token in self.added_tokens}
+        plain = AddedToken("", normalized=False)
+        control = [replace(flags.get(i, plain), content=text, id=i) for text, i in self._spellings.items()]
+        return Splitter([*control, *self._words])
+
+    @functools.cached_property
+    def _words(self) -> list[AddedToken]:
+        """The added tokens that are found in ordinary text."""
+        return [token for token in self.added_tokens if token.id not in self._control_ids]
+
+    @functools.cached_property
+    def _word_splitter(self) -> Splitter:
+        return Splitter(self._words)
+
     def _with_control(self, text: str) -> list[int]:
         return self.encode_parts(self.split_control(text))
 
     def _ordinary(self, text: str, *, prefix: bool) -> list[int]:
-        """Encodes text to ids that are no control tokens, even if the vocabulary has one as a plain piece."""
+        """Encodes text to ids that are not control tokens: what is between the words that it contains."""
+        ids: list[int] = []
+        for piece, word in self._word_splitter.split(text):
+            if word is None:
+                ids += self._without_control(piece, prefix=prefix)
+            else:
+                ids, prefix = [*ids, word], self._prefix_each
+        return ids
+
+    def _without_control(self, text: str, *, prefix: bool) -> list[int]:
+        """Encodes text to ids that are not control tokens, even if the vocabulary has one as a plain piece."""
         ids = self._plain(text, prefix=prefix)
         if self._never_text.isdisjoint(ids):
             return ids
@@ -203,11 +243,6 @@ class BaseTokenizer:
     def _check_id(self, token: int) -> None:
         if not 0 <= token < self.vocab_size:
             raise ValueError(f"token id {token} is outside the tokenizer's vocabulary of {self.vocab_size}")
-
-
-def is_control_like(token: str) -> bool:
-    """Tells whether a token is a control token by its looks, whatever type its file gives it."""
-    return _CONTROL_LIKE.fullmatch(token) is not None
 
 
 def spellings(control: Mapping[str, int]) -> dict[str, int]:
@@ -244,15 +279,18 @@ def read_files(folder: Path, names: Iterable[str] = TOKENIZER_FILES) -> dict[str
         names: The files to look for.
 
     Returns:
-        File name to content, of the files that exist.
+        File name to content, of the files that exist; `tokenizer_config.json` with the templates that are stored in
+        files of their own, beside the default one, in `additional_chat_templates`.
     """
     folder = Path(folder).absolute()
+    names = tuple(names)
     files = {name: path.read_bytes() for name in names if (path := folder / name).is_file()}
     shared = folder.parent / "tokenizer.model"
     # LLaMA 1's download has one tokenizer.model beside its folders 7B to 65B.
     if files.keys().isdisjoint(VOCABULARY_FILES) and (folder / "params.json").is_file() and shared.is_file():
         files["tokenizer.model"] = shared.read_bytes()
-    return files
+    named = sorted((folder / TEMPLATE_FOLDER).glob("*.jinja")) if "tokenizer_config.json" in names else []
+    return with_named_templates(files, {path.stem: path.read_bytes() for path in named})
 
 
 def tokenizer_from_files(files: Mapping[str, bytes], folder: Path = Path()) -> Tokenizer | None:
@@ -296,127 +334,9 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer | None:
     Returns:
         The tokenizer, or None where the file holds none.
     """
-    kind = metadata.get("tokenizer.ggml.model")
-    if kind is None or kind in ("none", "no_vocab"):
-        return None
-    if kind == "llama":
-        from llama_jax.text.spm import sentencepiece_from_gguf as build
-    elif kind == "gpt2":
-        from llama_jax.text.bpe import bpe_from_gguf as build
-    else:
-        raise ValueError(f"tokenizer.ggml.model {kind!r} is not supported: a Llama has 'llama' or 'gpt2'")
-    return build(metadata, _gguf_facts(metadata))
+    from llama_jax.text import gguf
 
-
-def gguf_array(metadata: Mapping[str, Any], key: str, length: int | None = None) -> list[Any]:
-    """Returns the array under `tokenizer.ggml.<key>` as a list.
-
-    Args:
-        metadata: The GGUF file's metadata.
-        key: The last part of the key.
-        length: What the array's length must be.
-    """
-    values = metadata.get(f"tokenizer.ggml.{key}")
-    if values is None:
-        raise ValueError(f"the GGUF file has no tokenizer.ggml.{key}: convert the model again")
-    values = values.tolist() if hasattr(values, "tolist") else list(values)
-    if length is not None and len(values) != length:
-        raise ValueError(f"tokenizer.ggml.{key} has {len(values)} entries, not {length}: the file is damaged")
-    return values
-
-
-def _gguf_facts(metadata: Mapping[str, Any]) -> Facts:
-    tokens = gguf_array(metadata, "tokens")
-
-    def token_id(name: str) -> int | None:
-        value = metadata.get(f"tokenizer.ggml.{name}_token_id")
-        if value is not None and not 0 <= int(value) < len(tokens):
-            raise ValueError(f"tokenizer.ggml.{name}_token_id {value} is outside the {len(tokens)} tokens")
-        return None if value is None else int(value)
-
-    def template(key: str) -> str | None:
-        value = metadata.get(key)
-        if value is not None and not isinstance(value, str):
-            raise ValueError(f"{key} must be a text, got {value!r:.80}: convert the model again")
-        return value
-
-    named = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    special = {key: tokens[i] for key, name in named.items() if (i := token_id(name)) is not None}
-    add_bos = metadata.get("tokenizer.ggml.add_bos_token")
-    return Facts(
-        special_tokens=special,
-        bos_id=token_id("bos"),
-        eos_ids=tuple(i for name in ("eos", "eot", "eom") if (i := token_id(name)) is not None),
-        add_bos=None if add_bos is None else bool(add_bos),
-        chat_template=template("tokenizer.chat_template"),
-        tool_template=template("tokenizer.chat_template.tool_use"),
-    )
-
-
-def file_facts(files: Mapping[str, bytes], folder: Path = Path()) -> Facts:
-    """Gathers what the files beside a vocabulary say about it.
-
-    Args:
-        files: File name to content.
-        folder: Where they lie, for error messages.
-    """
-    config = _read_json(files, "tokenizer_config.json", folder)
-    named = {**_read_json(files, "special_tokens_map.json", folder), **config}
-    named = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
-    special = {k: v for k, v in named.items() if k.endswith("_token") and isinstance(v, str)}
-    added = {token["content"]: int(i) for i, token in config.get("added_tokens_decoder", {}).items()}
-    sources = ("generation_config.json", "config.json")
-    bos_ids, eos_ids = (
-        [i for name in sources for i in _token_ids(files, name, key, folder)]
-        for key in ("bos_token_id", "eos_token_id")
-    )
-    templates = _templates(files, folder)
-    return Facts(
-        special_tokens=special,
-        added=added | _read_json(files, "added_tokens.json", folder),
-        bos_id=next(iter(bos_ids), None),
-        eos_ids=tuple(set(eos_ids)),
-        add_bos=config.get("add_bos_token"),
-        legacy=config.get("legacy") is not False,
-        chat_template=templates.get("default") or None,
-        tool_template=templates.get("tool_use"),
-    )
-
-
-def _token_ids(files: Mapping[str, bytes], name: str, key: str, folder: Path) -> list[int]:
-    value = _read_json(files, name, folder).get(key)
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if any(type(i) is not int or not 0 <= i < 2**31 for i in ids):
-        raise ValueError(f"{folder / name}: {key} must be a token's id or a list of ids, got {value!r:.80}: correct it")
-    return ids
-
-
-def _templates(files: Mapping[str, bytes], folder: Path) -> dict[str, str]:
-    """Returns the chat templates by name; `default` is the one for ordinary chat."""
-    if "chat_template.jinja" in files:
-        return {"default": files["chat_template.jinja"].decode()}
-    for name in ("tokenizer_config.json", "chat_template.json"):
-        value = _read_json(files, name, folder).get("chat_template")
-        if value in (None, ""):
-            continue
-        named = value if isinstance(value, list) else [{"name": "default", "template": value}]
-        if not all(isinstance(e, dict) and type(e.get("name")) is type(e.get("template")) is str for e in named):
-            raise ValueError(
-                f"{folder / name}: chat_template must be a text, or a list of objects with the texts name and template,"
-                f" got {value!r:.80}: correct it"
-            )
-        return {entry["name"]: entry["template"] for entry in named}
-    return {}
-
-
-def _read_json(files: Mapping[str, bytes], name: str, folder: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(files.get(name, b"{}"))
-    except ValueError as error:
-        raise ValueError(f"{folder / name} is not valid JSON ({error}): download it again") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{folder / name} holds a {type(value).__name__}, not a JSON object: download it again")
-    return value
+    return gguf.tokenizer_from_gguf(metadata)
 
 
 def valid(text: str) -> str:

@@ -73,6 +73,7 @@ HUB_FILES = [
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "chat_template.json",
     "additional_chat_templates/*",
     "adapter_config.json",
     "*.safetensors",

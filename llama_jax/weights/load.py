@@ -94,7 +94,8 @@ def load(
       dtype: "float32", "bfloat16" or "float16", for parameters and computation; None is float32 on CPU (which runs
         bfloat16 ten times slower) and bfloat16 on TPU and GPU.
       max_seq_len: size of every cache, in tokens; None fits it to each call.
-      chat_format: "llama2", "llama3", "codellama70b" or "template"; None is the checkpoint's own.
+      chat_format: "llama2", "llama3", "codellama70b", "template" or "template:NAME"; None is the checkpoint's own, or a
+        guess that a warning names.
       attention: "splash", "cudnn", "xla", "cpu" or "reference", see `ops.attention.dot_product_attention`; None chooses
         by platform.
 

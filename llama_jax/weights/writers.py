@@ -91,8 +91,12 @@ def _entry(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def write_hf(folder: Path, checkpoint: Checkpoint, options: Options, advance: Advance) -> None:
-    """A Hugging Face folder: config.json, generation_config.json, safetensors with an index, the tokenizer."""
+def write_hf(folder: Path, checkpoint: Checkpoint, options: Options, advance: Advance) -> list[str]:
+    """A Hugging Face folder: config.json, generation_config.json, safetensors with an index, the tokenizer.
+
+    Returns:
+      What transformers would do differently, in words.
+    """
     folder.mkdir()
     entries = [_entry(checkpoint, row, layer, "hf", options) for row, layer in names.parameters(checkpoint.config)]
     files: list[list[Entry]] = [[]]
@@ -108,7 +112,7 @@ def write_hf(folder: Path, checkpoint: Checkpoint, options: Options, advance: Ad
     if len(files) > 1:
         total = sum(entry.nbytes for entry in entries)
         _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": home})
-    _write_hf_texts(folder, checkpoint, options)
+    return _write_hf_texts(folder, checkpoint, options)
 
 
 def hf_texts(checkpoint: Checkpoint, dtype: str) -> dict[str, bytes]:
@@ -119,8 +123,26 @@ def hf_texts(checkpoint: Checkpoint, dtype: str) -> dict[str, bytes]:
     return {"config.json": config, "generation_config.json": generation, **checkpoint.tokenizer_files()}
 
 
-def _write_hf_texts(folder: Path, checkpoint: Checkpoint, options: Options) -> None:
+def _write_hf_texts(folder: Path, checkpoint: Checkpoint, options: Options) -> list[str]:
+    from llama_jax.text.export import hf_warnings
+
+    files, warnings = _tokenizer_files(checkpoint)
+    checkpoint = dataclasses.replace(checkpoint, tokenizer_files=lambda: files)
     _write_files(folder, hf_texts(checkpoint, options.dtype or str(checkpoint.dtype)))
+    return [*warnings, *hf_warnings(files)]
+
+
+def _tokenizer_files(checkpoint: Checkpoint) -> tuple[dict[str, bytes], list[str]]:
+    """The tokenizer's files; none, and a warning, where it has no such spelling: weights need no tokenizer."""
+    try:
+        files = checkpoint.tokenizer_files()
+    except ValueError as error:
+        return {}, [f"the tokenizer was left out, there are only weights: {error}"]
+    own = checkpoint.tokenizer is None or checkpoint.tokenizer.chat_template or checkpoint.tokenizer.chat_templates
+    if own or not json.loads(files.get("tokenizer_config.json", b"{}")).get("chat_template"):
+        return files, []
+    guess = "the source has no chat template: it got the one of the generation that its vocabulary belongs to"
+    return files, [f"{guess}, which a base model was not trained on"]
 
 
 def _special_ids(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -176,9 +198,10 @@ def write_meta(folder: Path, checkpoint: Checkpoint, options: Options, advance: 
         _write_json(folder / "generation_config.json", checkpoint.generation)
     from llama_jax.text.export import meta_files
 
-    files, warnings = meta_files(checkpoint.tokenizer_files())
+    files, left_out = _tokenizer_files(checkpoint)
+    files, warnings = meta_files(files)
     _write_files(folder, files)
-    return [*presets.meta_warnings(config), *(warnings if checkpoint.tokenizer else [])]
+    return [*presets.meta_warnings(config), *left_out, *(warnings if checkpoint.tokenizer else [])]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -191,8 +214,11 @@ def gguf_type(row: names.Row, dtype: np.dtype, options: Options) -> str:
     return options.quantize.upper() if options.quantize else GGUF_TYPES[dtype]
 
 
-def write_gguf(path: Path, checkpoint: Checkpoint, options: Options, advance: Advance) -> None:
+def write_gguf(path: Path, checkpoint: Checkpoint, options: Options, advance: Advance) -> list[str]:
     """A GGUF file, by the gguf package.
+
+    Returns:
+      What llama.cpp would do differently, in words.
 
     Raises:
       ConfigError: rows of a matrix do not divide into blocks of a quantization.
@@ -212,12 +238,8 @@ def write_gguf(path: Path, checkpoint: Checkpoint, options: Options, advance: Ad
         entry = _entry(checkpoint, row, layer, "gguf", options)
         contents.append(_GGUFContent(entry, gguf_type(row, entry.dtype, options)))
     writer = gguf.GGUFWriter(path, "llama")
-    metadata = presets.to_gguf_metadata(config) | _gguf_general(checkpoint, options)
-    files = checkpoint.tokenizer_files()
-    if files:
-        from llama_jax.text.export import gguf_metadata
-
-        metadata |= gguf_metadata(files, config.vocab_size)
+    tokenizer, warnings = _gguf_tokenizer(checkpoint)
+    metadata = presets.to_gguf_metadata(config) | _gguf_general(checkpoint, options) | tokenizer
     for key, value in metadata.items():
         if key != "general.architecture":  # the package writes it
             writer.add_key_value(key, value, *_gguf_kind(value, gguf.GGUFValueType))
@@ -233,6 +255,21 @@ def write_gguf(path: Path, checkpoint: Checkpoint, options: Options, advance: Ad
             writer.write_tensor_data(content)  # pyright: ignore[reportArgumentType]
     finally:
         writer.close()
+    return warnings
+
+
+def _gguf_tokenizer(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[str]]:
+    """The tokenizer's metadata, and what is lost in them, in words."""
+    from llama_jax.text.export import gguf_metadata, gguf_warnings
+
+    files, warnings = _tokenizer_files(checkpoint)
+    stops = checkpoint.tokenizer.stop_ids if checkpoint.tokenizer else ()
+    try:
+        metadata = gguf_metadata(files, checkpoint.config.vocab_size, stops) if files else {}
+    except ValueError as error:
+        warnings = [f"the tokenizer was left out, the file holds only weights: {error}"]
+        return {"tokenizer.ggml.model": "none"}, warnings
+    return metadata, [*warnings, *gguf_warnings(metadata)]
 
 
 class _GGUFContent:
@@ -292,6 +329,8 @@ def _gguf_general(checkpoint: Checkpoint, options: Options) -> dict[str, Any]:
 def _gguf_kind(value: Any, types: Any) -> tuple[Any, ...]:
     """The type of a metadata value, and of an array's elements."""
     scalars = ((bool, types.BOOL), (int, types.UINT32), (float, types.FLOAT32), (str, types.STRING))
+    if isinstance(value, bytes):
+        return types.ARRAY, types.UINT8
     if isinstance(value, list):
         inner = _gguf_kind(value[0], types)[0]
         return types.ARRAY, types.INT32 if inner == types.UINT32 else inner
@@ -301,8 +340,12 @@ def _gguf_kind(value: Any, types: Any) -> tuple[Any, ...]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def write_native(folder: Path, checkpoint: Checkpoint, options: Options, advance: Advance) -> None:
-    """A native checkpoint. Orbax saves whole trees: the process holds all weights meanwhile."""
+def write_native(folder: Path, checkpoint: Checkpoint, options: Options, advance: Advance) -> list[str]:
+    """A native checkpoint. Orbax saves whole trees: the process holds all weights meanwhile.
+
+    Returns:
+      What transformers would do differently with its tokenizer, in words.
+    """
     import jax
 
     from llama_jax import sharding
@@ -316,7 +359,7 @@ def write_native(folder: Path, checkpoint: Checkpoint, options: Options, advance
     paths, _ = jax.tree_util.tree_flatten_with_path(model)
     arrays = {parameter_name(path): leaf for path, leaf in paths}
     save_arrays(folder / PARAMS, arrays, stacked=is_stacked)
-    _write_hf_texts(folder, checkpoint, options)
+    return _write_hf_texts(folder, checkpoint, options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -173,6 +173,7 @@ def template_case(request, chat_folders, tmp_path):
     return load(tmp_path), oracle(folder / "tokenizer.json", template, special)
 
 
+@pytest.mark.filterwarnings("ignore:.*never mentions tools")
 def test_templates_give_the_ids_of_transformers(template_case):
     tokenizer, hf = template_case
     chat = chat_format(tokenizer)
@@ -214,6 +215,7 @@ def test_typed_control_strings_stay_text(name, request):
         assert tokenizer.encode(string, control=True)[-1] == i
 
 
+@pytest.mark.filterwarnings("ignore:.*never mentions tools")
 def test_typed_control_strings_stay_text_in_every_chat_format(template_case, llama3, sp_tokenizer):
     tokenizer, _ = template_case
     formats = [
@@ -268,7 +270,7 @@ def test_text_that_a_template_joins_stays_text(chat_folders, tmp_path):
 def test_llama3_golden_prompt(llama3):
     header = [128006, 882, 128007, 271]
     text = [2028, 374, 264, 1296, 11914, 13]
-    ids = chat_format(llama3).prompt([{"role": "user", "content": " This is a test sentence.\n"}])
+    ids = chat_format(llama3, "llama3").prompt([{"role": "user", "content": " This is a test sentence.\n"}])
     assert ids == [128000, *header, *text, 128009, 128006, 78191, 128007, 271]
     chat = Llama3Chat(llama3)
     assert chat.stop_ids == (128001, 128008, 128009)
@@ -300,7 +302,7 @@ def test_llama2_turns_are_encoded_on_their_own(sp, sp_tokenizer):
 
 def test_code_llama_70b(sp, sp_tokenizer):
     step = sp.piece_to_id("<step>")
-    chat = chat_format(sp_tokenizer)
+    chat = chat_format(sp_tokenizer, "codellama70b")
     assert (chat.name, step in chat.stop_ids) == ("codellama70b", True)
     ids = chat.prompt([{"role": "user", "content": "Hi "}])
     turns = [sp.encode(" Source: system"), [step], sp.encode(" Source: user"), sp.encode("\n\n Hi"), [step]]
@@ -310,7 +312,10 @@ def test_code_llama_70b(sp, sp_tokenizer):
 
 def test_formats_are_recognised(smollm2, llama3, sp, sp_tokenizer, tmp_path):
     assert chat_format(smollm2).name == "template"
-    assert chat_format(llama3).name == "llama3"
+    with pytest.warns(UserWarning, match="the llama3 format is a guess"):
+        assert chat_format(llama3).name == "llama3"
+    with pytest.warns(UserWarning, match="the codellama70b format is a guess"):
+        assert chat_format(sp_tokenizer).name == "codellama70b"
     assert chat_format(sp_tokenizer, "llama2").name == "llama2"
     backend = sp_backend(sp, legacy=True)
     backend.save(str(tmp_path / "tokenizer.json"))

@@ -221,7 +221,7 @@ def test_folder_without_tokenizer(tmp_path):
         *(
             ({"tokenizer.model": b"IQ== 0\n", name: {"chat_template": value}}, f"{name}: chat_template must be")
             for name in ("tokenizer_config.json", "chat_template.json")
-            for value in (5, False, {"default": "x"}, ["x"], [{"name": "default"}], [{"name": "a", "template": None}])
+            for value in (5, False, {"default": 5}, ["x"], [{"name": "default"}], [{"name": "a", "template": None}])
         ),
     ],
 )
@@ -234,13 +234,13 @@ def test_damaged_folders(tmp_path, files, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tokenizer.ggml.pre": "tekken"}, "'tekken' is not supported: command-r, default, gpt-2"),
+        ({"tokenizer.ggml.pre": "kimi-k2"}, "'kimi-k2' is not supported: a.x-4.0, bailingmoe"),
         ({"tokenizer.ggml.model": "bert"}, "'bert' is not supported"),
         ({"tokenizer.ggml.tokens": None}, "no tokenizer.ggml.tokens"),
         ({"tokenizer.ggml.merges": None}, "no tokenizer.ggml.merges"),
         ({"tokenizer.ggml.merges": ["no such"]}, "tokenizer.ggml.merges do not fit"),
         ({"tokenizer.ggml.token_type": [1]}, "token_type has 1 entries, not 49152"),
-        ({"tokenizer.ggml.eos_token_id": 99999}, "eos_token_id 99999"),
+        ({"tokenizer.ggml.eos_token_id": "x"}, "eos_token_id must be the id of a token, got ['x']"),
         ({"tokenizer.chat_template": 5}, "tokenizer.chat_template must be a text, got 5"),
     ],
 )

@@ -7,6 +7,7 @@ import json
 import subprocess
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import sentencepiece
@@ -14,9 +15,12 @@ import sentencepiece
 import llama_jax
 from llama_jax.config import LinearScaling, RopeScaling, YarnScaling, yarn_attention_factor
 from llama_jax.presets import to_hf_config
+from llama_jax.text.gguf import tokenizer_from_gguf
+from llama_jax.text.pre_tokenizers import PRE_TOKENIZERS
 from llama_jax.weights import hub
 from llama_jax.weights.save import convert
 from tests.builders import one_device, tiny_config, write_hf
+from tests.text import gguf_material, pre_tokenizer_material
 
 SCRIPT = Path(__file__).with_name("llama_cpp.mjs")
 PACKAGES = ["node-llama-cpp@3", "@node-llama-cpp/linux-x64@3"]
@@ -117,6 +121,42 @@ def test_llama_cpp_computes_the_scaling_that_we_write(scaling, node_folder, tmp_
     top = json.loads(done.stdout.strip().splitlines()[-1])["top"][0]
     assert max(abs(ours[i] - p) for i, p in top) <= 0.002
     assert max(abs(plain[i] - p) for i, p in top) > 0.02
+
+
+@pytest.mark.slow
+def test_llama_cpp_gives_the_ids_of_its_vocabularies(node_folder, tmp_path):
+    """The constants of tests/text/test_gguf_vocabularies.py, asked for again, and every pre-tokenizer."""
+    texts = pre_tokenizer_material.texts()
+    cases = {pre: (pre_tokenizer_material.metadata(pre), texts, False) for pre in PRE_TOKENIZERS}
+    odd = [f"<s>{text}" for text in gguf_material.TEXTS]  # the binding trims a space at the start
+    cases |= {"llama": (gguf_material.sentencepiece(), odd, True), "gpt2": (gguf_material.byte_level(), odd, True)}
+    request = {}
+    for name, (metadata, told, special) in cases.items():
+        write_vocabulary(tmp_path / f"{name}.gguf", metadata)
+        request[str(tmp_path / f"{name}.gguf")] = {"texts": told, "special": special}
+    (tmp_path / "request.json").write_text(json.dumps(request))
+    command = ["node", str(SCRIPT.with_name("llama_cpp_tokens.mjs"))]
+    files = [str(tmp_path / name) for name in ("request.json", "answers.json")]
+    subprocess.run([*command, *files], cwd=node_folder, check=True, capture_output=True, timeout=300)
+    answers = json.loads((tmp_path / "answers.json").read_text())
+    for name, (metadata, told, special) in cases.items():
+        tokenizer = tokenizer_from_gguf(metadata)
+        for text, ids in zip(told, answers[str(tmp_path / f"{name}.gguf")], strict=True):
+            if text.isascii() or name not in pre_tokenizer_material.ASCII:
+                assert tokenizer.encode(text, control=special) == ids, (name, text)
+
+
+def write_vocabulary(path: Path, metadata: dict) -> None:
+    """A GGUF file without tensors: llama.cpp can load its vocabulary alone."""
+    writer = gguf.GGUFWriter(path, "llama")
+    sizes = {"context_length": 64, "embedding_length": 32, "block_count": 1, "feed_forward_length": 32}
+    kinds = {bool: gguf.GGUFValueType.BOOL, int: gguf.GGUFValueType.UINT32, str: gguf.GGUFValueType.STRING}
+    writer.add_layer_norm_rms_eps(1e-5)
+    for key, value in ({f"llama.{k}": v for k, v in (sizes | {"attention.head_count": 4}).items()} | metadata).items():
+        writer.add_key_value(key, value, kinds.get(type(value), gguf.GGUFValueType.ARRAY))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
 
 
 def probabilities(llama: llama_jax.LoadedLlama, ids: list[int]) -> np.ndarray:
