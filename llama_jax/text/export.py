@@ -323,7 +323,7 @@ def _backend_from_tiktoken(model: bytes, tokenizer: Tokenizer) -> Any:
     merges = _merges(sorted(vocab, key=vocab.__getitem__), vocab)
     added = library_tokens(tokenizer.added_tokens, special=lambda token: token.special)
     # In the vocabulary, tokens beyond Llama 3's own keep their ids, whatever is missing between them.
-    vocab |= {token.content: token.id for token in tokenizer.added_tokens if (token.id or 0) >= 128_256}
+    vocab |= {token.content: i for token in tokenizer.added_tokens if (i := token.id or 0) >= 128_256}
     return byte_level_backend(models.BPE(vocab=vocab, merges=merges, ignore_merges=True), (LLAMA3_REGEX,), added)
 
 
@@ -338,7 +338,7 @@ def _backend_from_sentencepiece(model: bytes, tokenizer: Tokenizer, *, legacy: b
     merges = _merges(sorted(plain, key=lambda text: -pieces[plain[text]].score), plain)
     unknown = next(piece.text for piece in pieces if piece.kind == UNKNOWN)
     bpe = models.BPE(
-        vocab=vocab | {token.content: token.id for token in tokenizer.added_tokens},
+        vocab=vocab | {token.content: i for token in tokenizer.added_tokens if (i := token.id) is not None},
         merges=merges,
         unk_token=unknown,
         fuse_unk=True,
