@@ -87,7 +87,7 @@ class BPETokenizer(BaseTokenizer):
         self._text_view = _view(backend, listed, text_only=True)
         self._inner_view = _view(backend, listed, text_only=True, prefix=False)
         indices = {token.id: self._text_view.token_to_id(token.content) for token in self.added_tokens}
-        self._moved = {index: i for i, index in indices.items() if index != i}
+        self._moved = {index: i for i, index in indices.items() if i is not None and index != i}
         if facts.add_prefix_space is False and not byte_level:
             self._text_view, self._control_view = (
                 self._inner_view,
