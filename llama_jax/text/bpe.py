@@ -142,7 +142,8 @@ class BPETokenizer(BaseTokenizer):
         return self._ids((self._text_view if prefix else self._inner_view).encode(text, add_special_tokens=False))
 
     def _ids(self, encoding: Any) -> list[int]:
-        return [self._moved.get(i, i) for i in encoding.ids] if self._moved else encoding.ids
+        ids: list[int] = encoding.ids
+        return [self._moved.get(i, i) for i in ids] if self._moved else ids
 
 
 class TiktokenTokenizer(BaseTokenizer):
