@@ -69,7 +69,7 @@ class BPETokenizer(BaseTokenizer):
         self._text_view = _view(backend, listed, text_only=True)
         self._inner_view = _view(backend, listed, text_only=True, prefix=False)
         indices = {token.id: self._text_view.token_to_id(token.content) for token in self.added_tokens}
-        self._moved = {index: i for i, index in indices.items() if index != i}
+        self._moved = {index: i for i, index in indices.items() if i is not None and index != i}
         if facts.add_prefix_space is False and not byte_level:
             self._text_view, self._control_view = (
                 self._inner_view,
@@ -124,7 +124,8 @@ class BPETokenizer(BaseTokenizer):
         return self._ids((self._text_view if prefix else self._inner_view).encode(text, add_special_tokens=False))
 
     def _ids(self, encoding: Any) -> list[int]:
-        return [self._moved.get(i, i) for i in encoding.ids] if self._moved else encoding.ids
+        ids: list[int] = encoding.ids
+        return [self._moved.get(i, i) for i in ids] if self._moved else ids
 
 
 class TiktokenTokenizer(BaseTokenizer):

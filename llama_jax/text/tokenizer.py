@@ -125,8 +125,8 @@ class BaseTokenizer:
         bos, eos = named("bos_token"), named("eos_token")
         self.bos_id = facts.bos_id if bos is None else bos
         self.add_bos = (add_bos if facts.add_bos is None else facts.add_bos) and self.bos_id is not None
-        stops = [control[name] for name in STOP_TOKENS if name in control]
-        self.stop_ids = tuple(sorted({*stops, *facts.eos_ids, *([] if eos is None else [eos])}))
+        stops = {control[name] for name in STOP_TOKENS if name in control} | {*facts.eos_ids}
+        self.stop_ids = tuple(sorted(stops if eos is None else stops | {eos}))
         # Unknown text may give the unknown token, which steers nothing; a single character cannot be typed otherwise.
         self._never_text = frozenset(i for name, i in control.items() if len(name) > 1) - {unk}
         self._hidden = frozenset(i for i, token in added.items() if is_hidden(token, facts))

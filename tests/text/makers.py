@@ -143,6 +143,7 @@ def keys(size: int) -> dict[str, Files]:
     words = [
         token("hyperloop"), token("<tool_call>"), token("</think>", lstrip=True), token("xyz", single_word=True),
         token("ab  ", rstrip=True), token("Fox", normalized=True), token("<sep>", True, lstrip=True, rstrip=True),
+        token("naïve"),
     ]  # fmt: skip
     decoder = {str(size + i): word for i, word in enumerate(words)}
     markers = [token("<|im_start|>"), token("<|im_end|>"), token("<|think|>"), token("<|turn|>"), token("<|tool|>")]

@@ -5,7 +5,7 @@ from transformers import AutoTokenizer
 
 from llama_jax.text.chat import chat_format
 from llama_jax.text.export import gguf_metadata, hf_files, read_files
-from llama_jax.text.tokenizer import Tokenizer, tokenizer_from_gguf
+from llama_jax.text.tokenizer import tokenizer_from_gguf
 from tests.text import makers
 from tests.text.helpers import load, write_folder
 
@@ -20,10 +20,6 @@ NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 def folder_of(path, vocabulary, **files):
     config = {"config.json": makers.CONFIG | {"vocab_size": 1000}}
     return write_folder(path, config | vocabulary | {name.replace("__", "."): value for name, value in files.items()})
-
-
-def text_of(tokenizer: Tokenizer, messages, **options) -> str:
-    return tokenizer.decode(chat_format(tokenizer).prompt(messages, **options))
 
 
 def test_tokens_that_only_added_tokens_json_has(tmp_path):
@@ -53,12 +49,10 @@ def test_words_added_to_a_tokenizer_model_in_every_format(tmp_path):
     ours, as_json = load(folder), load(converted)
     for text in ("a hyperloop", "hyperloop", "<tool_call>a hyperloops</s>"):
         ids = hf.encode(text, add_special_tokens=False)
-        for tokenizer in (ours, as_json, AutoTokenizer.from_pretrained(converted)):
-            if isinstance(tokenizer, type(ours) | type(as_json)):
-                assert tokenizer.encode(text, control=True) == ids, text
-                assert tokenizer.decode(ids) == hf.decode(ids, skip_special_tokens=True), text
-            else:
-                assert tokenizer.encode(text, add_special_tokens=False) == ids, text
+        assert AutoTokenizer.from_pretrained(converted).encode(text, add_special_tokens=False) == ids, text
+        for tokenizer in (ours, as_json):
+            assert tokenizer.encode(text, control=True) == ids, text
+            assert tokenizer.decode(ids) == hf.decode(ids, skip_special_tokens=True), text
     assert ours.encode("a hyperloop")[-1] == size
     assert ours.decode([size, size + 1]) == "hyperloop<tool_call>"
 
@@ -139,9 +133,9 @@ def test_named_templates(tmp_path, form):
     carried = write_folder(tmp_path / "carried", hf_files(read_files(folder)))
     for tokenizer in (load(folder), load(carried)):
         assert dict(tokenizer.chat_templates) == named == dict(hf.chat_template)
-        for options in ({}, {"tools": [{"name": "get_time"}]}):
-            ids = hf.apply_chat_template(HI, add_generation_prompt=True, return_dict=False, **options)
-            assert chat_format(tokenizer).prompt(HI, **options) == ids
+        for given in (None, [{"name": "get_time"}]):
+            ids = hf.apply_chat_template(HI, tools=given, add_generation_prompt=True, return_dict=False)
+            assert chat_format(tokenizer).prompt(HI, tools=given) == ids
     assert AutoTokenizer.from_pretrained(carried).chat_template == hf.chat_template
 
 
@@ -190,4 +184,6 @@ def test_added_tokens_reach_gguf(tmp_path):
     metadata = gguf_metadata(read_files(folder), size + 2)
     assert metadata["tokenizer.ggml.tokens"][-2:] == ["<|im_start|>", "word"]
     assert metadata["tokenizer.ggml.token_type"][-2:] == [3, 4]
-    assert tokenizer_from_gguf(metadata).control_tokens["<|im_start|>"] == size
+    again = tokenizer_from_gguf(metadata)
+    assert again is not None
+    assert again.control_tokens["<|im_start|>"] == size

@@ -15,7 +15,7 @@ from tests.text.helpers import load, random_texts, write_folder
 
 SPELLED = ["hyperloop", "<tool_call>", "</think>", "xy", "ab  ", "Fox", "<sep>", "<x>", "<y>", "<image>", "[PAD]"]
 SPELLED += ["<|im_start|>", "<|im_end|>", "<|think|>", "<|turn|>", "<|tool|>", "<s>", "</s>", "<unk>", "<pad>"]
-SPELLED += ["<|begin_of_text|>", "<|eot_id|>", "<c>", "[MASK]"]
+SPELLED += ["<|begin_of_text|>", "<|eot_id|>", "<c>", "[MASK]", "naïve"]
 
 
 def texts() -> list[str]:
@@ -59,6 +59,15 @@ def unknown_is_shown(ours, ids, unk):
     return [i for i in ids if i != unk]
 
 
+def letters_are_not_bytes(ours, ids, name):
+    """In a byte-level vocabulary, transformers shows the letters of an added word as if each were a byte."""
+    word = next((token.id for token in ours.added_tokens if token.content == "naïve"), None)
+    if word is None or not name.startswith(("byte-level", "tiktoken")):
+        return ids
+    assert ours.decode([word]) == "naïve"
+    return [i for i in ids if i != word]
+
+
 def a_space_has_a_space_before_it(name, text):
     """`legacy: false`: a first space has SentencePiece's before it, as in transformers 4; in version 5 it is that."""
     return f" {text}" if "SentencePiece" in name and '"legacy": false' in name and text[:1] in (" ", "▁") else text
@@ -88,7 +97,7 @@ def test_ids_and_texts_are_those_of_transformers(tmp_path):
             typed = ours.encode(text)
             assert control.isdisjoint(typed), (name, text)
             assert typed_control_stays_text(ours, text) or typed == ids, (name, text)
-            ids = turn_markers_are_hidden(ours, ids)
+            ids = letters_are_not_bytes(ours, turn_markers_are_hidden(ours, ids), name)
             if "SentencePiece" in name:
                 ids = unknown_is_shown(ours, ids, hf.unk_token_id)
             assert ours.decode(ids) == hf.decode(ids, skip_special_tokens=True), (name, text)
