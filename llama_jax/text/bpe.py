@@ -288,11 +288,14 @@ def _view(backend: Any, added: Sequence[Any], *, text_only: bool, prefix: bool =
 
 
 def _without_prefix(component: Any) -> Any:
-    state = _state(component)
-    state = re.sub(rb'"prepend_scheme":"\w+"', b'"prepend_scheme":"never"', state)
+    before = _state(component)
+    state = re.sub(rb'"prepend_scheme":"\w+"', b'"prepend_scheme":"never"', before)
     state = re.sub(rb'"prepend":"[^"]*"', b'"prepend":""', state)
+    state = state.replace(b'"add_prefix_space":true', b'"add_prefix_space":false')
+    if state == before:  # the library cannot copy every component
+        return component
     bare = copy.deepcopy(component)
-    bare.__setstate__(state.replace(b'"add_prefix_space":true', b'"add_prefix_space":false'))
+    bare.__setstate__(state)
     return bare
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from llama_jax.text.export import sample_texts
 from llama_jax.text.tokenizer import Tokenizer
 
+# Before and after an added token, which may take spaces, or want a word to end there.
+_AROUND = (("a ", " b"), (" ", ""), ("a", "b"), ("", "  c"))
+
 
 def differences(a: Tokenizer | None, b: Tokenizer | None, *, thorough: bool = False) -> list[str]:
     """Compares two tokenizers.
@@ -26,7 +29,8 @@ def differences(a: Tokenizer | None, b: Tokenizer | None, *, thorough: bool = Fa
             x, y = (sorted(tokens.items() - other.items())[:4] for tokens, other in ((x, y), (y, x)))
         if x != y:
             problems.append(f"{name}: {x} and {y}")
-    texts = [*sample_texts(), *(f"a {token} b" for token in list(a.control_tokens)[:300])]
+    added = [*a.control_tokens, *(token.content for token in (*a.added_tokens, *b.added_tokens))]
+    texts = [" ", *sample_texts(), *(x + text + y for text in [*dict.fromkeys(added)][:300] for x, y in _AROUND)]
     if thorough:
         ids = range(min(a.vocab_size, b.vocab_size))
         other = [i for i in ids if a.token_bytes(i) != b.token_bytes(i)]

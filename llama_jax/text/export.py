@@ -39,6 +39,7 @@ from llama_jax.text.spm import (
     read_spec,
 )
 from llama_jax.text.tokenizer import (
+    VOCABULARY_FILES,
     Tokenizer,
     file_facts,
     is_tiktoken,
@@ -122,6 +123,22 @@ def _refuses_wrong_types(source: str) -> Iterator[None]:
 
 class _Inexact(ValueError):
     """A format cannot say what a tokenizer does."""
+
+
+def with_named_ids(files: Mapping[str, bytes], tokenizer: Tokenizer | None) -> dict[str, bytes]:
+    """Returns the files with the ids of tokens that they only name, which depend on how many rows the model has.
+
+    Args:
+        files: Tokenizer files.
+        tokenizer: Of these files and of the model's config.json.
+    """
+    vocabulary = b"".join(files.get(name, b"") for name in VOCABULARY_FILES)
+    named = {token.content for token in file_facts(files).added_tokens if token.id is None}
+    ids = {token.content: token.id for token in (tokenizer.added_tokens if tokenizer else ()) if token.content in named}
+    ids = {text: i for text, i in ids.items() if text.encode() not in vocabulary}
+    if not ids:
+        return dict(files)
+    return {**files, "added_tokens.json": _json(json.loads(files.get("added_tokens.json", b"{}")) | ids)}
 
 
 @_refuses_wrong_types("the tokenizer's files")
@@ -409,7 +426,8 @@ def _backend_from_tiktoken(model: bytes, tokenizer: Tokenizer) -> Any:
     vocab = {token.decode("latin-1").translate(BYTE_TO_CHAR): rank for token, rank in ranks.items()}
     merges = _merges(sorted(vocab, key=vocab.__getitem__), vocab)
     added = _library_tokens(tokenizer)
-    vocab |= {token.content: i for i, token in _added(tokenizer).items() if i >= len(ranks) + 256}
+    if len(tokenizer.added_tokens) > 256:  # the library would number them by the size of the vocabulary, gaps apart
+        vocab |= {token.content: i for i, token in _added(tokenizer).items()}
     return byte_level_backend(models.BPE(vocab=vocab, merges=merges, ignore_merges=True), (LLAMA3_REGEX,), added)
 
 
@@ -556,11 +574,13 @@ def _scores(files: Mapping[str, bytes], merges: list[list[str]], texts: Mapping[
 
 def _check_same_ids(tokenizer: Tokenizer, converted: Tokenizer | None, form: str) -> None:
     # Hugging Face's newer form of Llama 2's tokenizer adds no space to a text that starts with one: none here does.
+    # What formats cannot say of added words, such as the spaces that some take, `differences` tells.
+    words = [token.content for token in tokenizer.added_tokens if token.content]
     for text in (f"a{text}" for text in sample_texts()):
         # How a control token is spelt when it is text differs, and matters to no one.
-        if tokenizer.split_control(text) == [text] and (
-            converted is None or converted.encode(text) != tokenizer.encode(text)
-        ):
+        if tokenizer.split_control(text) != [text] or any(word in text for word in words):
+            continue
+        if converted is None or converted.encode(text) != tokenizer.encode(text):
             raise _Inexact(
                 f"as {form} this tokenizer would give other ids for some texts, first {text!r}: the format cannot say"
                 " what it does; convert to hf or meta, which keep its files"

@@ -222,11 +222,12 @@ def _open_native(path: Path) -> Checkpoint:
 
 def _folder(path: Path, format: names.Format, settled: verdict.Settled) -> Checkpoint:
     """A checkpoint whose tokenizer lies beside its weights."""
-    from llama_jax.text.export import hf_files, read_files
+    from llama_jax.text.export import hf_files, read_files, with_named_ids
     from llama_jax.text.tokenizer import load_tokenizer
 
-    generation = path / "generation_config.json"
+    generation, tokenizer = path / "generation_config.json", load_tokenizer(path)
     return Checkpoint(
-        path, format, settled.config, settled.tensors, load_tokenizer(path), lambda: hf_files(read_files(path)),
+        path, format, settled.config, settled.tensors, tokenizer,
+        lambda: hf_files(with_named_ids(read_files(path), tokenizer)),
         read_json(generation, "") if exists(generation) else {}, settled.left_out,
     )  # fmt: skip

@@ -9,7 +9,10 @@ import random
 from transformers import AutoTokenizer
 
 from llama_jax.text.added import _TURN_TOKENS
-from llama_jax.text.export import sample_texts
+from llama_jax.text.differences import differences
+from llama_jax.text.export import gguf_metadata, hf_files, with_named_ids
+from llama_jax.text.samples import sample_texts
+from llama_jax.text.tokenizer import read_files, tokenizer_from_files, tokenizer_from_gguf
 from tests.text import makers
 from tests.text.helpers import load, random_texts, write_folder
 
@@ -110,3 +113,21 @@ def test_ids_and_texts_are_those_of_transformers(tmp_path):
         assert ours.vocab_size == len(hf), name
         count += 1
     assert count >= 60
+
+
+def test_converted_tokenizers_give_the_same_ids_or_it_is_said(tmp_path):
+    """As `tokenizer.json` and in GGUF; the ids that are the same are transformers', by the test above."""
+    exact = 0
+    for name, folder in makers.grid(tmp_path):
+        if name.startswith("tiktoken") and name != "tiktoken, words":  # 5 seconds each: one stands for them
+            continue
+        ours = load(folder)
+        files = with_named_ids(read_files(folder), ours)
+        as_gguf = tokenizer_from_gguf(gguf_metadata(files, ours.vocab_size))
+        for converted in (tokenizer_from_files(hf_files(files)), as_gguf):
+            assert (converted.vocab_size, converted.bos_id) == (ours.vocab_size, ours.bos_id), name
+            assert set(ours.stop_ids) <= set(converted.stop_ids), name
+            same = all(converted.encode(text, control=True) == ours.encode(text, control=True) for text in TEXTS)
+            assert same or differences(ours, converted), name
+            exact += same
+    assert exact >= 110, exact
