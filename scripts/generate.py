@@ -69,7 +69,7 @@ def read_prompts(args: Args) -> list[str] | list[tuple[str, str]]:
         lines = [(f"{file}: line {i}", line) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
         prompts += [read_object(*line) if file.suffix == ".jsonl" else line[1] for line in lines]
     if not prompts:
-        raise ValueError("no prompt: give --prompt TEXT or --prompts-file FILE, or --prefix and --suffix of a gap to fill")
+        raise ValueError("no prompt: give --prompt TEXT or --prompts-file FILE, or --prefix and --suffix of a gap")
     if len(set(map(type, prompts))) > 1:
         raise ValueError(f"{file}: has prompts and gaps to fill: ask for either, in runs of their own")
     if args.suffix_first and isinstance(prompts[0], str):
