@@ -69,7 +69,7 @@ def main(args: Args) -> None:
         field=args.field, format=args.format, glob=args.glob, invalid_utf8=args.invalid_utf8,
         shard_bytes=args.shard_bytes, bos=args.bos, out=out,
     )  # fmt: skip
-    is_there = os.path.isfile(Path(out).expanduser() / MANIFEST)
+    is_there = os.path.isfile(Path(os.path.expanduser(out)) / MANIFEST)
     if args.runner == "local":
         manifest = p.prepare(request, out, workers=args.workers)
     else:

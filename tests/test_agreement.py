@@ -45,6 +45,12 @@ def test_differences_have_names():
     )
 
 
+def test_numbers_are_compared_as_numbers():
+    mine = {"theta": 10_000, "clip": 1, "lists": (1, [2.0]), "nan": float("nan"), "flag": True, "text": "1"}
+    other = {"theta": 10_000.0, "clip": 1.0, "lists": [1.0, [2]], "nan": float("nan"), "flag": 1, "text": 1}
+    assert [name for name, _, _ in differences(mine, other)] == ["flag", "text"]
+
+
 def test_flags_that_change_numbers(monkeypatch):
     """Which devices a process sees, where it writes what it dumps: that may differ."""
     monkeypatch.setenv("XLA_FLAGS", "--xla_b=1 --xla_dump_to=/x --xla_a=2 --xla_force_host_platform_device_count=8")

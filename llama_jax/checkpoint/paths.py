@@ -70,6 +70,6 @@ def local_folder(name: str) -> Path:
             " s3fs) and give the folder that it is mounted on; a folder of that very name is given as ./" + name[:40]
         )
     try:
-        return Path(name).expanduser()
+        return Path(os.path.expanduser(name))
     except RuntimeError as error:
         raise ValueError(f"{name}: {str(error).rstrip('.')}; a folder named so is given as ./{name}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -185,7 +186,7 @@ def open_corpus(path: str | Path) -> Corpus:
         FileNotFoundError: There is no such folder.
         ValueError: It is no corpus, is unfinished, or a file is missing or truncated.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     manifest = read_manifest(path)
     indices = [_open_index(path, shard) for shard in manifest.shards]
     return Corpus(path, manifest, indices)

@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
@@ -162,9 +163,13 @@ def _field(line: str, where: Callable[[], str], field: str) -> str:
         raise ValueError(
             f"{where()}: holds a JSON {type(record).__name__}: a file of JSON lines has one object a line{hint}"
         )
-    if line.count(json.dumps(field)) > 1:
+    spellings = {json.dumps(field), json.dumps(field, ensure_ascii=False)}
+    if sum(map(line.count, spellings)) > 1 or _ESCAPED_NAME.search(line):
         _check_once(line, where, field)
     return _text(record, where, field)
+
+
+_ESCAPED_NAME = re.compile(r'\\u[^"]*"\s*:')  # "te\\u0078t": may be any name
 
 
 def _over_lines(line: str) -> str:

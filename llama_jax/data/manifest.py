@@ -32,6 +32,28 @@ INDEX_DTYPE = np.dtype("<u4")
 AGAIN = "prepare the corpus again, into a new folder"
 
 
+def content_of(record: bytes) -> str:
+    """Returns the hash of one document's record, in hexadecimal."""
+    return hashlib.sha256(record).hexdigest()
+
+
+def content_of_both(first: str, second: str, documents: int) -> str:
+    """Returns the hash of two runs of documents, one after the other.
+
+    A polynomial over the prime 2^255 - 19: the hashes of documents are its coefficients, so that their order counts
+    and where they are cut does not.
+
+    Args:
+        first: Hash of the first run, in hexadecimal; empty for none.
+        second: Hash of the second one.
+        documents: How many there are in the second one.
+    """
+    if not second:
+        return first
+    prime, base = 2**255 - 19, 0x9E3779B97F4A7C15F39CC0605CEDC835  # the golden ratio's digits
+    return f"{(int(first or '0', 16) * pow(base, documents, prime) + int(second, 16)) % prime:064x}"
+
+
 @dataclasses.dataclass(frozen=True)
 class Shard:
     """One shard of a corpus.
@@ -42,7 +64,7 @@ class Shard:
         tokens: Of all documents, BOS and EOS included.
         bytes: UTF-8 of all texts.
         record_bytes: Size of the `.array_record` file; a truncated one shows.
-        content: SHA-256 of all records in order, in hexadecimal; empty in corpora of earlier versions.
+        content: Hash of all documents' tokens in order, see `content_of_both`; empty in corpora of earlier versions.
     """
 
     name: str
@@ -93,10 +115,13 @@ class Manifest:
 
     @property
     def content(self) -> str:
-        """SHA-256 of the documents' tokens, shard by shard; empty in corpora of earlier versions."""
-        if not all(shard.content for shard in self.shards):
+        """Hash of all documents' tokens in order, however they are cut into shards; empty in earlier versions."""
+        if not all(shard.content for shard in self.shards if shard.documents):
             return ""
-        return hashlib.sha256(" ".join(shard.content for shard in self.shards).encode()).hexdigest()
+        content = ""
+        for shard in self.shards:
+            content = content_of_both(content, shard.content, shard.documents)
+        return content
 
     def to_json(self) -> str:
         """Writes the manifest as JSON."""

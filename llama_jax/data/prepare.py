@@ -77,7 +77,7 @@ def prepare_with(
     """Prepares a corpus with a given way to run the work for each shard; else as `prepare`."""
     if "://" in str(out):
         raise ValueError(f"{out}: is not on a disk of this machine: give a folder, or a runner of Beam (--runner)")
-    out = Path(out).expanduser()
+    out = Path(os.path.expanduser(out))
     tokenizer = tokenizer_id(request)
     wanted = request.fingerprint(tokenizer)
     try:

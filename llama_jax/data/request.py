@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,7 @@ def make_request(
         cut_pieces(pieces, shard_bytes),
         shard_bytes,
         Reading(field, invalid_utf8),
-        None if tokenizer is None else Path(tokenizer).expanduser(),
+        None if tokenizer is None else Path(os.path.expanduser(tokenizer)),
         vocab_size,
         sample_bytes,
         bos,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import functools
-import hashlib
 import json
 import os
 import shutil
@@ -18,7 +17,15 @@ import numpy as np
 
 from llama_jax.data.documents import Document, Reading, check_unchanged, read_piece
 from llama_jax.data.inputs import digest
-from llama_jax.data.manifest import INDEX_DTYPE, UNFINISHED, Shard, array_record, shard_files
+from llama_jax.data.manifest import (
+    INDEX_DTYPE,
+    UNFINISHED,
+    Shard,
+    array_record,
+    content_of,
+    content_of_both,
+    shard_files,
+)
 from llama_jax.data.pieces import Piece
 from llama_jax.text.tokenizer import Tokenizer, tokenizer_from_files
 from llama_jax.weights.sink import sync
@@ -167,12 +174,12 @@ def write_shard(path: Path, documents: Iterator[Document], encoder: Encoder) -> 
         encoder: Documents to ids.
 
     Returns:
-        Number of documents, of tokens, of bytes of text, and the SHA-256 of the records.
+        Number of documents, of tokens, of bytes of text, and the content, see `manifest.Shard`.
     """
     module = array_record()
     records, index, sources = shard_files(path.name)
     count = tokens = nbytes = 0
-    content = hashlib.sha256()
+    content = ""
     writer = module.ArrayRecordWriter(str(path.with_name(records)), "group_size:1")  # one document is read at a time
     try:
         with (
@@ -184,7 +191,7 @@ def write_shard(path: Path, documents: Iterator[Document], encoder: Encoder) -> 
                 writer.write(ids.tobytes())
                 entry = np.array([len(ids), size], INDEX_DTYPE).tobytes()
                 index_file.write(entry)
-                content.update(entry + ids.tobytes())
+                content = content_of_both(content, content_of(entry + ids.tobytes()), 1)
                 sources_file.write(_one_line(document.source) + "\n")
                 count, tokens, nbytes = count + 1, tokens + len(ids), nbytes + size
     finally:
@@ -192,7 +199,7 @@ def write_shard(path: Path, documents: Iterator[Document], encoder: Encoder) -> 
     reader = module.ArrayRecordReader(str(path.with_name(records)))
     if reader.num_records() != count:
         raise OSError(f"{path.with_name(records)}: only {reader.num_records()} of {count} documents came to the disk")
-    return count, tokens, nbytes, content.hexdigest()
+    return count, tokens, nbytes, content
 
 
 def read_task(

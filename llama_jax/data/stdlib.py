@@ -54,7 +54,7 @@ def stdlib_corpus(
 
     train, validation = split(find_sources())
     key = "\n".join([f"{VERSION} {vocab_size}", *(f"{piece.name} {piece.version}" for piece in train + validation)])
-    parent = cache_folder() / "data" if folder is None else Path(folder).expanduser()
+    parent = cache_folder() / "data" if folder is None else Path(os.path.expanduser(folder))
     folder = parent / f"stdlib-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder / "lock"):  # of several processes of a run, one prepares

@@ -65,8 +65,19 @@ def differences(mine: Any, other: Any, name: str = "") -> Iterator[tuple[str, An
     if isinstance(mine, Mapping) and isinstance(other, Mapping):
         for key in sorted(mine.keys() | other.keys()):
             yield from differences(mine.get(key), other.get(key), f"{name}.{key}" if name else str(key))
-    elif json.dumps(mine, sort_keys=True) != json.dumps(other, sort_keys=True):
+    elif not _equal(mine, other):
         yield name, mine, other
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two values of JSON are the same: 1 and 1.0 are, 1 and true are not, nor is text a number."""
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return not any(differences(a, b))
+    if isinstance(a, bool) or isinstance(b, bool):
+        return a is b
+    return a == b or (a != a and b != b)  # NaN is NaN
 
 
 def shown(value: Any) -> str:

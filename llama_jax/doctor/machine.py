@@ -135,7 +135,7 @@ def writable(check: str, folder: str, timeout: float, remedy: str) -> Finding:
             probe.write_text("doctor")
             probe.unlink()
             return f"{folder} is writable"
-        place = Path(folder).expanduser().absolute()
+        place = Path(os.path.expanduser(folder)).absolute()
         existing = next(p for p in (place, *place.parents) if p.exists())
         with tempfile.TemporaryFile(dir=existing) as file:
             file.write(b"doctor")

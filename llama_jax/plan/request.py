@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
 from pathlib import Path
 
 from llama_jax import candidates, presets, sharding, tuned
@@ -29,7 +30,7 @@ def model(name: str) -> ModelConfig:
     """
     if name.lower() in PRESETS:
         return PRESETS[name.lower()]
-    if (path := Path(name).expanduser()).exists():
+    if (path := Path(os.path.expanduser(name))).exists():
         file = path / "config.json" if path.is_dir() else path
         if file.name == "config.json" and file.is_file():
             try:

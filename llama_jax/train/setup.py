@@ -8,6 +8,8 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,7 +80,7 @@ def open_corpora(recipe: Recipe) -> Corpora:
 
 def _folder(name: str, which: int) -> Path:
     if not name.startswith(STDLIB):
-        return Path(name).expanduser()
+        return Path(os.path.expanduser(name))
     from llama_jax.data.stdlib import stdlib_corpus
     from llama_jax.weights.hub import cache_folder
 
@@ -310,6 +312,8 @@ def changed_reads(before: dict[str, Any], recipe: Recipe, corpora: Corpora) -> l
       corpora: of the recipe.
     """
     now = what_is_read(recipe, corpora)
+    if _same_weights(before.get("weights") or [], now["weights"], len(corpora.train)):
+        before = before | {"weights": now["weights"]}
     found = [f"{key} = {before.get(key)}, and now it is {now[key]}" for key in now if before.get(key) != now[key]]
     if before.get("corpora") == now["corpora"]:
         return found
@@ -321,3 +325,9 @@ def changed_reads(before: dict[str, Any], recipe: Recipe, corpora: Corpora) -> l
         (corpus.path, changed_facts(a, b)) for corpus, a, b in zip(corpora.train, then, now["corpora"], strict=True)
     ]
     return found + [f"corpora of other content: {path} has {why}" for path, why in changed if why]
+
+
+def _same_weights(before: list[float], now: list[float], corpora: int) -> bool:
+    """Whether weights of a mixture, each the sum's share, mix alike: those of one corpus always do."""
+    alike = len(before) == len(now) and all(math.isclose(a, b, rel_tol=1e-9) for a, b in zip(before, now, strict=True))
+    return alike or corpora == 1

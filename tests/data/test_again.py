@@ -102,3 +102,19 @@ def test_a_touched_file_of_an_interrupted_preparation(tmp_path, vocabulary):
     assert [path.stat().st_mtime_ns == at for path, at in before.items()] == [True, False, True]
     corpus = open_corpus(tmp_path / "out")
     assert [corpus.tokenizer().decode(ids)[:4] for ids in corpus.read(range(4))] == ["text", "TEXT", "text", "good"]
+
+
+def test_the_content_is_the_same_however_it_is_cut(tmp_path, vocabulary):
+    """Into other shards, of other files; another order of the documents is another content."""
+    lines = [json.dumps({"text": f"text number {i} of some"}).encode() + b"\n" for i in range(30)]
+    parts = {"a": lines, "b": lines[:11], "c": lines[11:], "d": lines[::-1]}
+    files = {name: write(tmp_path / f"{name}.jsonl", b"".join(part)) for name, part in parts.items()}
+
+    def content(names: str, **cut) -> str:
+        folder = tmp_path / f"{names}{len(cut)}"
+        prepare(make_request([files[n] for n in names], tokenizer=vocabulary, **cut), folder, workers=0)
+        manifest = open_corpus(folder).manifest
+        assert (len(manifest.shards) > 1) == bool(cut)
+        return manifest.content
+
+    assert content("a") == content("bc") == content("a", shard_bytes=200) != content("d")

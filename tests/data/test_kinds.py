@@ -253,6 +253,7 @@ JSON = {
     "deep": ('{"text": "x", "tree": ' + "[" * 100_000 + "]" * 100_000 + "}", "is JSON that is nested too deeply"),
     "surrogate": (r'{"text": "\ud800"}', r"is not valid UTF-8 \(surrogates not allowed"),
     "twice": ('{"text": "a", "text": "b"}', "has the field 'text' 2 times, with different values"),
+    "twice, in escapes": (r'{"text": "a", "te\u0078t": "b"}', "has the field 'text' 2 times, with different values"),
     "number": ('{"text": ' + "9" * 5000 + "}", "its field 'text' is a float, not a text"),
     "nan": ('{"text": NaN}', "its field 'text' is a float, not a text"),
     "null": ('{"text": null}', "its field 'text' is a NoneType"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -44,6 +45,11 @@ def test_what_is_the_same_and_what_is_not(tmp_path, read):
     assert changed_reads(before, *touched) == []
     (phrase,) = changed_reads(earlier, *touched)
     assert phrase.startswith(f"corpora of other content: {tmp_path}/b has as many documents and tokens, but")
+
+    recipe, corpora = touched
+    for weights in ((1.0,), (5.0,)):  # of one corpus, no weight matters
+        weighted = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, weights=weights))
+        assert changed_reads(before, weighted, corpora) == []
 
     file.write_text("some txet or other")
     (phrase,) = changed_reads(before, *read(file, "c"))
