@@ -23,7 +23,10 @@ def only_one(output: Path) -> filelock.BaseFileLock:
     Raises:
       ValueError: one is there.
     """
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"{output}: it or a part of it is a file, not a folder: give another --output") from error
     lock = filelock.FileLock(output / "lock")
     try:
         lock.acquire(blocking=False)

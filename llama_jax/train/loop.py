@@ -189,8 +189,9 @@ class _Run:
             resume.refuse(found, self.recipe)
             items = self.checkpoints.restore(step, named_arrays(abstract))
         except DamagedError as error:
+            first, *_ = str(error).splitlines()  # the library adds its settings
             raise ValueError(
-                f"{error}. Remove {self.checkpoints.folder / str(step)} to go on from the one before"
+                f"{first}. Remove {self.checkpoints.folder / str(step)} to go on from the one before"
             ) from error
         self._remember(step, progress, resume.to_say(found, self.recipe))
         return from_named_arrays(abstract, items)

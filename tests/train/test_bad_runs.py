@@ -84,6 +84,7 @@ def test_what_a_run_is_refused_for(recipe, corpora, tmp_path):
         "samples.prompts '' is empty": {"samples": Samples(prompts=("",))},
         "are 601, more than the model's max_seq_len": {"samples": Samples(prompts=("a",), new_tokens=600)},
         "nothing: no such file": {"init_from": str(tmp_path / "nothing")},
+        "is a file, not a folder: give another --output": {"output": __file__},
         "stdlib: and the size of its vocabulary": {"data__train": ("stdlib:many",)},
     }  # fmt: skip
     for message, changes in cases.items():
