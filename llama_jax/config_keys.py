@@ -245,7 +245,9 @@ _HF = KeyTable(
             "attn_logit_softcapping": (),
             "clip_qkv": (),
         },
-        "normalized queries and keys": {"qk_norm": NO, "use_qk_norm": NO},
+        "normalized queries and keys": dict.fromkeys(
+            ("qk_norm", "use_qk_norm", "qk_layernorm", "use_qk_layernorm"), NO
+        ),
         "parallel attention and MLP": {"parallel_residual": NO, "use_parallel_residual": NO},
         "a mixture of experts": {"num_local_experts": (0, 1), "num_experts": (0, 1), "n_routed_experts": (0, 1)},
         "keys and values shared by layers": {"kv_sharing_modes": ()},
