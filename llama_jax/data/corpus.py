@@ -229,7 +229,8 @@ def changed_facts(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         found.append("another tokenizer")
     key = "content" if before.get("content") and now.get("content") else "fingerprint"
     if not found and before[key] != now[key]:
-        found.append(f"as many documents and tokens, but {'other ones' if key == 'content' else 'is from other files'}")
+        unknown = "is from other files (it or its record is of an earlier version, without a hash of the content)"
+        found.append(f"as many documents and tokens, but {'other ones' if key == 'content' else unknown}")
     return ", ".join(found)
 
 

@@ -104,7 +104,9 @@ def _same(change: Change, *, on_cpu: bool) -> bool:
     if change.field == "dtype":
         return len({("float32" if on_cpu else "bfloat16") if value == "auto" else value for value in pair}) == 1
     if change.field == "init_from":
-        return all(pair) and len({os.path.realpath(os.path.expanduser(value)) for value in pair}) == 1
+        # Its weights were read when the run began: where the folder is now, or whether it is, makes no difference.
+        before, now = (os.path.realpath(os.path.expanduser(value)) for value in pair)
+        return all(pair) and (before == now or (os.path.exists(now) and not os.path.exists(before)))
     return False
 
 

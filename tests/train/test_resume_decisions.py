@@ -230,6 +230,12 @@ def test_what_changed_is_refused_with_both_values(recipe, losses):
         resume.changes({"dtype": "auto", "init_from": "runs/a"}, changed(same, init_from="./runs/b/../a"), same.model)
         == []
     )
+    # The folder that a run began with may have another name by now; a second one is another.
+    began = {"init_from": str(output.parent / "old name")}
+    moved = changed(same, init_from=str(output))
+    assert resume.changes(began, moved, same.model) == []
+    (output.parent / "old name").mkdir()
+    assert [change.field for change in resume.changes(began, moved, same.model)] == ["init_from"]
 
     # What the recipe was recorded without, an older version's, is not compared: but its configuration is.
     file = output / "checkpoints" / "2" / "recipe.json"
