@@ -254,6 +254,7 @@ JSON = {
     "surrogate": (r'{"text": "\ud800"}', r"is not valid UTF-8 \(surrogates not allowed"),
     "twice": ('{"text": "a", "text": "b"}', "has the field 'text' 2 times, with different values"),
     "twice, in escapes": (r'{"text": "a", "te\u0078t": "b"}', "has the field 'text' 2 times, with different values"),
+    "twice, a quote": (r'{"te\"": 1, "text": "a", "\u0074ext": "b"}', "has the field 'text' 2 times, with different"),
     "number": ('{"text": ' + "9" * 5000 + "}", "its field 'text' is a float, not a text"),
     "nan": ('{"text": NaN}', "its field 'text' is a float, not a text"),
     "null": ('{"text": null}', "its field 'text' is a NoneType"),
