@@ -44,7 +44,7 @@ class Args:
     glob: str = "*"
     """Which files of a folder."""
     invalid_utf8: Literal["error", "skip", "replace"] = "error"
-    """What to do with a document that is not valid UTF-8 or holds NUL bytes."""
+    """What to do with a document that is not valid UTF-8 or holds NUL bytes (an escaped one in JSON is text)."""
     bos: bool | None = None
     """Whether BOS begins each document; default: as the tokenizer says. EOS always ends one."""
     shard_bytes: int | None = None
