@@ -159,7 +159,7 @@ def need(mapping: Mapping[str, Any], key: str, where: str) -> Any:
 
 
 def number(mapping: Mapping[str, Any], key: str, where: str, *default: float | None) -> Any:
-    """The value of a key, which must be a number; `default`, if one is given, where it is not said.
+    """The value of a key, a number that may be spelt as text; `default`, if one is given, where it is not said.
 
     Raises:
       ConfigError: it is no number, or is not said.
@@ -167,9 +167,12 @@ def number(mapping: Mapping[str, Any], key: str, where: str, *default: float | N
     value = mapping.get(key)
     if value is None and default:
         return default[0]
-    if isinstance(need(mapping, key, where), bool) or not isinstance(value, (int, float)):
+    if isinstance(need(mapping, key, where), bool) or not isinstance(value, (int, float, str)):
         raise ConfigError(f"{where}: {key} must be a number, got {value!r}")
-    return float(value)
+    try:
+        return float(value)
+    except ValueError:
+        raise ConfigError(f"{where}: {key} must be a number, got {value!r}") from None
 
 
 def either(value: Any, default: Any) -> Any:
