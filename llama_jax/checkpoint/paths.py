@@ -69,7 +69,7 @@ def local_folder(name: str) -> Path:
             f"{name}: the output is a folder of a file system, and {scheme[0]} is none: mount the bucket (gcsfuse,"
             " s3fs) and give the folder that it is mounted on; a folder of that very name is given as ./" + name[:40]
         )
-    try:
-        return Path(os.path.expanduser(name))
-    except RuntimeError as error:
-        raise ValueError(f"{name}: {str(error).rstrip('.')}; a folder named so is given as ./{name}") from None
+    if (path := os.path.expanduser(name)).startswith("~"):
+        user = path.split("/")[0]
+        raise ValueError(f"{name}: there is no home folder of {user}; a folder named so is given as ./{name}")
+    return Path(path)
