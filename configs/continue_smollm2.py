@@ -6,7 +6,7 @@
 `--init-from` takes another checkpoint; its architecture counts, and its tokenizer must be the corpus's.
 """
 
-from llama_jax.presets import PRESETS
+from llama_jax.config.presets import PRESETS
 from llama_jax.train.recipe import Batch, Checkpoints, Data, Optimizer, Recipe, Schedule
 
 

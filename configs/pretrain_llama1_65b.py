@@ -6,7 +6,7 @@ The corpora are folders that `scripts/prepare_data.py --tokenizer` makes with LL
 the shares of the paper's table 1. Adam's epsilon is not in the paper: 1e-8 is PyTorch's and optax's default.
 """
 
-from llama_jax.presets import PRESETS
+from llama_jax.config.presets import PRESETS
 from llama_jax.train.recipe import Batch, Checkpoints, Data, Optimizer, Recipe, Schedule
 
 SHARES = {

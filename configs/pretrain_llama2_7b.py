@@ -6,7 +6,7 @@ The data were not published: `data/train` is a folder that `scripts/prepare_data
 tokenizer.model. Adam's epsilon is the paper's 1e-5.
 """
 
-from llama_jax.presets import PRESETS
+from llama_jax.config.presets import PRESETS
 from llama_jax.train.recipe import Batch, Checkpoints, Data, Optimizer, Recipe, Schedule
 
 

@@ -8,7 +8,7 @@ row do not see one another. Weight decay is not in the paper: 0.1 as for its pre
 `data/train` is made by `scripts/prepare_data.py --tokenizer` with Llama 3's tokenizer.model.
 """
 
-from llama_jax.presets import PRESETS
+from llama_jax.config.presets import PRESETS
 from llama_jax.train.recipe import Batch, Checkpoints, Data, Optimizer, Recipe, Schedule, Stage
 
 

@@ -7,7 +7,7 @@ taken from there, the cosine's end at a tenth from its predecessors. Documents i
 `data/train` is made by `scripts/prepare_data.py --tokenizer` with Llama 3's tokenizer.model.
 """
 
-from llama_jax.presets import PRESETS
+from llama_jax.config.presets import PRESETS
 from llama_jax.train.recipe import Batch, Checkpoints, Data, Optimizer, Recipe, Schedule
 
 

@@ -12,7 +12,7 @@ of parameters and Adam's means in float32, updated in place), and 357 s a step a
 a test of the recipe and no machine to train 15T tokens on.
 """
 
-from llama_jax.presets import PRESETS
+from llama_jax.config.presets import PRESETS
 from llama_jax.train.recipe import Batch, Checkpoints, Data, Optimizer, Recipe, Schedule
 
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from llama_jax.config import ConfigError, LinearScaling, ModelConfig, RopeScaling, YarnScaling
+    from llama_jax.config.presets import PRESETS
     from llama_jax.infer.chat import Conversation, chat, chat_stream
     from llama_jax.infer.generate import Completion, generate, logits
     from llama_jax.infer.infill import infill
     from llama_jax.infer.sampling import Sampling
-    from llama_jax.presets import PRESETS
     from llama_jax.weights.load import LoadedLlama, load
     from llama_jax.weights.save import convert, save
     from llama_jax.weights.source import CheckpointError
@@ -22,7 +22,7 @@ _HOME = {
     "infer.generate": ("Completion", "generate", "logits"),
     "infer.infill": ("infill",),
     "infer.sampling": ("Sampling",),
-    "presets": ("PRESETS",),
+    "config.presets": ("PRESETS",),
     "weights.load": ("LoadedLlama", "load"),
     "weights.save": ("convert", "save"),
     "weights.source": ("CheckpointError",),

@@ -33,8 +33,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llama_jax import machines, tuned
 from llama_jax.config import ModelConfig
+from llama_jax.costs import machines, tuned
 
 log = logging.getLogger("llama_jax")
 

@@ -161,7 +161,7 @@ def loader(args: Args, say: Callable[[str], None]) -> None:
     step = bench.speed(recipe, repeats=max(args.repeats, 10))
     say("the loader")
     corpora = setup.open_corpora(recipe)
-    read = loader_speed(setup.make_plan(recipe, corpora), rows=recipe.batch.sequences)
+    read = loader_speed(setup.row_plan(recipe, corpora), rows=recipe.batch.sequences)
     packing = {length: packing_efficiency(corpora.train[0], length) for length in (256, 2048, 8192)}
     if args.json:
         print(json.dumps({"loader": read, "step": step, "ratio": read / step, "packing_efficiency": packing}))

@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from llama_jax.cli import ProcessArgs, fail_clearly
-from llama_jax.doctor.examine import Report, examine
+from llama_jax.doctor.examine import MachineReport, examine
 from llama_jax.doctor.finding import OK, rows
 
 
@@ -49,7 +49,7 @@ def main(args: Args) -> bool:
     return report.ok
 
 
-def show(report: Report) -> None:
+def show(report: MachineReport) -> None:
     colours = {"ok": "green", "warning": "yellow", "problem": "red"}
     table = Table("check", "process", "result", "found")
     for who, f in rows(report.findings):

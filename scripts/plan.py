@@ -61,7 +61,7 @@ class Args:
     """Print one JSON object; of a search a list of them, the best first."""
     update_table: bool = False
     """Compile every row of the tuned table whose compiler is here (of --model and --machine alone, where given), and
-    write the figures into llama_jax/tuned.json."""
+    write the figures into llama_jax/costs/tuned.json."""
 
 
 def main(args: Args) -> int:
@@ -69,7 +69,7 @@ def main(args: Args) -> int:
     import_jax()
     from llama_jax import sharding
     from llama_jax.plan import report, request
-    from llama_jax.plan.make import by_arithmetic, make_plan
+    from llama_jax.plan.make import by_arithmetic, cost_plan
     from llama_jax.plan.search import search
     from llama_jax.plan.table import update
 
@@ -96,7 +96,7 @@ def main(args: Args) -> int:
             found = search(job, **given, compile=args.compile, say=say)
             plans = found.compiled + found.rest
         else:
-            plan = make_plan(job, floor=args.floor, say=say) if args.compile else by_arithmetic(job, "--compile 0")
+            plan = cost_plan(job, floor=args.floor, say=say) if args.compile else by_arithmetic(job, "--compile 0")
             found, plans = None, [plan]
     if args.json:
         objects = [{"model": args.model, **plan.as_json()} for plan in plans]

@@ -60,8 +60,8 @@ class Args:
 
 
 def main(args: Args) -> None:
-    from llama_jax.data import prepare as p
     from llama_jax.data.manifest import MANIFEST
+    from llama_jax.data.prepare import prepare as p
 
     *inputs, out = args.paths or [""]
     request = p.make_request(
@@ -73,7 +73,7 @@ def main(args: Args) -> None:
     if args.runner == "local":
         manifest = p.prepare(request, out, workers=args.workers)
     else:
-        from llama_jax.data.beam import prepare_on_beam
+        from llama_jax.data.prepare.beam import prepare_on_beam
 
         manifest = prepare_on_beam(request, out, runner=args.runner, options=args.beam_options)
     if is_there:

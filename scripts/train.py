@@ -82,12 +82,12 @@ def dry_run(recipe: Recipe, args: Args, name: str) -> int:
     environment.prepare()
     import_jax()
     from llama_jax.plan import report, request
-    from llama_jax.plan.make import make_plan
+    from llama_jax.plan.make import cost_plan
     from llama_jax.train import choose
 
     chosen, job = request.of_recipe(recipe, args.machine)
     with working() as say:
-        plan = make_plan(job, say=say)
+        plan = cost_plan(job, say=say)
     if args.json:
         print(json.dumps({"model": name, **plan.as_json()}))
     else:

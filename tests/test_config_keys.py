@@ -15,8 +15,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 import llama_jax
 from llama_jax.config import ConfigError, ModelConfig
-from llama_jax.config_keys import ROPE_KEYS, ROPE_TABLE, TABLES, KeyTable, ignored_keys
-from llama_jax.presets import (
+from llama_jax.config.keys import ROPE_KEYS, ROPE_TABLE, TABLES, KeyTable, ignored_keys
+from llama_jax.config.presets import (
     PRESETS,
     from_gguf_metadata,
     from_hf_config,

@@ -11,9 +11,10 @@ import optax
 import pytest
 
 import llama_jax
-from llama_jax import candidates, sharding
-from llama_jax.estimate import Job
-from llama_jax.machines import machine
+from llama_jax import sharding
+from llama_jax.costs import candidates
+from llama_jax.costs.estimate import Workload
+from llama_jax.costs.machines import machine
 from llama_jax.plan import report
 from llama_jax.plan.make import by_arithmetic, check
 from llama_jax.plan.request import of_recipe
@@ -59,15 +60,15 @@ def test_batches_and_lengths(mesh, batch, words):
     sizes = sharding.parse_mesh(mesh)
     wanted = recipe(mesh, **batch)
     rows, T, M = wanted.batch.sequences, wanted.batch.seq_len, wanted.batch.microbatches
-    job = Job(wanted.model, machine("v5litepod-8"), "train", rows, T, sizes, microbatches=M)
+    job = Workload(wanted.model, machine("v5litepod-8"), "train", rows, T, sizes, microbatches=M)
     assert undivided_batch(sizes, rows=rows, seq_len=T, microbatches=M).startswith(words)
-    assert bool(candidates.of(job, mesh=sizes, remat="full", microbatches=M)) == (not words)
+    assert bool(candidates.enumerate(job, mesh=sizes, remat="full", microbatches=M)) == (not words)
     if not words:
         check(job)
-        assert setup.make_mesh(wanted, wanted.model).size == 8
+        assert setup.mesh_of_recipe(wanted, wanted.model).size == 8
         return
     refusals = []
-    for refuse in (lambda: check(job), lambda: setup.make_mesh(wanted, wanted.model)):
+    for refuse in (lambda: check(job), lambda: setup.mesh_of_recipe(wanted, wanted.model)):
         with pytest.raises(ValueError, match="does not divide") as refused:
             refuse()
         refusals.append(str(refused.value))
@@ -78,14 +79,14 @@ def test_every_stage_of_a_run_divides():
     """The stage at half the length has 4 x 2 rows of 33."""
     stages = (Stage(1000, 4, split=2),)
     wanted = recipe("fsdp=4,context=2", seq_len=66, stages=stages)
-    for refuse in (lambda: setup.make_mesh(wanted, wanted.model), lambda: of_recipe(wanted, "v5litepod-8")):
+    for refuse in (lambda: setup.mesh_of_recipe(wanted, wanted.model), lambda: of_recipe(wanted, "v5litepod-8")):
         with pytest.raises(ValueError, match="a sequence of 33 tokens does not divide by context=2: make it 32 or 34"):
             refuse()
 
 
 def test_weights_stay_whole_and_all_say_so(tmp_path, capsys, monkeypatch):
     """Loading (in tests/weights/test_load.py), planning and training: the same words."""
-    job = Job(UNEVEN, machine("v5litepod-8"), "train", 8, 32, sharding.parse_mesh("fsdp=4,tensor=2"))
+    job = Workload(UNEVEN, machine("v5litepod-8"), "train", 8, 32, sharding.parse_mesh("fsdp=4,tensor=2"))
     plan = by_arithmetic(job)
     assert plan.as_json()["undivided"] == ["embed (66) does not divide by 4", "mlp (161) does not divide by 2"]
     assert WHOLE[1:] in report.in_words(plan, model="uneven")

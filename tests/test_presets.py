@@ -16,9 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_jax.config import ConfigError, ModelConfig, RopeScaling
-from llama_jax.model import Llama
-from llama_jax.ops.rope import inverse_frequencies
-from llama_jax.presets import (
+from llama_jax.config.presets import (
     PRESETS,
     from_gguf_metadata,
     from_hf_config,
@@ -32,6 +30,8 @@ from llama_jax.presets import (
     to_meta_extra,
     to_meta_params,
 )
+from llama_jax.model import Llama
+from llama_jax.ops.rope import inverse_frequencies
 from llama_jax.sharding import make_mesh
 from tests.builders import LLAMA31, LLAMA32, hf_config, tiny_config
 

@@ -20,9 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import llama_jax
 from llama_jax.config import ConfigError, LinearScaling, RopeScaling, YarnScaling, yarn_attention_factor
-from llama_jax.evaluate.compare import compare
-from llama_jax.ops.rope import inverse_frequencies
-from llama_jax.presets import (
+from llama_jax.config.presets import (
     PRESETS,
     from_gguf_metadata,
     from_hf_config,
@@ -35,6 +33,8 @@ from llama_jax.presets import (
     to_meta_extra,
     to_meta_params,
 )
+from llama_jax.evaluate.compare import compare
+from llama_jax.ops.rope import inverse_frequencies
 from tests.builders import hf_config, hf_model, one_device, tiny_config, write_gguf
 from tests.infer.helpers import random_ids, random_llama
 

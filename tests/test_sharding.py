@@ -21,8 +21,8 @@ from jax.sharding import PartitionSpec as P
 
 from llama_jax import sharding
 from llama_jax.config import ModelConfig
+from llama_jax.config.presets import PRESETS
 from llama_jax.model import Llama
-from llama_jax.presets import PRESETS
 from llama_jax.sharding import ShardingRules
 from tests.aot import machines
 from tests.builders import tiny_config

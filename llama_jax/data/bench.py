@@ -8,12 +8,12 @@ import jax
 import numpy as np
 
 from llama_jax.data.corpus import Corpus
-from llama_jax.data.loader import BatchSchedule, Loader, Stage
-from llama_jax.data.pack import count_rows
-from llama_jax.data.plan import Plan
+from llama_jax.data.rows.loader import BatchSchedule, BatchStage, Loader
+from llama_jax.data.rows.pack import count_rows
+from llama_jax.data.rows.plan import RowPlan
 
 
-def loader_speed(plan: Plan, *, rows: int, seconds: float = 5.0) -> float:
+def loader_speed(plan: RowPlan, *, rows: int, seconds: float = 5.0) -> float:
     """Tokens a second that a loader alone puts on the first device.
 
     Args:
@@ -21,7 +21,7 @@ def loader_speed(plan: Plan, *, rows: int, seconds: float = 5.0) -> float:
       rows: of a step.
       seconds: how long.
     """
-    schedule = BatchSchedule(plan.seq_len, (Stage(0, rows),))
+    schedule = BatchSchedule(plan.seq_len, (BatchStage(0, rows),))
     sharding = jax.NamedSharding(jax.make_mesh((1,), ("all",), devices=jax.devices()[:1]), jax.P())
     with Loader(plan, schedule, sharding=sharding) as loader:
         jax.block_until_ready(next(loader).batch)  # plans a window, opens the shards

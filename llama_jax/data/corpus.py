@@ -13,7 +13,7 @@ import numpy as np
 
 from llama_jax.data.manifest import AGAIN, INDEX_DTYPE, Shard, array_record, read_manifest
 from llama_jax.data.manifest import Manifest as Manifest
-from llama_jax.data.system import naming
+from llama_jax.data.prepare.system import naming
 from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 TOKENS, BYTES = 0, 1  # columns of the index

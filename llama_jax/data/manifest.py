@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.data.system import exists, naming
+from llama_jax.data.prepare.system import exists, naming
 from llama_jax.text.tokenizer import TOKENIZER_FILES, VOCABULARY_FILES
 
 FORMAT = 1

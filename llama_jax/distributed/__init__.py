@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from llama_jax.distributed.agreement import SHOWN, DisagreementError, differences, message, settings
-from llama_jax.distributed.job import Job
+from llama_jax.distributed.job import ProcessGroup
 from llama_jax.distributed.meeting import meet
 from llama_jax.distributed.place import find_place
 from llama_jax.distributed.programs import cache_on_every_process
@@ -27,7 +27,7 @@ from llama_jax.distributed.programs import cache_on_every_process
 HEARTBEAT_TIMEOUT = 30  # seconds; JAX's own, which also notices a process that hangs
 PACKAGES = ("jax", "jaxlib", "flax", "libtpu")
 
-_job: Job | None = None
+_job: ProcessGroup | None = None
 
 
 def initialize(
@@ -65,7 +65,7 @@ def initialize(
     if xla_bridge.backends_are_initialized():
         raise RuntimeError("several processes must be joined before JAX is used: call distributed.initialize earlier")
     hosts, connections = meet(place, versions(), timeout, settings())
-    _job = Job(place.process_id, hosts, connections)
+    _job = ProcessGroup(place.process_id, hosts, connections)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, and go on
     jax.distributed.initialize(
@@ -197,7 +197,7 @@ def shutdown() -> None:
     jax.distributed.shutdown()
 
 
-def _joined() -> Job:
+def _joined() -> ProcessGroup:
     if _job is None:
         raise RuntimeError("start the processes with llama_jax.distributed.initialize, not jax.distributed.initialize")
     return _job

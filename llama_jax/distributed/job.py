@@ -29,7 +29,7 @@ RUNTIME_ERROR = re.compile(r"[A-Z_]{5,}: ")  # "UNKNOWN: Gloo AllGather failed",
 ENDED = object()  # instead of a value
 
 
-class Job:
+class ProcessGroup:
     """This process among the others, from the meeting on.
 
     Attributes:

@@ -86,7 +86,7 @@ STAGES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class MachineReport:
     """What one process has to say.
 
     Attributes:
@@ -115,7 +115,7 @@ def examine(
     checkpoint_dir: str | None = None,
     timeout: float = 120,
     say: Callable[[str], None] = lambda text: None,
-) -> Report:
+) -> MachineReport:
     """Checks this process and, with its companions, what lies between them. Takes a few times `timeout` at most.
 
     Args:
@@ -136,10 +136,10 @@ def examine(
         child.end(patience)
 
 
-def _examine(child: Child, found: list[Finding], timeout: float, say: Callable[[str], None]) -> Report:
+def _examine(child: Child, found: list[Finding], timeout: float, say: Callable[[str], None]) -> MachineReport:
     answer = child.listen("start", max(timeout, 60))
     if isinstance(answer, Finding):
-        return Report(0, 1, [*found, answer], False)
+        return MachineReport(0, 1, [*found, answer], False)
     coordinator, process, processes = answer["coordinator"], answer["process"], answer["processes"]
     if processes > 1:
         say(f"process {process} of {processes}: waiting {timeout:g} s at most for all to meet at {coordinator}")
@@ -151,14 +151,16 @@ def _examine(child: Child, found: list[Finding], timeout: float, say: Callable[[
         # The meeting has its own limit, and says more than we can.
         answer = child.listen(stage, timeout + (30 if stage == "connect" else 0))
         if isinstance(answer, Finding):
-            return Report(process, processes, [*found, *mine, dataclasses.replace(answer, process=process)], False)
+            return MachineReport(
+                process, processes, [*found, *mine, dataclasses.replace(answer, process=process)], False
+            )
         if stage == "connect" and processes > 1:
             found.append(Finding("processes", OK, f"all {processes} met at {coordinator}", process=process))
         if stage == "rows":
             others = [Finding(**f) for f in answer["all"] if f["process"] != process]
             found += [*others, *between([*found, *others])]
         mine += [Finding(**f) for f in answer.get("found", ())]
-    return Report(process, processes, [*found, *(Finding(**f) for f in answer["all"])], True)
+    return MachineReport(process, processes, [*found, *(Finding(**f) for f in answer["all"])], True)
 
 
 class Child:

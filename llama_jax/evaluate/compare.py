@@ -14,7 +14,7 @@ from llama_jax import distributed, sharding
 from llama_jax.text.chat import ChatError, TemplateChat, guessed_format
 from llama_jax.text.differences import differences
 from llama_jax.text.export import sample_texts
-from llama_jax.weights import names
+from llama_jax.weights import params
 from llama_jax.weights.compare import Difference, compare_parameter
 from llama_jax.weights.load import read_model
 from llama_jax.weights.open import Checkpoint, open_checkpoint
@@ -106,7 +106,7 @@ def compare(
     left_out += [f"left out of the second: {text}" for text in second.left_out]
     say("comparing tokenizers")
     tokenizer = _compare_tokenizers(first, second)
-    if names.expected(first.config, "hf") != names.expected(second.config, "hf"):
+    if params.expected(first.config, "hf") != params.expected(second.config, "hf"):
         return Comparison(config, tokenizer, [], None, left_out)
     say("comparing weights")
     weights = compare_weights(first, second)
@@ -118,7 +118,7 @@ def compare_weights(a: Checkpoint, b: Checkpoint) -> list[Difference]:
     """The worst difference of each kind of parameter, over all layers."""
     worst: dict[str, Difference] = {}
     with progress("Comparing", sum(tensor.nbytes for tensor in a.tensors.values())) as advance:
-        for row, layer in names.parameters(a.config):
+        for row, layer in params.parameters(a.config):
             found = compare_parameter(a, b, row, layer)
             before = worst.get(row.ours)
             if before is None or (found.max_abs, not found.same_bits) > (before.max_abs, not before.same_bits):

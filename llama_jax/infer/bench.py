@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from llama_jax.infer.generate import generate
-from llama_jax.weights import names
+from llama_jax.weights import params
 from llama_jax.weights.load import parameter_name
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def transformers_generate(llama: LoadedLlama) -> Callable[[list[list[int]], int]
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging
 
-    from llama_jax.presets import to_hf_config
+    from llama_jax.config.presets import to_hf_config
 
     logging.set_verbosity_error()
     config = LlamaConfig(**to_hf_config(llama.config, dtype="float32", transformers=5))
@@ -151,8 +151,8 @@ def transformers_generate(llama: LoadedLlama) -> Callable[[list[list[int]], int]
         model = LlamaForCausalLM(config)
     state = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(llama.model)[0]:
-        row, layer = names.row_of(parameter_name(path))
-        stored = names.to_stored(np.asarray(leaf, np.float32), row, llama.config, "hf")
+        row, layer = params.spec_of(parameter_name(path))
+        stored = params.to_stored(np.asarray(leaf, np.float32), row, llama.config, "hf")
         state[row.name("hf", layer)] = torch.from_numpy(np.array(stored))
     if llama.config.tie_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from llama_jax import kv_cache
-from llama_jax.infer.generate import Completion, Row, Run
+from llama_jax.caches import full as kv_cache
+from llama_jax.caches.full import KVCache
+from llama_jax.infer.generate import Completion, Generation, RowText
 from llama_jax.infer.sampling import Sampling
-from llama_jax.kv_cache import KVCache
 
 if TYPE_CHECKING:
     from llama_jax.weights.load import LoadedLlama
@@ -100,7 +100,7 @@ class Conversation:
             raise ValueError("a conversation needs at least one message, such as {'role': 'user', 'content': 'Hi'}")
         said = [*self.messages, *messages]
         ids = self._format.prompt(said)
-        row = Row(self._llama, self._stops)
+        row = RowText(self._llama, self._stops)
         with jax.set_mesh(self._llama.mesh):
             run = self._run(ids)
         self.messages, self._streaming = said, True
@@ -130,7 +130,7 @@ class Conversation:
             self.completion = row.completion(reason, logprobs=False)
             self.messages = [*said, {"role": "assistant", "content": self.completion.text}]
 
-    def _run(self, ids: list[int]) -> Run:
+    def _run(self, ids: list[int]) -> Generation:
         """The run of a turn: it prefills what the cache does not hold yet."""
         limit = self._llama.max_seq_len or self._llama.config.max_seq_len
         size = kv_cache.num_slots(self._cache) if self._cache else min(FIRST_CACHE, limit)
@@ -148,7 +148,7 @@ class Conversation:
             if size > kv_cache.num_slots(self._cache):
                 self._cache = kv_cache.grow(self._cache, self._llama.model.rules, size)
         cache, self._cache, self._cached = self._cache, None, []  # donated: not ours until the run gives it back
-        return Run(
+        return Generation(
             self._llama, [ids[start:]], max_new_tokens=self._max_new_tokens, sampling=self._sampling,
             stop_ids={*self._format.stop_ids, *self._llama.require_tokenizer().stop_ids}, cache=cache,
             size=size, start=start, history=ids[:start], first_chunk=STREAM_CHUNK,

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from llama_jax import distributed
+from llama_jax.caches.full import KVCache, num_slots
 from llama_jax.infer.decode import (
     CHUNK,
     FINISH_REASONS,
@@ -20,7 +21,6 @@ from llama_jax.infer.decode import (
     with_model,  # noqa: F401 (for the training loop)
 )
 from llama_jax.infer.sampling import Sampling
-from llama_jax.kv_cache import KVCache, num_slots
 from llama_jax.sharding import pad_batch, whole_sequences
 from llama_jax.text.stream import StopStrings, StreamDecoder
 
@@ -104,10 +104,10 @@ def generate(
         return []
     ids = [encode_prompt(llama, prompt, where=f"prompt {i}") for i, prompt in enumerate(prompts)]
     stops = [stop] if isinstance(stop, str) else list(stop)
-    rows = [Row(llama, stops, goes_on=isinstance(prompt, (str, ContinuedText))) for prompt in prompts]
+    rows = [RowText(llama, stops, goes_on=isinstance(prompt, (str, ContinuedText))) for prompt in prompts]
     with jax.set_mesh(llama.mesh):
         stop_ids = llama.tokenizer.stop_ids if llama.tokenizer else ()
-        run = Run(
+        run = Generation(
             llama, ids, max_new_tokens=max_new_tokens, sampling=sampling, stop_ids=stop_ids,
             first_chunk=STOP_CHUNK if stops else CHUNK,
         )  # fmt: skip
@@ -180,7 +180,7 @@ def _check_ids(ids: np.ndarray, vocab_size: int, where: str) -> None:
         raise ValueError(f"{where} has the id {bad}, but the model's vocabulary has {vocab_size} tokens")
 
 
-class Row:
+class RowText:
     """Text of one row as its tokens arrive; it may go on from the text of a prompt."""
 
     def __init__(self, llama: LoadedLlama, stops: Sequence[str], *, goes_on: bool = False):
@@ -224,7 +224,7 @@ class Row:
         return Completion("".join(self.pieces), self.tokens, reason, self.logprobs if logprobs else None)
 
 
-class Run:
+class Generation:
     """One batch from prefill to the last token: an iterator over chunks of (tokens, logprobs), a list for each row.
 
     Args:

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from llama_jax.machines import Machine, available_bytes
+from llama_jax.costs.machines import Machine, available_bytes
 from llama_jax.plan.program import Lowered
 
 LOCK = Path("/tmp/libtpu_lockfile")

@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from llama_jax.estimate import Job
-from llama_jax.kv_cache import KVCache, LayerCache, of_tokens
-from llama_jax.model import REMAT, Block, Llama
+from llama_jax.caches.full import KVCache, LayerCache, of_tokens
+from llama_jax.costs.estimate import Workload
+from llama_jax.model import Llama
+from llama_jax.model.blocks import Block
+from llama_jax.model.layers import REMAT
 from llama_jax.ops.attention import dot_product_attention
 from llama_jax.ops.linear import einsum
 from llama_jax.plan import program
@@ -24,7 +26,7 @@ from llama_jax.train.losses import TOKENS
 from llama_jax.train.step import attached, handles
 
 
-def lower_floor(job: Job, mesh: jax.sharding.Mesh) -> Lowered:
+def lower_floor(job: Workload, mesh: jax.sharding.Mesh) -> Lowered:
     """The floor program of a job; of training that of one microbatch."""
     with jax.set_mesh(mesh):
         if job.mode == "train":

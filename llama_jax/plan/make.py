@@ -7,9 +7,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from llama_jax import estimate, sharding
-from llama_jax.estimate import Job, Memory, Roofline, Work
-from llama_jax.machines import available_bytes
+from llama_jax import sharding
+from llama_jax.costs import estimate
+from llama_jax.costs.estimate import Memory, Roofline, Work, Workload
+from llama_jax.costs.machines import available_bytes
 from llama_jax.ops.attention import check_implementation
 from llama_jax.plan import compiler, hlo, program
 from llama_jax.plan.compiler import Compiled
@@ -17,7 +18,7 @@ from llama_jax.plan.floor import lower_floor
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class CostPlan:
     """A plan; bytes of each device.
 
     Attributes:
@@ -36,7 +37,7 @@ class Plan:
       why_not: why the compiler was not asked.
     """
 
-    job: Job
+    job: Workload
     arithmetic: Memory
     work: Work
     roofline: Roofline
@@ -115,11 +116,11 @@ class Plan:
         }
 
 
-def by_arithmetic(job: Job, why_not: str = "") -> Plan:
+def by_arithmetic(job: Workload, why_not: str = "") -> CostPlan:
     """A plan without a compiler."""
     check(job)
     work = estimate.work(job)
-    return Plan(
+    return CostPlan(
         job,
         estimate.memory(job),
         work,
@@ -129,7 +130,7 @@ def by_arithmetic(job: Job, why_not: str = "") -> Plan:
     )
 
 
-def make_plan(job: Job, *, floor: bool = True, say: Callable[[str], None] = lambda text: None) -> Plan:
+def cost_plan(job: Workload, *, floor: bool = True, say: Callable[[str], None] = lambda text: None) -> CostPlan:
     """A plan by the compiler of the machine; by arithmetic where that is not installed.
 
     Args:
@@ -145,7 +146,7 @@ def make_plan(job: Job, *, floor: bool = True, say: Callable[[str], None] = lamb
         devices = compiler.devices(job.machine, say=say)
     except compiler.NoCompiler as error:
         return dataclasses.replace(plan, why_not=str(error))
-    mesh = program.make_mesh(job, devices)
+    mesh = program.mesh_of_workload(job, devices)
     say(f"Tracing and compiling {job.mode} for {job.machine.cloud_name} (half a minute to three)")
     lowered = program.lower(job, mesh)
     compiled = compiler.compile(lowered, job.machine, job.compiler_options)
@@ -171,7 +172,7 @@ def make_plan(job: Job, *, floor: bool = True, say: Callable[[str], None] = lamb
     return plan
 
 
-def check(job: Job, *, batch: bool = True) -> None:
+def check(job: Workload, *, batch: bool = True) -> None:
     """Raises ValueError for a job whose parts do not go together, with what would; `batch` is whether that counts."""
     config, machine, ways = job.config, job.machine, job.ways
     for name in ("batch", "seq_len", "microbatches"):
@@ -190,7 +191,7 @@ def check(job: Job, *, batch: bool = True) -> None:
         text = in_words(job.mesh)
         raise ValueError(
             f"mesh {text} multiplies to {product}, but {machine.name} has {machine.devices} devices; for example"
-            f" {in_words(default_mesh(job))}"
+            f" {in_words(mesh_of_machine(job))}"
         )
     if machine.chip.platform == "tpu" and ways["data"] % machine.slices:
         raise ValueError(
@@ -202,7 +203,7 @@ def check(job: Job, *, batch: bool = True) -> None:
         raise ValueError(why)
 
 
-def default_mesh(job: Job) -> dict[str, int]:
+def mesh_of_machine(job: Workload) -> dict[str, int]:
     """All devices on fsdp for training, on tensor otherwise; slices on data."""
     slices = job.machine.slices if job.machine.chip.platform == "tpu" else 1
     axis = "fsdp" if job.mode == "train" else "tensor"

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax import sharding
-from llama_jax.estimate import Job
+from llama_jax.costs.estimate import Workload
 from llama_jax.infer.decode import DecodeState, Programs
 from llama_jax.infer.sampling import Sampling
 from llama_jax.model import Llama, flatten_heads
@@ -40,7 +40,7 @@ class Lowered:
     argument_bytes: int
 
 
-def recipe_of(job: Job) -> Recipe:
+def recipe_of(job: Workload) -> Recipe:
     """The recipe of a training job: packed rows, AdamW, float32 parameters, bfloat16 computation."""
     return Recipe(
         model=job.config,
@@ -53,12 +53,12 @@ def recipe_of(job: Job) -> Recipe:
     )
 
 
-def make_mesh(job: Job, devices: Sequence[Any]) -> jax.sharding.Mesh:
+def mesh_of_workload(job: Workload, devices: Sequence[Any]) -> jax.sharding.Mesh:
     """The mesh of a job on devices of its machine."""
     return sharding.make_mesh(job.config, **job.mesh, devices=devices)
 
 
-def lower(job: Job, mesh: jax.sharding.Mesh) -> Lowered:
+def lower(job: Workload, mesh: jax.sharding.Mesh) -> Lowered:
     """The step of a job: what `train.py` or `generate.py` would run."""
     with jax.set_mesh(mesh):
         if job.mode == "train":
@@ -66,13 +66,13 @@ def lower(job: Job, mesh: jax.sharding.Mesh) -> Lowered:
         return _decoding(job) if job.mode == "decode" else _prefilling(job)
 
 
-def _training(job: Job) -> Lowered:
+def _training(job: Workload) -> Lowered:
     program, args = setup.abstract_step(recipe_of(job))
     state = args[0]
     return lowered(program.lower(*args), args, state.model, optimizer=state.opt_state)
 
 
-def _decoding(job: Job) -> Lowered:
+def _decoding(job: Workload) -> Lowered:
     model = serving_model(job)
     cache = abstract_cache(model, job)
     state = DecodeState(
@@ -89,7 +89,7 @@ def _decoding(job: Job) -> Lowered:
     return lowered(Programs(model).lower_decode(*args), (model, args), model, cache=cache)
 
 
-def _prefilling(job: Job) -> Lowered:
+def _prefilling(job: Workload) -> Lowered:
     model = serving_model(job)
     row = _rows(model, job, jnp.int32)
     tokens = _placed(model, ("batch", "seq"), (job.batch, job.seq_len), jnp.int32)
@@ -98,14 +98,14 @@ def _prefilling(job: Job) -> Lowered:
     return lowered(step, (model, args), model, cache=abstract_cache(model, job))
 
 
-def serving_model(job: Job) -> Llama:
+def serving_model(job: Workload) -> Llama:
     """The abstract model of prefill and decode; its mesh must be in use."""
     attention = None if job.attention == "auto" else job.attention
     model = Llama(job.config, dtype="bfloat16", param_dtype="bfloat16", attention=attention, rngs=None)
     return flatten_heads(model) if job.machine.chip.platform == "tpu" else model
 
 
-def abstract_cache(model: Llama, job: Job) -> Any:
+def abstract_cache(model: Llama, job: Workload) -> Any:
     """The cache of a job, without data; its mesh must be in use."""
     mesh = jax.sharding.get_mesh()
     cache = jax.eval_shape(lambda: model.init_cache(job.batch, job.seq_len))
@@ -118,7 +118,7 @@ def _placed(model: Llama, axes: tuple[str, ...], shape: tuple[int, ...], dtype: 
     return jax.ShapeDtypeStruct(shape, dtype, sharding=model.rules.sharding(axes, shape))
 
 
-def _rows(model: Llama, job: Job, dtype: Any) -> Any:
+def _rows(model: Llama, job: Workload, dtype: Any) -> Any:
     return _placed(model, ("batch",), (job.batch,), dtype)
 
 

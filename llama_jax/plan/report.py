@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from llama_jax import candidates, tuned
-from llama_jax.estimate import Job
-from llama_jax.machines import CHIPS
-from llama_jax.plan.make import Plan
+from llama_jax.costs import candidates, tuned
+from llama_jax.costs.estimate import Workload
+from llama_jax.costs.machines import CHIPS
+from llama_jax.plan.make import CostPlan
 from llama_jax.plan.search import Found, name
 from llama_jax.sharding import ShardingRules, whole_weights
 
 COMPILER, ARITHMETIC, SHEET, LIMIT = "compiler", "arithmetic", "data sheet", "libtpu's limit"
 
 
-def in_words(plan: Plan, *, model: str, chosen_by: str = "", recipe: bool = False) -> str:
+def in_words(plan: CostPlan, *, model: str, chosen_by: str = "", recipe: bool = False) -> str:
     """The whole plan; every line says who said it.
 
     Args:
@@ -70,7 +70,7 @@ def in_words(plan: Plan, *, model: str, chosen_by: str = "", recipe: bool = Fals
     return "\n".join(lines)
 
 
-def _times(plan: Plan) -> list[str]:
+def _times(plan: CostPlan) -> list[str]:
     work, roofline, job = plan.work, plan.roofline, plan.job
     exact = COMPILER if plan.flops else ARITHMETIC
     again = ", what is computed again included" if job.mode == "train" else ""
@@ -100,7 +100,7 @@ def _times(plan: Plan) -> list[str]:
     return lines
 
 
-def verdict(plan: Plan, *, recipe: bool = False) -> str:
+def verdict(plan: CostPlan, *, recipe: bool = False) -> str:
     """Whether it fits; if not, what would, in the options of `plan.py` or of a recipe."""
     if plan.fits:
         free = plan.available_bytes - plan.peak_bytes
@@ -115,10 +115,10 @@ def verdict(plan: Plan, *, recipe: bool = False) -> str:
     return f"DOES NOT FIT: {need}.{largest}\n  {remedy(plan.job, recipe=recipe)}"
 
 
-def remedy(job: Job, *, recipe: bool = False) -> str:
+def remedy(job: Workload, *, recipe: bool = False) -> str:
     """What would fit, by arithmetic: on this machine, else on more of it."""
     for share in (0.95, 1.0):
-        fitting = [other for other in candidates.ranked(candidates.of(job))[:1] if candidates.fits(other, share)]
+        fitting = [other for other in candidates.ranked(candidates.enumerate(job))[:1] if candidates.fits(other, share)]
         if fitting:
             other = fitting[0]
             options = f"--mesh {_mesh(other)}"
@@ -163,7 +163,7 @@ def table(found: Found, *, rows: int = 12) -> str:
     return text + (f"\n({more} more)" if more > 0 else "")
 
 
-def plot(plans: Sequence[Plan], path: Path, *, title: str) -> None:
+def plot(plans: Sequence[CostPlan], path: Path, *, title: str) -> None:
     """A stacked bar of each plan's memory, and a line for what is available."""
     import matplotlib
 
@@ -187,7 +187,7 @@ def plot(plans: Sequence[Plan], path: Path, *, title: str) -> None:
     plt.close(figure)
 
 
-def parts(plan: Plan) -> dict[str, int]:
+def parts(plan: CostPlan) -> dict[str, int]:
     """The peak in parts."""
     memory = plan.arithmetic
     parameters, optimizer, cache = plan.sizes or (memory.parameters, memory.optimizer, memory.cache)
@@ -219,5 +219,5 @@ def _seconds(seconds: float) -> str:
     return f"{1e3 * seconds:.3g} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.3g} us"
 
 
-def _mesh(job: Job) -> str:
+def _mesh(job: Workload) -> str:
     return ",".join(f"{axis}={size}" for axis, size in job.mesh.items()) or "tensor=1"

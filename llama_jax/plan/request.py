@@ -8,12 +8,13 @@ import json
 import os
 from pathlib import Path
 
-from llama_jax import candidates, presets, sharding, tuned
-from llama_jax.config import ModelConfig
-from llama_jax.estimate import Job, Mode
-from llama_jax.machines import CHIPS, Machine, machine
-from llama_jax.plan.make import check, default_mesh
-from llama_jax.presets import PRESETS
+from llama_jax import sharding
+from llama_jax.config import ModelConfig, presets
+from llama_jax.config.presets import PRESETS
+from llama_jax.costs import candidates, tuned
+from llama_jax.costs.estimate import Mode, Workload
+from llama_jax.costs.machines import CHIPS, Machine, machine
+from llama_jax.plan.make import check, mesh_of_machine
 from llama_jax.train.choose import choose
 from llama_jax.train.recipe import Recipe
 from llama_jax.train.setup import check_divides, check_numbers
@@ -64,7 +65,7 @@ def job(
     remat: str | None = None,
     microbatches: int | None = None,
     attention: str = "auto",
-) -> tuple[Job, str]:
+) -> tuple[Workload, str]:
     """The job that was asked for, and who chose what was left open, in words.
 
     Args:
@@ -90,9 +91,9 @@ def job(
     parts = 1 if microbatches is None else microbatches
     if mode != "train" and remat:
         raise ValueError(f"remat is of training: leave it out with --mode {mode}")
-    asked = Job(config, where, mode, size, length, mesh or {}, remat or "full", parts, attention)
+    asked = Workload(config, where, mode, size, length, mesh or {}, remat or "full", parts, attention)
     if mesh is None:
-        check(dataclasses.replace(asked, mesh=default_mesh(asked)), batch=False)
+        check(dataclasses.replace(asked, mesh=mesh_of_machine(asked)), batch=False)
     else:
         check(asked)
     if row and mesh in (None, dict(row.mesh)) and remat in (None, row.remat):
@@ -107,14 +108,14 @@ def job(
     if mesh is not None and (mode != "train" or (remat and microbatches)):
         return asked, "as given"
     nothing_given = mesh is None and remat is None and microbatches is None
-    jobs = candidates.of(asked, mesh=mesh, remat=remat, microbatches=microbatches)
+    jobs = candidates.enumerate(asked, mesh=mesh, remat=remat, microbatches=microbatches)
     if not jobs:
-        check(dataclasses.replace(asked, mesh=mesh or default_mesh(asked)))
+        check(dataclasses.replace(asked, mesh=mesh or mesh_of_machine(asked)))
         raise ValueError(f"nothing divides a batch of {size} x {length} on {where.name}")
     return candidates.ranked(jobs, candidates.SHARE)[0], "arithmetic" if nothing_given else "arithmetic, and as given"
 
 
-def of_recipe(recipe: Recipe, on: str) -> tuple[Recipe, Job]:
+def of_recipe(recipe: Recipe, on: str) -> tuple[Recipe, Workload]:
     """A recipe with nothing left open, and the job of its last stage.
 
     Args:
@@ -126,7 +127,7 @@ def of_recipe(recipe: Recipe, on: str) -> tuple[Recipe, Job]:
     """
     config, batch = recipe.model, recipe.batch
     check_numbers(recipe)
-    asked = Job(config, machine(on or "v5e"), "train", batch.sequences, batch.seq_len, {})
+    asked = Workload(config, machine(on or "v5e"), "train", batch.sequences, batch.seq_len, {})
     if not on:
         rows = [machine(row.machine) for row in tuned.rows_of(config, "train") if row.seq_len >= batch.seq_len]
         tpus = [chip for chip in CHIPS.values() if chip.dimensions]
@@ -138,9 +139,9 @@ def of_recipe(recipe: Recipe, on: str) -> tuple[Recipe, Job]:
     return chosen, _job(chosen, asked.machine)
 
 
-def _job(recipe: Recipe, on: Machine) -> Job:
+def _job(recipe: Recipe, on: Machine) -> Workload:
     batch = recipe.batch
-    return Job(
+    return Workload(
         recipe.model, on, "train", batch.sequences, batch.seq_len, sharding.parse_mesh(recipe.mesh), recipe.remat,
         max(1, batch.microbatches), recipe.attention, recipe.compiler_options,
     )  # fmt: skip

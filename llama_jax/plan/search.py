@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from llama_jax import candidates
-from llama_jax.estimate import Job
-from llama_jax.plan.make import Plan, by_arithmetic, make_plan
+from llama_jax.costs import candidates
+from llama_jax.costs.estimate import Workload
+from llama_jax.plan.make import CostPlan, by_arithmetic, cost_plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,13 +20,13 @@ class Found:
       best: the fastest that fits; None where none does.
     """
 
-    compiled: list[Plan]
-    rest: list[Plan]
-    best: Plan | None
+    compiled: list[CostPlan]
+    rest: list[CostPlan]
+    best: CostPlan | None
 
 
 def search(
-    job: Job,
+    job: Workload,
     *,
     mesh: dict[str, int] | None,
     remat: str | None,
@@ -47,7 +47,7 @@ def search(
     Raises:
       ValueError: nothing divides the batch.
     """
-    jobs = candidates.of(job, mesh=mesh, remat=remat, microbatches=microbatches)
+    jobs = candidates.enumerate(job, mesh=mesh, remat=remat, microbatches=microbatches)
     if not jobs:
         raise ValueError(
             f"a batch of {job.batch} x {job.seq_len} divides on no mesh of {job.machine.devices} devices: give another"
@@ -55,10 +55,10 @@ def search(
         )
     ranked = candidates.ranked(jobs)
     say(f"{len(ranked)} configurations ranked by arithmetic")
-    compiled: list[Plan] = []
+    compiled: list[CostPlan] = []
     for number, candidate in enumerate(ranked[:compile], start=1):
         say(f"{number} of {min(compile, len(ranked))}: {name(candidate)}")
-        plan = make_plan(candidate, floor=False, say=say)
+        plan = cost_plan(candidate, floor=False, say=say)
         if plan.compiled is None:  # no compiler is here
             say(plan.why_not)
             break
@@ -69,7 +69,7 @@ def search(
     return Found(compiled, rest, best)
 
 
-def name(job: Job) -> str:
+def name(job: Workload) -> str:
     """ "fsdp=16, full, 4 microbatches"."""
     mesh = ",".join(f"{axis}={size}" for axis, size in job.mesh.items()) or "one device"
     if job.mode != "train":

@@ -6,9 +6,9 @@ import dataclasses
 import json
 from collections.abc import Callable
 
-from llama_jax import machines, tuned
+from llama_jax.costs import machines, tuned
 from llama_jax.plan import compiler
-from llama_jax.plan.make import make_plan
+from llama_jax.plan.make import cost_plan
 from llama_jax.plan.search import name
 
 FIGURES = (
@@ -37,7 +37,7 @@ def update(*, model: str, machine: str, say: Callable[[str], None]) -> None:
             say(f"{what}: its compiler is not here, the figures stay")
             continue
         say(what)
-        found = make_plan(row.job, say=say).as_json()
+        found = cost_plan(row.job, say=say).as_json()
         rows = list(_read())  # which another process may have written meanwhile
         rows[i] = dataclasses.replace(rows[i], figures={key: found[key] for key in FIGURES})
         write(rows)
@@ -45,12 +45,12 @@ def update(*, model: str, machine: str, say: Callable[[str], None]) -> None:
         raise ValueError(f"the tuned table has no row for model {model or 'any'!r} and machine {machine or 'any'!r}")
 
 
-def _read() -> tuple[tuned.Row, ...]:
+def _read() -> tuple[tuned.TunedEntry, ...]:
     tuned.table.cache_clear()
     return tuned.table()
 
 
-def write(rows: list[tuned.Row]) -> None:
+def write(rows: list[tuned.TunedEntry]) -> None:
     """Writes the table."""
     text = json.dumps([dataclasses.asdict(row) for row in rows], indent=1)
     partial = tuned.FILE.with_suffix(".partial")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from llama_jax import candidates, sharding, tuned
+from llama_jax import sharding
 from llama_jax.config import ModelConfig
-from llama_jax.estimate import Job
-from llama_jax.machines import Machine
+from llama_jax.costs import candidates, tuned
+from llama_jax.costs.estimate import Workload
+from llama_jax.costs.machines import Machine
 from llama_jax.train.recipe import Batch, Recipe
 
 
@@ -52,11 +53,11 @@ def choose(recipe: Recipe, config: ModelConfig, machine: Machine | None) -> Reci
     )
 
 
-def by_arithmetic(recipe: Recipe, config: ModelConfig, machine: Machine) -> Job:
+def by_arithmetic(recipe: Recipe, config: ModelConfig, machine: Machine) -> Workload:
     """The fastest job by its roofline of those that fit; where none does, the smallest."""
     batch = recipe.batch
-    jobs = candidates.of(
-        Job(config, machine, "train", batch.sequences, batch.seq_len, {}),
+    jobs = candidates.enumerate(
+        Workload(config, machine, "train", batch.sequences, batch.seq_len, {}),
         mesh=None if recipe.mesh == "auto" else sharding.parse_mesh(recipe.mesh),
         remat=None if recipe.remat == "auto" else recipe.remat,
         microbatches=batch.microbatches or None,

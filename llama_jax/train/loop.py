@@ -16,14 +16,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from llama_jax import distributed, metrics
+from llama_jax import distributed
 from llama_jax.checkpoint.arrays import DamagedError
 from llama_jax.checkpoint.paths import local_folder
 from llama_jax.checkpoint.run import RunCheckpoints
 from llama_jax.config import ModelConfig
-from llama_jax.data.loader import Loader, Step
-from llama_jax.data.plan import sources
-from llama_jax.data.system import naming
+from llama_jax.costs import mfu as metrics
+from llama_jax.data.prepare.system import naming
+from llama_jax.data.rows.loader import Loader, Step
+from llama_jax.data.rows.plan import sources
 from llama_jax.distributed.agreement import fingerprint
 from llama_jax.infer.generate import Sampling, encode_prompt, generate, with_model
 from llama_jax.sharding import whole_weights
@@ -39,8 +40,8 @@ from llama_jax.train.state import TrainState, describe, from_named_arrays, named
 from llama_jax.train.step import compiled
 from llama_jax.train.stop import StopRequest, on_request
 from llama_jax.train.validation import Validator
+from llama_jax.weights.formats.native import is_stacked
 from llama_jax.weights.load import LoadedLlama, use_compilation_cache
-from llama_jax.weights.native import is_stacked
 from llama_jax.weights.open import Checkpoint
 from llama_jax.weights.writers import hf_texts
 
@@ -102,7 +103,7 @@ class _Run:
         self.optimizer, self.schedule = adamw(recipe.optimizer), learning_rate(recipe.optimizer.schedule)
         self.corpora = setup.open_corpora(recipe)
         self.batches = setup.batch_schedule(recipe.batch)
-        self.plan = setup.make_plan(recipe, self.corpora)
+        self.plan = setup.row_plan(recipe, self.corpora)
         initial = None if steps else setup.open_initial(recipe, self.corpora)
         self.config = self._config(initial)
         self._agree_on_files(initial, steps)
@@ -111,7 +112,7 @@ class _Run:
         self.recipe = recipe = choose(recipe, self.config, self.machine)
         distributed.agree(resume.of_all_processes(recipe))  # a process may have been given less memory
         self.batches = setup.batch_schedule(recipe.batch)
-        self.mesh = setup.make_mesh(recipe, self.config)
+        self.mesh = setup.mesh_of_recipe(recipe, self.config)
         if self.mesh.devices.flat[0].platform == "cpu":
             setup.keep_freed_memory()
         self.validation = self._validator()

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llama_jax.data.system import naming
+from llama_jax.data.prepare.system import naming
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 CURVES, WANDB = "curves.png", "wandb_id"

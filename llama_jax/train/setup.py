@@ -18,19 +18,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llama_jax import machines, sharding
+from llama_jax import sharding
 from llama_jax.config import ModelConfig
+from llama_jax.costs import machines
+from llama_jax.costs.machines import Machine
 from llama_jax.data.corpus import Corpus, changed_facts, check_tokenizer, open_corpus
-from llama_jax.data.loader import BatchSchedule
-from llama_jax.data.loader import Stage as BatchStage
-from llama_jax.data.plan import WINDOW, Plan
-from llama_jax.machines import Machine
+from llama_jax.data.rows.loader import BatchSchedule, BatchStage
+from llama_jax.data.rows.plan import WINDOW, RowPlan
 from llama_jax.model import Llama, random_keys
 from llama_jax.text.differences import differences
 from llama_jax.train.optim import adamw, learning_rate
 from llama_jax.train.recipe import Batch, Recipe
 from llama_jax.train.state import TrainState, new_state
-from llama_jax.train.step import BATCH, compiled
+from llama_jax.train.step import BATCH_ARRAYS, compiled
 
 if TYPE_CHECKING:
     from llama_jax.weights.open import Checkpoint
@@ -81,7 +81,7 @@ def open_corpora(recipe: Recipe) -> Corpora:
 def _folder(name: str, which: int) -> Path:
     if not name.startswith(STDLIB):
         return Path(os.path.expanduser(name))
-    from llama_jax.data.stdlib import stdlib_corpus
+    from llama_jax.data.prepare.stdlib import stdlib_corpus
     from llama_jax.weights.hub import cache_folder
 
     size = name.removeprefix(STDLIB)
@@ -128,7 +128,7 @@ def check_sizes(recipe: Recipe, config: ModelConfig, corpora: Corpora) -> None:
         )
 
 
-def make_plan(recipe: Recipe, corpora: Corpora) -> Plan:
+def row_plan(recipe: Recipe, corpora: Corpora) -> RowPlan:
     """The order of all rows.
 
     Raises:
@@ -139,7 +139,7 @@ def make_plan(recipe: Recipe, corpora: Corpora) -> Plan:
         raise ValueError(
             f"data.weights has {len(weights)} numbers for {len(corpora.train)} corpora: give one each, or none"
         )
-    return Plan(corpora.train, seq_len=recipe.batch.seq_len, seed=recipe.seed, weights=weights)
+    return RowPlan(corpora.train, seq_len=recipe.batch.seq_len, seed=recipe.seed, weights=weights)
 
 
 def what_is_read(recipe: Recipe, corpora: Corpora) -> dict[str, Any]:
@@ -188,7 +188,7 @@ def machine_here() -> Machine | None:
     return machines.of_devices(devices[0].device_kind, len(devices), sharding.num_slices(devices))
 
 
-def make_mesh(recipe: Recipe, config: ModelConfig) -> jax.sharding.Mesh:
+def mesh_of_recipe(recipe: Recipe, config: ModelConfig) -> jax.sharding.Mesh:
     """The mesh of a recipe; "auto" puts all devices on fsdp, slices of TPUs on data.
 
     Raises:
@@ -251,7 +251,7 @@ def abstract_step(recipe: Recipe) -> tuple[Any, tuple[Any, ...]]:
     batch = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=jax.NamedSharding(mesh, jax.P(None, *spec)))
     stop = jax.ShapeDtypeStruct((mesh.size,), jnp.bool_, sharding=jax.NamedSharding(mesh, jax.P(mesh.axis_names)))
     program = compiled(optimizer, learning_rate(recipe.optimizer.schedule), recipe.optimizer.z_weight)
-    return program, (state, dict.fromkeys(BATCH, batch), stop)
+    return program, (state, dict.fromkeys(BATCH_ARRAYS, batch), stop)
 
 
 def _mesh_in_use() -> Any:

@@ -13,13 +13,13 @@ from llama_jax.ops.linear import Narrowed
 from llama_jax.train.losses import Loss, cross_entropy
 from llama_jax.train.state import TrainState
 
-Batch = Mapping[str, jax.Array]
-BATCH = ("tokens", "targets", "positions", "segment_ids")
+BatchArrays = Mapping[str, jax.Array]
+BATCH_ARRAYS = ("tokens", "targets", "positions", "segment_ids")
 
 
 def train_step(
     state: TrainState,
-    batch: Batch,
+    batch: BatchArrays,
     stop: jax.Array,
     *,
     optimizer: optax.GradientTransformation,
@@ -44,7 +44,7 @@ def train_step(
     M = batch["tokens"].shape[0]
     count = jnp.maximum((batch["segment_ids"] > 0).sum(dtype=jnp.float32), 1)
 
-    def loss_of(stand_ins: Llama, part: Batch) -> tuple[jax.Array, Loss]:
+    def loss_of(stand_ins: Llama, part: BatchArrays) -> tuple[jax.Array, Loss]:
         loss = _loss(attached(state.model, stand_ins), part, z_weight)
         return (loss.nll + z_weight * loss.z) / count, loss
 
@@ -92,17 +92,17 @@ def train_step(
     }
 
 
-def validation_step(model: Llama, batch: Batch) -> Loss:
+def validation_step(model: Llama, batch: BatchArrays) -> Loss:
     """The loss of one batch, [B, T] each of the arrays of `train_step`."""
     return _loss(model, batch, 0.0)
 
 
 def compiled(
     optimizer: optax.GradientTransformation, schedule: optax.Schedule, z_weight: float = 0.0
-) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
+) -> Callable[[TrainState, BatchArrays, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
     """`train_step` as one jitted program, its state donated."""
 
-    def step(state: TrainState, batch: Batch, stop: jax.Array):
+    def step(state: TrainState, batch: BatchArrays, stop: jax.Array):
         return train_step(state, batch, stop, optimizer=optimizer, schedule=schedule, z_weight=z_weight)
 
     return jax.jit(step, donate_argnums=0)
@@ -124,7 +124,7 @@ def attached(model: Llama, stand_ins: Llama) -> Llama:
     return jax.tree.map(lambda w, other: other if other.dtype == w.dtype else Narrowed(w, other), model, stand_ins)
 
 
-def _loss(model: Llama, batch: Batch, z_weight: float) -> Loss:
+def _loss(model: Llama, batch: BatchArrays, z_weight: float) -> Loss:
     segments_BT = batch["segment_ids"]
     x_BTD, _ = model.hidden(batch["tokens"], positions_BT=batch["positions"], segment_ids_BT=segments_BT)
     return cross_entropy(model, x_BTD, batch["targets"], segments_BT > 0, z_weight=z_weight)

@@ -10,8 +10,8 @@ import numpy as np
 
 from llama_jax import distributed
 from llama_jax.data.corpus import Corpus
-from llama_jax.data.loader import BatchSchedule, Loader, Stage
-from llama_jax.data.plan import SequentialPlan
+from llama_jax.data.rows.loader import BatchSchedule, BatchStage, Loader
+from llama_jax.data.rows.plan import SequentialPlan
 from llama_jax.model import Llama
 from llama_jax.sharding import pad_batch
 from llama_jax.text.tokenizer import Tokenizer
@@ -76,7 +76,7 @@ class Validator:
 
     def _of(self, model: Llama, plan: SequentialPlan) -> tuple[float, float]:
         """Nats and tokens."""
-        schedule = BatchSchedule(self._seq_len, (Stage(0, self._rows),))
+        schedule = BatchSchedule(self._seq_len, (BatchStage(0, self._rows),))
         sums = []
         with jax.set_mesh(self._mesh):
             sharding = model.rules.sharding(("batch", "seq"), (self._rows, self._seq_len))

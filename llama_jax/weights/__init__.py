@@ -1,1 +1,1 @@
-"""Checkpoints in: what lies on disk, under whose names, and how it reaches the devices."""
+"""Checkpoints: reading, writing, converting and fetching the weights of every format."""

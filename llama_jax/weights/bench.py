@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from llama_jax import presets
-from llama_jax.weights import names
+from llama_jax.config import presets
+from llama_jax.weights import params
 from llama_jax.weights.open import DTYPES
 from llama_jax.weights.safetensors import write_safetensors
 from llama_jax.weights.sink import Entry, sync
@@ -113,7 +113,7 @@ def write_synthetic(folder: Path, preset: str) -> None:
 
     entries = [
         Entry(name, shape, DTYPES["bfloat16"], pieces(math.prod(shape)))
-        for name, shape in names.expected(config, "hf").items()
+        for name, shape in params.expected(config, "hf").items()
     ]
     folder.mkdir(parents=True)
     write_safetensors(folder / "model.safetensors", entries, lambda done: None, metadata={"format": "pt"})
@@ -130,7 +130,7 @@ def measure(folder: Path, preset: str, *, progress: Callable[[str], None]) -> li
       progress: called with a word about what is being done.
     """
     config = presets.PRESETS[preset]
-    largest = 2 * max(math.prod(shape) for shape in names.expected(config, "hf").values())
+    largest = 2 * max(math.prod(shape) for shape in params.expected(config, "hf").values())
     progress(f"writing a synthetic {preset}")
     write_synthetic(folder / "hf", preset)
     results = []

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from llama_jax.weights import names
+from llama_jax.weights import params
 from llama_jax.weights.open import Checkpoint
 from llama_jax.weights.source import Tensor, common_dtype
 
@@ -34,7 +34,7 @@ class Difference:
 def compare_parameter(
     a: Checkpoint,
     b: Checkpoint,
-    row: names.Row,
+    row: params.ParamSpec,
     layer: int | None,
     *,
     expected: Callable[[np.ndarray], np.ndarray] = lambda piece: piece,
@@ -73,10 +73,10 @@ def compare_parameter(
     return Difference(name, worst, (square / total) ** 0.5 if total else worst, False, dtypes)
 
 
-def _pieces(checkpoint: Checkpoint, row: names.Row, tensor: Tensor) -> Iterator[np.ndarray]:
-    rows, *columns = names.stored_shape(row, checkpoint.config, "hf")
+def _pieces(checkpoint: Checkpoint, row: params.ParamSpec, tensor: Tensor) -> Iterator[np.ndarray]:
+    rows, *columns = params.stored_shape(row, checkpoint.config, "hf")
     width = columns[0] if columns else rows
-    return names.pieces(tensor, row, checkpoint.config, checkpoint.format, "hf", slice(0, width), range(rows))
+    return params.pieces(tensor, row, checkpoint.config, checkpoint.format, "hf", slice(0, width), range(rows))
 
 
 def _aligned(a: Iterator[np.ndarray], b: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from llama_jax.config import ConfigError, ModelConfig
-from llama_jax.weights import names
+from llama_jax.weights import params
 from llama_jax.weights.source import Tensor
 
 UNQUANTIZED = "take the weights that it was made from, in bfloat16 or float16, or a GGUF file of this model"
@@ -33,7 +33,7 @@ class Sign(NamedTuple):
     remedy: str
     names: str
     test: Callable[[Mapping[str, Tensor]], bool] = lambda tensors: True
-    format: names.Format | None = None
+    format: params.Format | None = None
 
 
 def _dtypes(*wanted: str) -> Callable[[Mapping[str, Tensor]], bool]:
@@ -154,7 +154,7 @@ SIGNS = (
 def tensors(
     found: Mapping[str, Tensor],
     config: ModelConfig,
-    format: names.Format,
+    format: params.Format,
     said: Mapping[str, Any],
     absent: Mapping[str, str],
 ) -> str:
@@ -173,7 +173,7 @@ def tensors(
         if sign.format in (None, format) and any(re.search(sign.names, name) for name in found) and sign.test(found):
             return f"{sign.what}: {sign.remedy}"
     countable = config.num_layers <= len(found)  # before a table of that many names is made
-    lost = [name for name in names.expected(config, format) if name in absent] if absent and countable else []
+    lost = [name for name in params.expected(config, format) if name in absent] if absent and countable else []
     if lost:
         return f"the index says that {absent[lost[0]]} holds it: index and file do not belong together, take both anew"
     return _several(found) or _other_layers(found, config, format) or _headless(found, config, format, said)
@@ -187,9 +187,9 @@ def _several(found: Mapping[str, Tensor]) -> str:
     return f"several models side by side ({', '.join(tables[:3])}): save the one that is meant alone"
 
 
-def _other_layers(found: Mapping[str, Tensor], config: ModelConfig, format: names.Format) -> str:
+def _other_layers(found: Mapping[str, Tensor], config: ModelConfig, format: params.Format) -> str:
     """Where the files hold another number of layers than the configuration names."""
-    pattern = re.escape(names.TABLE[1].name(format, 0)).replace("0", r"(\d+)", 1)
+    pattern = re.escape(params.TABLE[1].name(format, 0)).replace("0", r"(\d+)", 1)
     layers = {int(match[1]) for name in found if (match := re.fullmatch(pattern, name))}
     if not layers:
         return ""
@@ -207,10 +207,10 @@ def _other_layers(found: Mapping[str, Tensor], config: ModelConfig, format: name
     )
 
 
-def _headless(found: Mapping[str, Tensor], config: ModelConfig, format: names.Format, said: Mapping[str, Any]) -> str:
+def _headless(found: Mapping[str, Tensor], config: ModelConfig, format: params.Format, said: Mapping[str, Any]) -> str:
     """Where only the output head is missing."""
-    missing = names.expected(config, format).keys() - found.keys() if config.num_layers <= len(found) else set()
-    if missing != {names.head_name(format)}:
+    missing = params.expected(config, format).keys() - found.keys() if config.num_layers <= len(found) else set()
+    if missing != {params.head_name(format)}:
         return ""
     kinds = said.get("architectures")
     if isinstance(kinds, list) and kinds and not str(kinds[0]).endswith("ForCausalLM"):

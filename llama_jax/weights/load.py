@@ -192,7 +192,7 @@ def read_model(
 
 
 def parameter_name(path: Any) -> str:
-    """The name of a leaf of `Llama` in `names.TABLE`'s spelling: "blocks.3.attn.wq", "blocks.attn.wq" if stacked."""
+    """The name of a leaf of `Llama` in `params.TABLE`'s spelling: "blocks.3.attn.wq", "blocks.attn.wq" if stacked."""
     import jax
 
     return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
@@ -202,10 +202,10 @@ class _Parameter:
     """One parameter of the model: where it is stored, and which parts of it this process reads."""
 
     def __init__(self, checkpoint: Checkpoint, name: str, shape: tuple[int, ...], sharding: Any):
-        from llama_jax.weights import names
+        from llama_jax.weights import params
 
         self._checkpoint, self._shape, self._sharding = checkpoint, shape, sharding
-        self._row, layer = names.row_of(name)
+        self._row, layer = params.spec_of(name)
         self._stacked = "{}" in self._row.ours and layer is None
         self._layers = range(checkpoint.config.num_layers) if self._stacked else [layer]
         self._reading = self._shared_out()
@@ -221,7 +221,7 @@ class _Parameter:
         import jax
         import numpy as np
 
-        from llama_jax.weights import names
+        from llama_jax.weights import params
         from llama_jax.weights.open import DTYPES
         from llama_jax.weights.source import cast, common_dtype
 
@@ -229,7 +229,7 @@ class _Parameter:
         target = DTYPES[dtype] if dtype else common_dtype(checkpoint.dtype_of(row, i) for i in self._layers)
 
         def one(tensor: Tensor, index: Index) -> np.ndarray:
-            x = cast(names.read(tensor, row, checkpoint.config, checkpoint.format, index), target, tensor.name)
+            x = cast(params.read(tensor, row, checkpoint.config, checkpoint.format, index), target, tensor.name)
             advance(self._nbytes(tensor, index))
             return x
 

@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
-from llama_jax import presets
-from llama_jax.config import ConfigError, ModelConfig
-from llama_jax.weights import diagnose, foreign, hub, names, verdict
-from llama_jax.weights.gguf import read_gguf
-from llama_jax.weights.hf import has_weights, read_hf, read_json
-from llama_jax.weights.meta import read_meta
+from llama_jax.config import ConfigError, ModelConfig, presets
+from llama_jax.weights import diagnose, foreign, hub, params, verdict
+from llama_jax.weights.formats.gguf import read_gguf
+from llama_jax.weights.formats.hf import has_weights, read_hf, read_json
+from llama_jax.weights.formats.meta import read_meta
 from llama_jax.weights.source import CheckpointError, Tensor, exists, listing, system_errors
 
 if TYPE_CHECKING:
@@ -49,7 +48,7 @@ class Checkpoint:
     """
 
     path: Path
-    format: names.Format
+    format: params.Format
     config: ModelConfig
     tensors: Mapping[str, Tensor]
     tokenizer: Tokenizer | None
@@ -57,11 +56,11 @@ class Checkpoint:
     generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     left_out: tuple[str, ...] = ()
 
-    def tensor(self, row: names.Row, layer: int | None) -> Tensor:
+    def tensor(self, row: params.ParamSpec, layer: int | None) -> Tensor:
         """The tensor that holds a parameter."""
         return self.tensors[row.name(self.format, layer)]
 
-    def dtype_of(self, row: names.Row, layer: int | None) -> np.dtype:
+    def dtype_of(self, row: params.ParamSpec, layer: int | None) -> np.dtype:
         """What a parameter is to be stored in by a format that keeps dtypes.
 
         GGUF keeps vectors in float32 whatever the matrices are in: they go back to the matrices' dtype where that loses
@@ -86,7 +85,7 @@ class Checkpoint:
     def dtype(self) -> np.dtype:
         """Of most of the weights, as read."""
         nbytes: dict[np.dtype, int] = {}
-        for row, layer in names.parameters(self.config):
+        for row, layer in params.parameters(self.config):
             tensor = self.tensor(row, layer)
             nbytes[tensor.dtype] = nbytes.get(tensor.dtype, 0) + tensor.nbytes
         return max(nbytes, key=lambda dtype: nbytes[dtype])
@@ -213,14 +212,14 @@ def _open_meta(path: Path) -> Checkpoint:
 
 
 def _open_native(path: Path) -> Checkpoint:
-    from llama_jax.weights.native import read_native
+    from llama_jax.weights.formats.native import read_native
 
     said = read_json(path / "config.json", "a native checkpoint describes its model there")
     config = presets.from_hf_config(said)
     return _folder(path, "native", verdict.settle(path, "native", config, read_native(path, config), said=said))
 
 
-def _folder(path: Path, format: names.Format, settled: verdict.Settled) -> Checkpoint:
+def _folder(path: Path, format: params.Format, settled: verdict.Settled) -> Checkpoint:
     """A checkpoint whose tokenizer lies beside its weights."""
     from llama_jax.text.export import hf_files, read_files, with_named_ids
     from llama_jax.text.tokenizer import load_tokenizer

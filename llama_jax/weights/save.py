@@ -16,7 +16,7 @@ import numpy as np
 
 from llama_jax.config import ConfigError
 from llama_jax.text.differences import differences
-from llama_jax.weights import names, writers
+from llama_jax.weights import params, writers
 from llama_jax.weights.compare import compare_parameter
 from llama_jax.weights.open import DTYPES, Checkpoint, open_checkpoint
 from llama_jax.weights.progress import progress
@@ -33,7 +33,7 @@ TARGETS: tuple[Target, ...] = get_args(Target)
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class ConversionReport:
     """What a conversion did.
 
     Attributes:
@@ -68,7 +68,7 @@ def convert(
     quantize: str | None = None,
     overwrite: bool = False,
     verify: bool = True,
-) -> Report:
+) -> ConversionReport:
     """Converts a checkpoint tensor by tensor; without JAX, except to "native".
 
     Args:
@@ -94,7 +94,9 @@ def convert(
     return export(open_checkpoint(source), destination, to=to, options=options, overwrite=overwrite, verify=verify)
 
 
-def save(llama: LoadedLlama, path: str | Path, *, format: Target, overwrite: bool = False, **options: Any) -> Report:
+def save(
+    llama: LoadedLlama, path: str | Path, *, format: Target, overwrite: bool = False, **options: Any
+) -> ConversionReport:
     """Writes a loaded model, its weights as they are on the devices.
 
     Args:
@@ -120,7 +122,7 @@ def export(
     options: Options,
     overwrite: bool = False,
     verify: bool = True,
-) -> Report:
+) -> ConversionReport:
     """Writes an opened checkpoint. Arguments and errors as `convert`."""
     _check_options(to, options)
     destination = Path(os.path.expanduser(destination))
@@ -132,7 +134,7 @@ def export(
 
 def _export(
     checkpoint: Checkpoint, destination: Path, to: Target, options: Options, *, overwrite: bool, verify: bool
-) -> Report:
+) -> ConversionReport:
     total = _nbytes(checkpoint, to, options)
     with replacing(destination, overwrite=overwrite) as partial:
         free = shutil.disk_usage(partial.parent).free
@@ -151,7 +153,7 @@ def _export(
                 warnings += _verify(checkpoint, partial, options, advance)
         verified = time.perf_counter()
         nbytes = sum(file.stat().st_size for file in files)
-    return Report(
+    return ConversionReport(
         str(destination), to, options.dtype or str(checkpoint.dtype), options.quantize, nbytes,
         written - start, verified - written, warnings,
     )  # fmt: skip
@@ -191,8 +193,8 @@ def _in_words(checkpoint: Checkpoint, destination: Path, to: str) -> Iterator[No
 def _nbytes(checkpoint: Checkpoint, to: Target, options: Options) -> int:
     """Bytes of the weights that will be written."""
     total = 0.0
-    for row, layer in names.parameters(checkpoint.config):
-        count = math.prod(names.stored_shape(row, checkpoint.config, "hf"))
+    for row, layer in params.parameters(checkpoint.config):
+        count = math.prod(params.stored_shape(row, checkpoint.config, "hf"))
         width = (DTYPES[options.dtype] if options.dtype else checkpoint.tensor(row, layer).dtype).itemsize
         if to == "gguf" and options.quantize and len(row.stored) == 2:
             width = {"q8_0": 34 / 32, "q4_0": 18 / 32}[options.quantize]
@@ -215,7 +217,7 @@ def _verify(source: Checkpoint, path: Path, options: Options, advance: Callable[
     for row, layer, tensor in _written(result):
         stored = result.tensor(row, layer) if tensor is None else tensor
 
-        def expected(piece: np.ndarray, row: names.Row = row, stored: Tensor = stored) -> np.ndarray:
+        def expected(piece: np.ndarray, row: params.ParamSpec = row, stored: Tensor = stored) -> np.ndarray:
             if options.dtype:
                 piece = cast(piece, DTYPES[options.dtype], stored.name)
             if options.quantize and len(row.stored) == 2:
@@ -232,11 +234,11 @@ def _verify(source: Checkpoint, path: Path, options: Options, advance: Callable[
     return [f"the tokenizer is not the same: {text}" for text in differences(source.tokenizer, result.tokenizer)]
 
 
-def _written(result: Checkpoint) -> Iterator[tuple[names.Row, int | None, Tensor | None]]:
-    for row, layer in names.parameters(result.config):
+def _written(result: Checkpoint) -> Iterator[tuple[params.ParamSpec, int | None, Tensor | None]]:
+    for row, layer in params.parameters(result.config):
         yield row, layer, None
     if result.config.tie_embeddings and (head := result.tensors.get("output.weight")):
-        yield names.TABLE[0], None, head
+        yield params.TABLE[0], None, head
 
 
 def _requantized(piece: np.ndarray, kind: str, name: str) -> np.ndarray:
@@ -261,7 +263,7 @@ def _of_loaded(llama: LoadedLlama) -> Checkpoint:
         dtype = leaf.matrix.dtype if isinstance(leaf, Flattened) else leaf.dtype
         if not (leaf.matrix if isinstance(leaf, Flattened) else leaf).is_fully_addressable:
             raise ValueError("this model is spread over several processes: convert the checkpoint it was loaded from")
-        row, layer = names.row_of(name)
+        row, layer = params.spec_of(name)
         stacked = "{}" in row.ours and layer is None
         for i in range(llama.config.num_layers) if stacked else [layer]:
             shape = leaf.shape[1:] if stacked else leaf.shape

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from llama_jax import config_keys
 from llama_jax.config import ModelConfig
-from llama_jax.weights import diagnose, names
+from llama_jax.config import keys as config_keys
+from llama_jax.weights import diagnose, params
 from llama_jax.weights.source import CheckpointError, Tensor, common_dtype
 
 log = logging.getLogger("llama_jax")
@@ -29,7 +29,7 @@ WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 # Parts that a larger module puts before the whole model: PEFT after merging, Lightning, TRL, trainers.
 OUTER = {"base_model", "model", "pretrained_model", "_model", "policy", "actor", "student", "net", "transformer"}
 # How each format's embedding table ends, and what stands before it.
-ROOTS: dict[names.Format, tuple[str, str]] = {
+ROOTS: dict[params.Format, tuple[str, str]] = {
     "hf": ("embed_tokens.weight", "model."),
     "meta": ("tok_embeddings.weight", ""),
 }
@@ -63,7 +63,7 @@ def _is_integer(tensor: Tensor) -> bool:
 _ROTARY = r"(.*[._])?(rotary_emb|rotary_pos_emb|rotary_embedding|rotary|rope)\."
 _COUNTED = "step|steps|epochs?|iterations?|iter|num_updates|num_batches_tracked|step_count|loss|lr|tokens_seen|seen"
 HARMLESS = (
-    Harmless("RoPE tables, which the configuration gives", names.NO_PARAMETERS.pattern, silent=True),
+    Harmless("RoPE tables, which the configuration gives", params.NO_PARAMETERS.pattern, silent=True),
     Harmless(
         "RoPE tables, which the configuration gives",
         _ROTARY + r"_?(original_inv_freq|inv_freq|(cos|sin)(_cached?)?|cos_sin_cache|freqs(_cis|_cos|_sin)?|cache)"
@@ -106,7 +106,7 @@ class Settled:
 
 def settle(
     path: Path,
-    format: names.Format,
+    format: params.Format,
     config: ModelConfig,
     tensors: Mapping[str, Tensor],
     *,
@@ -139,7 +139,9 @@ def settle(
     notes += said_of_tie
     dropped = _without_harmless(config, kept, format)
     _check_vocabulary(path, config, kept, format)
-    names.check(kept, config, format, path, lambda: diagnose.tensors(tensors, config, format, said or {}, absent or {}))
+    params.check(
+        kept, config, format, path, lambda: diagnose.tensors(tensors, config, format, said or {}, absent or {})
+    )
     aloud = [*notes, *(f"left out: {text}" for text in out)]
     aloud += [f"left out: {sentence}" for sentence, silent in dropped if not silent]
     out += [sentence for sentence, _ in dropped]
@@ -148,7 +150,7 @@ def settle(
     return Settled(config, kept, (*out, *_left_out_keys(format, said or {})))
 
 
-def _left_out_keys(format: names.Format, said: Mapping[str, Any]) -> tuple[str, ...]:
+def _left_out_keys(format: params.Format, said: Mapping[str, Any]) -> tuple[str, ...]:
     """What of the configuration was not used, in sentences."""
     ignored = config_keys.ignored_keys(format, said)
     return (f"keys of the configuration that no Llama uses: {', '.join(ignored)}",) if ignored else ()
@@ -159,7 +161,7 @@ def _left_out_keys(format: names.Format, said: Mapping[str, Any]) -> tuple[str, 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def unwrapped(tensors: Mapping[str, Tensor], format: names.Format) -> tuple[dict[str, Tensor], list[str]]:
+def unwrapped(tensors: Mapping[str, Tensor], format: params.Format) -> tuple[dict[str, Tensor], list[str]]:
     """Tensors under the names that they have without wrappers, and what to say about it.
 
     Args:
@@ -171,7 +173,7 @@ def unwrapped(tensors: Mapping[str, Tensor], format: names.Format) -> tuple[dict
     prefixes = {name.removesuffix(tail) for name in plain.values() if name == tail or name.endswith(f".{tail}")}
     (prefix,) = prefixes if len(prefixes) == 1 else (None,)  # none or several: not one model in a wrapper
     if prefix is not None and set(prefix.split(".")) <= {*OUTER, ""}:
-        plain = {name: _without(text, prefix, inner, names.head_name(format)) for name, text in plain.items()}
+        plain = {name: _without(text, prefix, inner, params.head_name(format)) for name, text in plain.items()}
     if len(set(plain.values())) < len(plain) or all(name == text for name, text in plain.items()):
         return dict(tensors), []  # two would have one name: then they are no wrapper's
     first = next(name for name, text in plain.items() if name != text)
@@ -187,11 +189,11 @@ def _without(name: str, prefix: str, inner: str, head: str) -> str:
     return inner + name.removeprefix(prefix) if name.startswith(prefix) else name
 
 
-def _without_harmless(config: ModelConfig, tensors: dict[str, Tensor], format: names.Format) -> list[tuple[str, bool]]:
+def _without_harmless(config: ModelConfig, tensors: dict[str, Tensor], format: params.Format) -> list[tuple[str, bool]]:
     """Takes out what no result depends on; for each kind, a sentence and whether it is too common for a warning."""
     if config.num_layers > len(tensors):
-        return []  # names.check refuses it
-    needed = names.expected(config, format).keys() | {names.head_name(format)}
+        return []  # params.check refuses it
+    needed = params.expected(config, format).keys() | {params.head_name(format)}
     needed |= {"rope_freqs.weight"} if format == "gguf" else set()  # which the configuration was made of
     found: dict[tuple[str, bool], list[str]] = {}
     for name in [name for name in tensors if name not in needed]:
@@ -213,15 +215,15 @@ def counted(which: list[str]) -> str:
 
 
 def _tied_or_not(
-    config: ModelConfig, tensors: dict[str, Tensor], format: names.Format
+    config: ModelConfig, tensors: dict[str, Tensor], format: params.Format
 ) -> tuple[ModelConfig, list[str]]:
     """The configuration with the head that is stored, and what to say about it."""
-    embed, head = (tensors.get(name) for name in (names.embed_name(format), names.head_name(format)))
+    embed, head = (tensors.get(name) for name in (params.embed_name(format), params.head_name(format)))
     if not config.tie_embeddings or head is None:
         return config, []
     if embed is None and format != "native":
-        name = names.embed_name(format)
-        tensors[name] = dataclasses.replace(tensors.pop(names.head_name(format)), name=name)
+        name = params.embed_name(format)
+        tensors[name] = dataclasses.replace(tensors.pop(params.head_name(format)), name=name)
         return config, [f"the output head {head.name!r} is stored alone, and is the embedding table too"]
     if embed is None or same_tensor(embed, head, across=format == "native"):
         return config, []
@@ -235,7 +237,7 @@ def _tied_or_not(
 def same_tensor(a: Tensor, b: Tensor, *, across: bool = False) -> bool:
     """Whether two tensors hold the same numbers, whatever their dtypes.
 
-    A sample of rows decides where they differ; only where it agrees, all are read, in pieces of `names.PIECE` bytes.
+    A sample of rows decides where they differ; only where it agrees, all are read, in pieces of `params.PIECE` bytes.
 
     Args:
       a: one.
@@ -256,25 +258,25 @@ def same_tensor(a: Tensor, b: Tensor, *, across: bool = False) -> bool:
         x, y = (np.ascontiguousarray(z.astype(common, copy=False)).reshape(-1).view(np.uint8) for z in (x, y))
         return np.array_equal(x, y)
 
-    high = max(1, names.PIECE * count // (math.prod(a.shape) * max(a.dtype.itemsize, b.dtype.itemsize)))
+    high = max(1, params.PIECE * count // (math.prod(a.shape) * max(a.dtype.itemsize, b.dtype.itemsize)))
     return rows(0, count, max(1, count // SAMPLE)) and all(
         rows(start, min(start + high, count)) for start in range(0, count, high)
     )
 
 
 def _comparable(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype or {a.dtype.name, b.dtype.name} <= set(names.FLOATS)
+    return a.dtype == b.dtype or {a.dtype.name, b.dtype.name} <= set(params.FLOATS)
 
 
 def _one_place(x: np.ndarray) -> tuple[Any, ...]:
     return x.dtype, x.strides, x.__array_interface__["data"]
 
 
-def _check_vocabulary(path: Path, config: ModelConfig, tensors: Mapping[str, Tensor], format: names.Format) -> None:
+def _check_vocabulary(path: Path, config: ModelConfig, tensors: Mapping[str, Tensor], format: params.Format) -> None:
     """Refuses tables of other sizes, by name: they are what a vocabulary that grew leaves behind."""
-    embed, head = (tensors.get(name) for name in (names.embed_name(format), names.head_name(format)))
+    embed, head = (tensors.get(name) for name in (params.embed_name(format), params.head_name(format)))
     if embed is None or len(embed.shape) != 2 or embed.shape[1:] != (config.embed_dim,):
-        return  # names.check says so
+        return  # params.check says so
     rows = embed.shape[0]
     other = head.shape[-1 if format == "native" else 0] if head is not None and head.shape else None
     if head is not None and not config.tie_embeddings and other not in (None, rows):

@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax import presets
-from llama_jax.config import ConfigError
-from llama_jax.weights import names
+from llama_jax.config import ConfigError, presets
+from llama_jax.weights import params
 from llama_jax.weights.open import DTYPES, Checkpoint
 from llama_jax.weights.safetensors import write_safetensors
 from llama_jax.weights.sink import Entry, write_pieces
@@ -62,9 +61,9 @@ class Options:
 
 def _entry(
     checkpoint: Checkpoint,
-    row: names.Row,
+    row: params.ParamSpec,
     layer: int | None,
-    target: names.Format,
+    target: params.Format,
     options: Options,
     *,
     part: tuple[int, int, int] = (0, 0, 1),
@@ -72,14 +71,14 @@ def _entry(
     """A parameter to be written; of `part` (axis, rank, ranks), only that rank's share along that axis."""
     name = row.name(target, layer)
     dtype = DTYPES[options.dtype] if options.dtype else checkpoint.dtype_of(row, layer)
-    shape = names.stored_shape(row, checkpoint.config, target)
+    shape = params.stored_shape(row, checkpoint.config, target)
     axis, rank, ranks = part
     ranges = [range(size) for size in shape]
     share = shape[axis] // ranks
     ranges[axis] = range(rank * share, (rank + 1) * share)
 
     def pieces() -> Iterator[np.ndarray]:
-        for piece in names.pieces(
+        for piece in params.pieces(
             checkpoint.tensor(row, layer), row, checkpoint.config, checkpoint.format, target,
             slice(ranges[-1].start, ranges[-1].stop), ranges[0],
         ):  # fmt: skip
@@ -98,7 +97,7 @@ def write_hf(folder: Path, checkpoint: Checkpoint, options: Options, advance: Ad
       What transformers would do differently, in words.
     """
     folder.mkdir()
-    entries = [_entry(checkpoint, row, layer, "hf", options) for row, layer in names.parameters(checkpoint.config)]
+    entries = [_entry(checkpoint, row, layer, "hf", options) for row, layer in params.parameters(checkpoint.config)]
     files: list[list[Entry]] = [[]]
     for entry in entries:
         if files[-1] and sum(e.nbytes for e in files[-1]) + entry.nbytes > options.max_shard_size:
@@ -183,12 +182,12 @@ def write_meta(folder: Path, checkpoint: Checkpoint, options: Options, advance: 
     folder.mkdir()
     for rank in range(ranks):
         entries = []
-        for row, layer in names.parameters(config):
+        for row, layer in params.parameters(config):
             axis = axes.get(row.ours.removeprefix("blocks.{}."))
             part = (0, 0, 1) if axis is None else (axis, rank, ranks)
             entries.append(_entry(checkpoint, row, layer, "meta", options, part=part))
         if config.tie_embeddings:  # Meta's code has no tied head: its files hold the matrix twice
-            head = _entry(checkpoint, names.TABLE[0], None, "meta", options, part=(0, rank, ranks))
+            head = _entry(checkpoint, params.TABLE[0], None, "meta", options, part=(0, rank, ranks))
             entries.append(dataclasses.replace(head, name="output.weight"))
         write_torch_file(folder / f"consolidated.{rank:02}.pth", entries, advance)
     _write_json(folder / "params.json", presets.to_meta_params(config))
@@ -207,7 +206,7 @@ def write_meta(folder: Path, checkpoint: Checkpoint, options: Options, advance: 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def gguf_type(row: names.Row, dtype: np.dtype, options: Options) -> str:
+def gguf_type(row: params.ParamSpec, dtype: np.dtype, options: Options) -> str:
     """GGML's name of what a parameter is stored in: vectors are always F32."""
     if len(row.stored) == 1:
         return "F32"
@@ -234,7 +233,7 @@ def write_gguf(path: Path, checkpoint: Checkpoint, options: Options, advance: Ad
         contents.append(
             _GGUFContent(Entry("rope_freqs.weight", values.shape, values.dtype, lambda: iter([values])), "F32")
         )
-    for row, layer in names.parameters(config):
+    for row, layer in params.parameters(config):
         entry = _entry(checkpoint, row, layer, "gguf", options)
         contents.append(_GGUFContent(entry, gguf_type(row, entry.dtype, options)))
     writer = gguf.GGUFWriter(path, "llama")
@@ -350,8 +349,8 @@ def write_native(folder: Path, checkpoint: Checkpoint, options: Options, advance
 
     from llama_jax import sharding
     from llama_jax.checkpoint.arrays import save_arrays
+    from llama_jax.weights.formats.native import PARAMS, is_stacked
     from llama_jax.weights.load import parameter_name, read_model
-    from llama_jax.weights.native import PARAMS, is_stacked
 
     folder.mkdir()
     mesh = sharding.make_mesh(checkpoint.config, devices=jax.local_devices(backend="cpu"))

@@ -13,9 +13,9 @@ from jax.experimental import topologies
 
 from llama_jax import sharding
 from llama_jax.config import ModelConfig
+from llama_jax.costs.machines import machine
 from llama_jax.infer import decode
 from llama_jax.infer.decode import DecodeState
-from llama_jax.machines import machine
 from llama_jax.model import Llama
 from llama_jax.ops.attention import dot_product_attention
 from llama_jax.plan import compiler

@@ -7,7 +7,7 @@ import math
 import jax
 import pytest
 
-from llama_jax.presets import PRESETS
+from llama_jax.config.presets import PRESETS
 from tests.aot import machines
 
 pytestmark = pytest.mark.cuda_compiler

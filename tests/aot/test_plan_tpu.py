@@ -6,12 +6,12 @@ import dataclasses
 
 import pytest
 
-from llama_jax import tuned
-from llama_jax.estimate import Job
-from llama_jax.machines import machine
+from llama_jax.config.presets import PRESETS
+from llama_jax.costs import tuned
+from llama_jax.costs.estimate import Workload
+from llama_jax.costs.machines import machine
 from llama_jax.plan import compiler, hlo, program
-from llama_jax.plan.make import by_arithmetic, make_plan
-from llama_jax.presets import PRESETS
+from llama_jax.plan.make import by_arithmetic, cost_plan
 from llama_jax.sharding import parse_mesh
 from llama_jax.train import step
 
@@ -39,27 +39,27 @@ def test_training_needs_less_memory_than_another_trainer(what, monkeypatch):
     """And no more cycles than the plain step: float32 gradients, `jax.checkpoint` for each block."""
     on, model, batch, seq_len = what
     where = machine(on)
-    job = Job(PRESETS[model], where, "train", batch, seq_len, {"fsdp": where.devices})
-    plan = make_plan(job, floor=False, say=print)
+    job = Workload(PRESETS[model], where, "train", batch, seq_len, {"fsdp": where.devices})
+    plan = cost_plan(job, floor=False, say=print)
     assert plan.compiled
     temporaries, arguments = OTHERS[what]
     assert plan.compiled.temporary_bytes <= temporaries
     assert plan.compiled.argument_bytes <= arguments * 1.0005  # of three digits
     assert plan.compiled.host_bytes < 1e6
     monkeypatch.setattr(step, "handles", lambda model: model)
-    plain = program.lower(job, program.make_mesh(job, compiler.devices(where, say=print)))
+    plain = program.lower(job, program.mesh_of_workload(job, compiler.devices(where, say=print)))
     cycles = hlo.estimated_cycles(compiler.compile(plain, where, {}).text)
     print(f"{what}: {plan.compiled.temporary_bytes / 1e9:.2f} GB, cycles {plan.estimated_cycles / cycles:.4f} of plain")
     assert plan.estimated_cycles <= 1.02 * cycles
 
 
-def rows(mode: str) -> list[tuned.Row]:
+def rows(mode: str) -> list[tuned.TunedEntry]:
     return [row for row in tuned.table() if row.mode == mode and row.job.machine.chip.platform == "tpu"]
 
 
 @pytest.mark.parametrize("row", rows("decode"), ids=lambda row: f"{row.model}-{row.machine}")
 def test_decoding_is_its_products_and_moves_no_weight(row):
-    plan = make_plan(row.job, say=print)
+    plan = cost_plan(row.job, say=print)
     assert plan.fits
     assert plan.compiled
     assert hlo.large_moves(plan.compiled.text) == []
@@ -69,7 +69,7 @@ def test_decoding_is_its_products_and_moves_no_weight(row):
 
 @pytest.mark.parametrize("row", rows("train"), ids=lambda row: f"{row.model}-{row.machine}-{row.seq_len}")
 def test_the_table_fits(row):
-    plan = make_plan(row.job, floor=False, say=print)
+    plan = cost_plan(row.job, floor=False, say=print)
     assert plan.fits
     print(f"{row.machine}: peak {plan.peak_bytes / 1e9:.2f} GB, host {plan.as_json()['host_bytes'] / 1e9:.2f} GB")
     assert by_arithmetic(row.job).peak_bytes == pytest.approx(plan.peak_bytes, rel=0.15)
@@ -78,8 +78,8 @@ def test_the_table_fits(row):
 @pytest.mark.parametrize("what", OUTSIDE, ids=lambda what: f"{what[0]}-{what[2]}-{what[1]}")
 def test_arithmetic_outside_the_table(what):
     model, on, mode, batch, seq_len, mesh, remat, microbatches = what
-    job = Job(PRESETS[model], machine(on), mode, batch, seq_len, parse_mesh(mesh), remat, microbatches)
-    plan = make_plan(job, floor=False, say=print)
+    job = Workload(PRESETS[model], machine(on), mode, batch, seq_len, parse_mesh(mesh), remat, microbatches)
+    plan = cost_plan(job, floor=False, say=print)
     ratio = by_arithmetic(job).peak_bytes / plan.peak_bytes
     print(f"{what}: {plan.peak_bytes / 1e9:.2f} GB, arithmetic {ratio:.3f} of it")
     assert ratio == pytest.approx(1, rel=0.15)
@@ -88,7 +88,7 @@ def test_arithmetic_outside_the_table(what):
 def test_what_the_compiler_says_of_too_much():
     row = rows("train")[0]
     job = dataclasses.replace(row.job, remat="none")
-    plan = make_plan(job, say=print)
+    plan = cost_plan(job, say=print)
     assert plan.compiled
     assert not plan.fits
     assert plan.peak_bytes > plan.available_bytes

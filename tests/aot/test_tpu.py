@@ -9,8 +9,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from llama_jax import kv_cache
-from llama_jax.presets import PRESETS
+from llama_jax.caches import full as kv_cache
+from llama_jax.config.presets import PRESETS
 from llama_jax.train import setup
 from tests.aot import machines
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llama_jax.data.documents import Reading, read_piece
-from llama_jax.data.pieces import cut_pieces, find_pieces
+from llama_jax.data.prepare.documents import Reading, read_piece
+from llama_jax.data.prepare.pieces import cut_pieces, find_pieces
 
 LINES = b'{"text": "one"}\n{"text": "two"}\n'
 

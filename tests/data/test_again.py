@@ -14,8 +14,8 @@ import pytest
 
 from llama_jax.data.corpus import open_corpus
 from llama_jax.data.manifest import INPUTS
-from llama_jax.data.prepare import make_request, prepare
-from llama_jax.data.train_tokenizer import train_tokenizer
+from llama_jax.data.prepare.prepare import make_request, prepare
+from llama_jax.data.prepare.train_tokenizer import train_tokenizer
 from tests.data.inputs import write
 from tests.data.test_prepare import make_texts
 

@@ -13,8 +13,8 @@ import pytest
 
 from llama_jax.data.corpus import open_corpus
 from llama_jax.data.manifest import UNFINISHED
-from llama_jax.data.prepare import make_request, prepare
-from llama_jax.data.train_tokenizer import train_tokenizer
+from llama_jax.data.prepare.prepare import make_request, prepare
+from llama_jax.data.prepare.train_tokenizer import train_tokenizer
 from tests.data.test_prepare import content, make_texts, write_lines
 
 pytestmark = [
@@ -51,7 +51,7 @@ def inputs(tmp_path) -> Path:
 
 
 def test_the_same_corpus(tmp_path, inputs, vocabulary):
-    from llama_jax.data.beam import prepare_on_beam
+    from llama_jax.data.prepare.beam import prepare_on_beam
 
     request = make_request([inputs], tokenizer=vocabulary, shard_bytes=20_000)
     manifest = prepare_on_beam(request, tmp_path / "beam")
@@ -66,7 +66,7 @@ def test_the_same_corpus(tmp_path, inputs, vocabulary):
 
 
 def test_a_bad_document_ends_it_and_it_resumes(tmp_path, inputs, vocabulary):
-    from llama_jax.data.beam import prepare_on_beam
+    from llama_jax.data.prepare.beam import prepare_on_beam
 
     write_lines(inputs / "g.jsonl", ["x"], field="body")
     options = {"tokenizer": vocabulary, "shard_bytes": 20_000}
@@ -88,7 +88,7 @@ def test_storage_that_is_no_disk(tmp_path, inputs, vocabulary):
     from apache_beam.io.filesystem import FileMetadata
     from apache_beam.io.localfilesystem import LocalFileSystem
 
-    from llama_jax.data.beam import prepare_on_beam
+    from llama_jax.data.prepare.beam import prepare_on_beam
 
     class TestFileSystem(LocalFileSystem):
         """Object storage has no folders: they are made as they are needed, and none is listed."""

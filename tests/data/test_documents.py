@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from llama_jax.data.documents import Document, Reading, read_piece
-from llama_jax.data.pieces import cut_pieces, find_pieces, group_pieces
+from llama_jax.data.prepare.documents import Document, Reading, read_piece
+from llama_jax.data.prepare.pieces import cut_pieces, find_pieces, group_pieces
 
 TEXTS = ["first\n\n  text ", "zweiter Text: äöü", "三つ目 🦙\r\nend", "\ttab\0null", "x" * 5000, "last"]
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from llama_jax.data.plan import CorpusRows, Plan
+from llama_jax.data.rows.plan import CorpusRows, RowPlan
 from tests.data.test_plan import FakeCorpus
 
 
 @pytest.mark.parametrize("weights", [[1.0, 1.0], [0.9, 0.1], [0.2, 0.0, 0.8], [0.0, 1.0]])
 def test_the_epoch_is_that_of_the_slowest_corpus(weights):
     corpora = [FakeCorpus(np.full(count, 17), f"corpus {count}") for count in (40, 900, 7)][: len(weights)]
-    plan = Plan(corpora, weights=weights, seq_len=16, seed=3)  # each document is a row
+    plan = RowPlan(corpora, weights=weights, seq_len=16, seed=3)  # each document is a row
     seen, found = np.zeros(len(weights), int), []
     used = [i for i, weight in enumerate(weights) if weight]
     for r in range(9500):
@@ -27,6 +27,6 @@ def test_the_epoch_is_that_of_the_slowest_corpus(weights):
 
 
 def test_one_corpus_counts_its_own_epochs():
-    plan = Plan([FakeCorpus(np.full(40, 17))], seq_len=16, seed=3)
+    plan = RowPlan([FakeCorpus(np.full(40, 17))], seq_len=16, seed=3)
     rows = CorpusRows(np.full(40, 17), 16, seed=3)
     assert [plan.epoch(r) for r in (0, 39, 40, 4000)] == [rows.epoch(r) for r in (0, 39, 40, 4000)] == [0, 0, 1, 100]

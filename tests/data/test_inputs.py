@@ -15,11 +15,11 @@ import pytest
 
 from llama_jax.data.corpus import open_corpus
 from llama_jax.data.manifest import UNFINISHED
-from llama_jax.data.pieces import find_pieces
-from llama_jax.data.prepare import make_request, prepare
-from llama_jax.data.system import in_words, naming
-from llama_jax.data.train_tokenizer import train_tokenizer
-from llama_jax.data.walk import TWICE
+from llama_jax.data.prepare.pieces import find_pieces
+from llama_jax.data.prepare.prepare import make_request, prepare
+from llama_jax.data.prepare.system import in_words, naming
+from llama_jax.data.prepare.train_tokenizer import train_tokenizer
+from llama_jax.data.prepare.walk import TWICE
 from tests.data.inputs import texts, write
 from tests.data.test_prepare import SCRIPT, make_texts, run_script
 
@@ -141,8 +141,8 @@ AS_OTHERS = ["--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-dac_o
 TRY = """
 import sys
 from llama_jax.data.corpus import open_corpus
-from llama_jax.data.pieces import find_pieces
-from llama_jax.data.request import make_request
+from llama_jax.data.prepare.pieces import find_pieces
+from llama_jax.data.prepare.request import make_request
 for path in sys.argv[1:]:
     try:
         corpus = open_corpus(path) if path.endswith("corpus") else None

@@ -19,9 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from llama_jax.data.documents import Reading
-from llama_jax.data.prepare import make_request
-from llama_jax.data.train_tokenizer import train_tokenizer
+from llama_jax.data.prepare.documents import Reading
+from llama_jax.data.prepare.prepare import make_request
+from llama_jax.data.prepare.train_tokenizer import train_tokenizer
 from tests.data.inputs import LINES, texts, write
 from tests.data.test_prepare import make_texts
 

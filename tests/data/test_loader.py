@@ -17,10 +17,10 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from llama_jax.config.presets import PRESETS
 from llama_jax.data.corpus import INDEX_DTYPE, Manifest, Shard, open_corpus
-from llama_jax.data.loader import BatchSchedule, Loader, RowReader, Stage, _Layout
-from llama_jax.data.plan import Plan, SequentialPlan
-from llama_jax.presets import PRESETS
+from llama_jax.data.rows.loader import BatchSchedule, BatchStage, Loader, RowReader, _Layout
+from llama_jax.data.rows.plan import RowPlan, SequentialPlan
 from llama_jax.sharding import make_mesh
 
 SEQ_LEN = 24
@@ -45,7 +45,7 @@ class FakeCorpus:
 def fake_plan(seed=0):
     rng = np.random.default_rng(0)
     corpora = [FakeCorpus(rng.integers(1, 60, 150)), FakeCorpus([500, *rng.integers(1, 60, 30)])]
-    return Plan(corpora, weights=[2, 1], seq_len=SEQ_LEN, seed=seed, window=40)
+    return RowPlan(corpora, weights=[2, 1], seq_len=SEQ_LEN, seed=seed, window=40)
 
 
 def sharding(**axes):
@@ -77,11 +77,11 @@ def take(loader, steps):
 SCHEDULE = BatchSchedule(
     SEQ_LEN,
     (
-        Stage(0, rows=4, split=2),
-        Stage(30 * SEQ_LEN - 5, rows=8, microbatches=1),
-        Stage(70 * SEQ_LEN, rows=16, split=3, microbatches=3),
-        Stage(71 * SEQ_LEN, rows=32, microbatches=2),  # the step before it ends far behind its beginning
-        Stage(300 * SEQ_LEN, rows=64, microbatches=8),
+        BatchStage(0, rows=4, split=2),
+        BatchStage(30 * SEQ_LEN - 5, rows=8, microbatches=1),
+        BatchStage(70 * SEQ_LEN, rows=16, split=3, microbatches=3),
+        BatchStage(71 * SEQ_LEN, rows=32, microbatches=2),  # the step before it ends far behind its beginning
+        BatchStage(300 * SEQ_LEN, rows=64, microbatches=8),
     ),
 )
 
@@ -100,7 +100,7 @@ def test_batches(axes):
 
 def test_a_process_reads_the_rows_of_its_devices():
     """Two processes of four devices; a row that is cut in two may lie on both."""
-    at, schedule = sharding(fsdp=8), BatchSchedule(SEQ_LEN, (Stage(0, rows=24, split=2, microbatches=2),))
+    at, schedule = sharding(fsdp=8), BatchSchedule(SEQ_LEN, (BatchStage(0, rows=24, split=2, microbatches=2),))
 
     def rows_of(devices):
         class Process:
@@ -131,7 +131,11 @@ def test_an_interrupted_run_loses_nothing():
 
 def test_schedule_of_llama3():
     """4M tokens at 4096, 8M at 8192 after 252M tokens, 16M after 2.87T."""
-    stages = (Stage(0, 512, split=2), Stage(252_000_000, 1024, microbatches=4), Stage(2_870_000_000_000, 2048))
+    stages = (
+        BatchStage(0, 512, split=2),
+        BatchStage(252_000_000, 1024, microbatches=4),
+        BatchStage(2_870_000_000_000, 2048),
+    )
     schedule = BatchSchedule(8192, stages)
     assert [schedule.shape(stage) for stage in stages] == [(1, 1024, 4096), (4, 256, 8192), (1, 2048, 8192)]
     for first_row in (0, 77, 512 * 60, 512 * 61, 350_340_000):
@@ -150,12 +154,12 @@ def test_schedule_of_llama3():
     ("stages", "words"),
     [
         ([], "must begin at 0 tokens"),
-        ([Stage(5, 4)], "must begin at 0 tokens"),
-        ([Stage(0, 4), Stage(9, 4), Stage(9, 8)], r"ascend, they begin at \[0, 9, 9\]"),
-        ([Stage(0, 4), Stage(9, 0)], "stage from 9 tokens: rows, split and microbatches must be 1 or more"),
-        ([Stage(0, 4, split=5)], "rows of 24 tokens do not divide into 5 sequences"),
-        ([Stage(0, 3, split=2, microbatches=4)], "6 sequences do not divide into 4 microbatches"),
-        ([Stage(0, 8), Stage(9, 6)], r"stage from 9 tokens: microbatches of 6 sequences .* 'fsdp': 4"),
+        ([BatchStage(5, 4)], "must begin at 0 tokens"),
+        ([BatchStage(0, 4), BatchStage(9, 4), BatchStage(9, 8)], r"ascend, they begin at \[0, 9, 9\]"),
+        ([BatchStage(0, 4), BatchStage(9, 0)], "stage from 9 tokens: rows, split and microbatches must be 1 or more"),
+        ([BatchStage(0, 4, split=5)], "rows of 24 tokens do not divide into 5 sequences"),
+        ([BatchStage(0, 3, split=2, microbatches=4)], "6 sequences do not divide into 4 microbatches"),
+        ([BatchStage(0, 8), BatchStage(9, 6)], r"stage from 9 tokens: microbatches of 6 sequences .* 'fsdp': 4"),
     ],
 )
 def test_wrong_schedules(stages, words):
@@ -165,12 +169,12 @@ def test_wrong_schedules(stages, words):
 
 def test_another_row_length():
     with pytest.raises(ValueError, match="rows of 24 tokens, but the batch schedule is for 48"):
-        Loader(fake_plan(), BatchSchedule(48, (Stage(0, 4),)), sharding=sharding())
+        Loader(fake_plan(), BatchSchedule(48, (BatchStage(0, 4),)), sharding=sharding())
 
 
 def test_evaluation_ends():
     plan = SequentialPlan(FakeCorpus([30, 40, 1, 9]), seq_len=SEQ_LEN)
-    loader = Loader(plan, BatchSchedule(SEQ_LEN, (Stage(0, 2),)), stop_row=len(plan), sharding=sharding(fsdp=2))
+    loader = Loader(plan, BatchSchedule(SEQ_LEN, (BatchStage(0, 2),)), stop_row=len(plan), sharding=sharding(fsdp=2))
     steps = take(loader, 100)
     assert len(plan) == 4
     assert len(steps) == 2
@@ -182,7 +186,7 @@ def test_evaluation_ends():
 
 def test_long_documents_are_read_once():
     corpus = FakeCorpus([900, 800, 10, 10])
-    plan = Plan([corpus], seq_len=SEQ_LEN, seed=0)
+    plan = RowPlan([corpus], seq_len=SEQ_LEN, seed=0)
     read = RowReader(plan)
     for row in range(60):
         read([row])
@@ -238,8 +242,8 @@ def wait_for_no_threads():
 
 def test_speed(tmp_path, documents):
     """Alone, with batches of 16 x 256 from disk: 2 million tokens a second on one core."""
-    plan = Plan([write_corpus(tmp_path, documents)], seq_len=256, seed=0)
-    with Loader(plan, BatchSchedule(256, (Stage(0, 16),)), sharding=sharding()) as loader:
+    plan = RowPlan([write_corpus(tmp_path, documents)], seq_len=256, seed=0)
+    with Loader(plan, BatchSchedule(256, (BatchStage(0, 16),)), sharding=sharding()) as loader:
         first = next(loader)
         (piece, *_) = plan.row(0).pieces
         ids = documents[piece.document][piece.start : piece.stop]
@@ -256,7 +260,9 @@ def test_a_damaged_shard_is_an_error_that_names_it(tmp_path, documents):
     with (tmp_path / "00001-of-00002.array_record").open("r+b") as file:
         file.seek(200_000)
         file.write(b"\x55" * 100_000)
-    loader = Loader(Plan([corpus], seq_len=256, seed=0), BatchSchedule(256, (Stage(0, 16),)), sharding=sharding())
+    loader = Loader(
+        RowPlan([corpus], seq_len=256, seed=0), BatchSchedule(256, (BatchStage(0, 16),)), sharding=sharding()
+    )
     with pytest.raises(ValueError, match="00001-of-00002.array_record"):
         for _ in itertools.islice(loader, 1000):
             pass
@@ -285,8 +291,8 @@ def test_ctrl_c(tmp_path):
         import sys, time
         import jax, numpy as np
         from jax.sharding import Mesh, NamedSharding, PartitionSpec
-        from llama_jax.data.loader import BatchSchedule, Loader, Stage
-        from llama_jax.data.plan import Plan
+        from llama_jax.data.rows.loader import BatchSchedule, Loader, Stage
+        from llama_jax.data.rows.plan import Plan
 
         class Slow:
             path, lengths, reads = "slow", np.full(1000, 50), 0

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_jax.data.pack import pack
-from llama_jax.data.plan import CorpusRows, Mixture, Plan, Row, SequentialPlan, sources
-from llama_jax.data.shuffle import Permutation
+from llama_jax.data.rows.pack import pack
+from llama_jax.data.rows.plan import CorpusRows, Mixture, PackedRow, RowPlan, SequentialPlan, sources
+from llama_jax.data.rows.shuffle import Permutation
 
 LLAMA1 = {
     "CommonCrawl": 67.0, "C4": 15.0, "GitHub": 4.5, "Wikipedia": 4.5, "Books": 4.5, "ArXiv": 2.5, "StackExchange": 2.0,
@@ -180,8 +180,8 @@ def test_a_plan_of_15_trillion_tokens_is_small():
 def test_nothing_to_predict():
     for lengths in ([], [1], [1] * 100):
         with pytest.raises(ValueError, match="a/corpus: no document has two tokens"):
-            Plan([FakeCorpus(lengths)], seq_len=8, seed=0, window=7)
-    assert Plan([FakeCorpus([1] * 100 + [2])], seq_len=8, seed=0, window=7).row(0).pieces == [(100, 0, 1)]
+            RowPlan([FakeCorpus(lengths)], seq_len=8, seed=0, window=7)
+    assert RowPlan([FakeCorpus([1] * 100 + [2])], seq_len=8, seed=0, window=7).row(0).pieces == [(100, 0, 1)]
 
 
 def test_evaluation_reads_documents_once():
@@ -224,9 +224,9 @@ def test_a_rare_corpus_appears():
 
 
 def test_one_corpus_is_not_mixed():
-    plan = Plan([FakeCorpus([], "unused"), FakeCorpus(range(1, 100))], weights=[0, 0.5], seq_len=16, seed=0)
+    plan = RowPlan([FakeCorpus([], "unused"), FakeCorpus(range(1, 100))], weights=[0, 0.5], seq_len=16, seed=0)
     rows = CorpusRows(np.arange(1, 100), 16, seed=0, corpus=1)
-    assert all(plan.row(r) == Row(1, rows.pieces(r)) for r in (0, 3, 5000))
+    assert all(plan.row(r) == PackedRow(1, rows.pieces(r)) for r in (0, 3, 5000))
     assert plan.epoch(5000) == rows.epoch(5000) == 5000 // 304
 
 
@@ -244,10 +244,10 @@ def test_one_corpus_is_not_mixed():
 )
 def test_wrong_weights(weights, words):
     with pytest.raises(ValueError, match=words):
-        Plan([FakeCorpus([9], "a"), FakeCorpus([9], "b")], weights=weights, seq_len=8, seed=0)
+        RowPlan([FakeCorpus([9], "a"), FakeCorpus([9], "b")], weights=weights, seq_len=8, seed=0)
 
 
 def test_sources_name_documents_and_ranges():
-    plan = Plan([FakeCorpus([20])], seq_len=8, seed=0)
+    plan = RowPlan([FakeCorpus([20])], seq_len=8, seed=0)
     names = [name for row in range(3) for name in sources(plan, [row])]
     assert sorted(names) == ["file0.py [tokens 0:9]", "file0.py [tokens 16:20]", "file0.py [tokens 8:17]"]

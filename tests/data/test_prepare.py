@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llama_jax.data import stdlib, workers
 from llama_jax.data.corpus import check_tokenizer, open_corpus
 from llama_jax.data.manifest import MANIFEST, UNFINISHED
-from llama_jax.data.prepare import make_request, prepare
-from llama_jax.data.train_tokenizer import train_tokenizer
+from llama_jax.data.prepare import stdlib, workers
+from llama_jax.data.prepare.prepare import make_request, prepare
+from llama_jax.data.prepare.train_tokenizer import train_tokenizer
 from llama_jax.text.spm import SentencePieceTokenizer
 from llama_jax.text.tokenizer import Facts
 

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 import llama_jax
-from llama_jax import kv_cache, sharding
+from llama_jax import sharding
+from llama_jax.caches import full as kv_cache
 from llama_jax.config import RopeScaling
 from llama_jax.infer.decode import CHUNK
-from llama_jax.infer.generate import Run
+from llama_jax.infer.generate import Generation
 from llama_jax.infer.sampling import Sampling
 from llama_jax.model import flatten_heads
 from tests.builders import tiny_config
@@ -307,11 +308,11 @@ def two_turns(mesh: str, size: int, larger: int | None, *, stacked: bool = False
     llama, tokens = random_llama(SPLIT, mesh=mesh, stacked=stacked), []
     options = {"sampling": Sampling(), "stop_ids": ()}
     with jax.set_mesh(llama.mesh):
-        run = Run(llama, [random_ids(21)], max_new_tokens=6, size=size, **options)
+        run = Generation(llama, [random_ids(21)], max_new_tokens=6, size=size, **options)
         for (new,), _ in run:
             tokens += new
         cache = run.state.cache if larger is None else kv_cache.grow(run.state.cache, llama.model.rules, larger)
-        for (new,), _ in Run(llama, [random_ids(19)], max_new_tokens=8, cache=cache, start=26, **options):
+        for (new,), _ in Generation(llama, [random_ids(19)], max_new_tokens=8, cache=cache, start=26, **options):
             tokens += new
     return tokens
 
@@ -395,7 +396,7 @@ def test_the_cache_of_a_finished_row_is_not_written(gqa):
     """A row that has ended writes nowhere: later turns of a conversation read its slots."""
     prompts = [random_ids(5), random_ids(16)]
     with jax.set_mesh(gqa.mesh):
-        run = Run(gqa, prompts, max_new_tokens=12, sampling=Sampling(), stop_ids=(), size=32, first_chunk=1)
+        run = Generation(gqa, prompts, max_new_tokens=12, sampling=Sampling(), stop_ids=(), size=32, first_chunk=1)
         chunks = iter(run)
         next(chunks)
         run.halt(0)
@@ -428,7 +429,7 @@ def test_a_cache_that_is_read_before_it_is_written(mesh, stacked, monkeypatch):
     prompts = [random_ids(n) for n in (3, 17)]
     expected = llama_jax.generate(random_llama(SPLIT, mesh=mesh), prompts, max_new_tokens=12, logprobs=True)
     used = []
-    monkeypatch.setattr("llama_jax.model.reads_before_write", lambda T, *_: used.append(T) or T == 1)
+    monkeypatch.setattr("llama_jax.model.blocks.reads_before_write", lambda T, *_: used.append(T) or T == 1)
     llama = random_llama(SPLIT, mesh=mesh, stacked=stacked)
     found = llama_jax.generate(llama, prompts, max_new_tokens=12, logprobs=True)
     assert 1 in used

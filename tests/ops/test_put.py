@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax import kv_cache, sharding
+from llama_jax import sharding
+from llama_jax.caches import full as kv_cache
 from llama_jax.ops import put
 from tests.builders import tiny_config
 

@@ -6,18 +6,18 @@ import dataclasses
 
 import pytest
 
-from llama_jax import candidates, estimate, tuned
-from llama_jax.estimate import Job
-from llama_jax.machines import machine
-from llama_jax.metrics import training_flops
-from llama_jax.presets import PRESETS
+from llama_jax.config.presets import PRESETS
+from llama_jax.costs import candidates, estimate, tuned
+from llama_jax.costs.estimate import Workload
+from llama_jax.costs.machines import machine
+from llama_jax.costs.mfu import training_flops
 from llama_jax.sharding import parse_mesh
 
 ROWS = tuned.table()
 
 
-def job(model: str, on: str, mode: estimate.Mode, batch: int, seq_len: int, mesh: str, **rest) -> Job:
-    return Job(PRESETS[model], machine(on), mode, batch, seq_len, parse_mesh(mesh), **rest)
+def job(model: str, on: str, mode: estimate.Mode, batch: int, seq_len: int, mesh: str, **rest) -> Workload:
+    return Workload(PRESETS[model], machine(on), mode, batch, seq_len, parse_mesh(mesh), **rest)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.model}-{row.mode}-{row.machine}")
@@ -89,7 +89,7 @@ def test_slices_and_context():
 
 def test_candidates_and_their_order():
     asked = job("llama2-70b", "v6e-64", "train", 64, 4096, "")
-    jobs = candidates.of(asked)
+    jobs = candidates.enumerate(asked)
     assert {tuple(found.mesh.items()) for found in jobs} == {
         (("fsdp", 64),), (("fsdp", 32), ("tensor", 2)), (("fsdp", 16), ("tensor", 4)), (("fsdp", 8), ("tensor", 8)),
         (("fsdp", 4), ("tensor", 16)),
@@ -99,7 +99,7 @@ def test_candidates_and_their_order():
     assert ranked[: len(fitting)] == fitting
     times = [estimate.roofline(found, estimate.work(found)).expected for found in fitting]
     assert times == sorted(times)
-    assert all(found.remat == "groups" for found in candidates.of(asked, remat="groups"))
+    assert all(found.remat == "groups" for found in candidates.enumerate(asked, remat="groups"))
 
 
 def test_what_would_fit():

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from llama_jax import machines
-from llama_jax.machines import machine
+from llama_jax.costs import machines
+from llama_jax.costs.machines import machine
 
 # Name: chip, topology, slices, JAX devices.
 NAMES = {

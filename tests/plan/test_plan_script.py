@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from llama_jax import tuned
-from llama_jax.estimate import Job, memory
-from llama_jax.machines import machine
+from llama_jax.config.presets import PRESETS, to_hf_config
+from llama_jax.costs import tuned
+from llama_jax.costs.estimate import Workload, memory
+from llama_jax.costs.machines import machine
 from llama_jax.plan.request import model
-from llama_jax.presets import PRESETS, to_hf_config
 from llama_jax.train.choose import choose
 from tests.test_scripts import ROOT
 from tests.train.test_recipes import FILES, read
@@ -158,7 +158,7 @@ def test_what_is_open_is_chosen_from_the_table():
     assert (chosen.mesh, chosen.remat) == ("fsdp=16", row.remat)
     assert chosen.batch.microbatches * 16 * row.rows == 2048
     other = choose(recipe, recipe.model, machine("v5p-32"))  # not in the table
-    assert memory(Job(recipe.model, machine("v5p-32"), "train", 2048, 8192, _sizes(other.mesh), other.remat,
+    assert memory(Workload(recipe.model, machine("v5p-32"), "train", 2048, 8192, _sizes(other.mesh), other.remat,
                       other.batch.microbatches)).peak <= 0.9 * machine("v5p-32").chip.available  # fmt: skip
     on_cpu = choose(recipe, recipe.model, None)
     assert (on_cpu.mesh, on_cpu.remat, on_cpu.batch.microbatches) == ("auto", "full", 1)

@@ -12,10 +12,10 @@ import pytest
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from llama_jax.data.corpus import open_corpus
-from llama_jax.data.loader import RowReader
-from llama_jax.data.plan import SequentialPlan
-from llama_jax.data.prepare import make_request, prepare
-from llama_jax.data.train_tokenizer import train_tokenizer
+from llama_jax.data.prepare.prepare import make_request, prepare
+from llama_jax.data.prepare.train_tokenizer import train_tokenizer
+from llama_jax.data.rows.loader import RowReader
+from llama_jax.data.rows.plan import SequentialPlan
 from llama_jax.train.validation import Validator
 from tests.builders import tiny_config
 from tests.data.test_prepare import make_texts, write_lines

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from llama_jax.data.prepare import make_request, prepare
-from llama_jax.data.train_tokenizer import train_tokenizer
+from llama_jax.data.prepare.prepare import make_request, prepare
+from llama_jax.data.prepare.train_tokenizer import train_tokenizer
 from llama_jax.train.recipe import Batch, Data, Optimizer, Recipe, Schedule
 from llama_jax.train.setup import changed_reads, open_corpora, what_is_read
 from tests.builders import tiny_config

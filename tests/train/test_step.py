@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from llama_jax import sharding
-from llama_jax.model import REMAT, Llama
+from llama_jax.model import Llama
+from llama_jax.model.layers import REMAT
 from llama_jax.train.losses import cross_entropy
 from llama_jax.train.optim import adamw, learning_rate
 from llama_jax.train.recipe import Optimizer, Schedule

@@ -11,7 +11,7 @@ import torch
 from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import save_file as save_torch
 
-from llama_jax.weights.hf import read_hf
+from llama_jax.weights.formats.hf import read_hf
 from llama_jax.weights.safetensors import DTYPES
 from llama_jax.weights.source import CheckpointError
 

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_jax.config import ConfigError
-from llama_jax.presets import PRESETS
-from llama_jax.weights import names
-from llama_jax.weights.meta import read_meta
+from llama_jax.config.presets import PRESETS
+from llama_jax.weights import params
+from llama_jax.weights.formats.meta import read_meta
 from llama_jax.weights.source import CheckpointError, plain_tensor
 from tests.builders import LLAMA32, hf_model, tiny_config
 
@@ -87,7 +87,7 @@ def assert_same(folder, state):
         tensor = folder.tensors[name]
         assert (tensor.name, tensor.shape, tensor.nbytes) == (name, tuple(x.shape), x.numel() * x.element_size())
         np.testing.assert_array_equal(tensor.read().astype(np.float32), x.float().numpy())
-    names.check(folder.tensors, folder.config, "meta", folder.path)
+    params.check(folder.tensors, folder.config, "meta", folder.path)
 
 
 @pytest.mark.parametrize("embed_axis", [0, 1])
@@ -109,13 +109,13 @@ def test_parameters_are_those_of_the_hugging_face_model(tmp_path, state):
     """Through the table, every part of every parameter is the same array."""
     hf = {name: plain_tensor(name, x.numpy()) for name, x in hf_model(CONFIG).state_dict().items()}
     meta = read_meta(write(tmp_path, split(state, 2, 1))).tensors
-    size = names.sizes(CONFIG)
-    for row, layer in names.parameters(CONFIG):
+    size = params.sizes(CONFIG)
+    for row, layer in params.parameters(CONFIG):
         starts = [(0, 0 if axis == "H" else size[axis] // 2) for axis in row.axes]  # no sharding splits heads
         for start in itertools.product(*starts):
             index = [slice(first, size[axis]) for first, axis in zip(start, row.axes, strict=True)]
             ours, theirs = (
-                names.read(tensors[row.name(format, layer)], row, CONFIG, format, index)
+                params.read(tensors[row.name(format, layer)], row, CONFIG, format, index)
                 for tensors, format in ((meta, "meta"), (hf, "hf"))
             )
             np.testing.assert_array_equal(ours, theirs)
@@ -229,7 +229,7 @@ def test_extra(tmp_path):
     assert_same(folder, state)
     (tmp_path / "llama_jax.json").unlink()
     with pytest.raises(CheckpointError, match="wq"):
-        names.check(*(lambda f: (f.tensors, f.config, "meta", f.path))(read_meta(tmp_path)))
+        params.check(*(lambda f: (f.tensors, f.config, "meta", f.path))(read_meta(tmp_path)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -288,7 +288,7 @@ def test_other_models(tmp_path, state):
 
 
 def test_unknown_tensors_are_left_to_the_check(tmp_path, state):
-    """Whatever is not as the table says is refused by `names.check`, by name."""
+    """Whatever is not as the table says is refused by `params.check`, by name."""
     cases = {
         "layers.0.attention.wq.bias": torch.ones(32),
         "layers.0.attention.wq.weight": torch.tensor(1.0),
@@ -304,13 +304,13 @@ def test_unknown_tensors_are_left_to_the_check(tmp_path, state):
         folder = read_meta(write(tmp_path, shards, PARAMS | {"vocab_size": -1}, {"tie_embeddings": True}))
         config = folder.config.replace(vocab_size=96)
         with pytest.raises(CheckpointError, match=name):
-            names.check(folder.tensors, config, "meta", folder.path)
+            params.check(folder.tensors, config, "meta", folder.path)
 
 
 def test_split_is_metas():
     """The script above, against the published sizes of a file: 405B on 16 ranks, 51,268,302,389 bytes each."""
     config = PRESETS["llama3.1-405b"].replace(num_kv_heads=16)
     nbytes = 0
-    for shape in names.expected(config, "meta").values():
+    for shape in params.expected(config, "meta").values():
         nbytes += 2 * math.prod(shape) // (16 if len(shape) > 1 else 1)
     assert 0 <= 51_268_302_389 - nbytes < 2_000_000

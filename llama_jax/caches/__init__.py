@@ -1,0 +1,1 @@
+"""Caches of keys and values, one kind a file."""

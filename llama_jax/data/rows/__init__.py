@@ -1,0 +1,1 @@
+"""From corpora to the rows of a run: order, packing, batches on the mesh."""

@@ -1,0 +1,1 @@
+"""What each format is: how to recognise, read and write it."""
