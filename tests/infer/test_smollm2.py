@@ -143,12 +143,12 @@ def test_a_conversation_prefills_only_what_is_new(smollm2, monkeypatch):
 
     starts = []
 
-    class Spy(chat.Run):
+    class Spy(chat.Generation):
         def __init__(self, *args, start, **kwargs):
             starts.append(start)
             super().__init__(*args, start=start, **kwargs)
 
-    monkeypatch.setattr(chat, "Run", Spy)
+    monkeypatch.setattr(chat, "Generation", Spy)
     conversation = llama_jax.Conversation(smollm2, max_new_tokens=16)
     for turn in TURNS[:2]:
         "".join(conversation.ask(turn))
