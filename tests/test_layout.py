@@ -24,7 +24,7 @@ LEVELS = {
     "model": 2,
     "checkpoint": 2.9, "weights": 3.0, "data": 3.1, "infer": 3.2, "train": 3.2, "checkpoint.run": 3.2,
     "infer.server": 4, "train.loop": 4, "evaluate": 4, "plan": 4,
-    "cli": 5, "doctor": 5, "": 5,
+    "cli": 5, "commands": 5, "doctor": 5, "": 5,
 }  # fmt: skip
 # Same level, and still not allowed: importer -> imported.
 NEVER = {
