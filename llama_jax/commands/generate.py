@@ -31,8 +31,8 @@ class Args:
     prompt: tyro.conf.UseAppendAction[list[str]] = dataclasses.field(default_factory=list)
     """A prompt; may be given several times."""
     prompts_file: Path | None = None
-    """A text file with one prompt a line, or a .jsonl file of {"prompt": ...} (or of {"prefix": ..., "suffix": ...}). The
-    file - is standard input."""
+    """A text file with one prompt a line, or a .jsonl file of {"prompt": ...} (or of {"prefix": ..., "suffix": ...});
+    - is standard input."""
     prefix: str | None = None
     """The text before a gap that the model is to fill."""
     suffix: str | None = None
