@@ -26,7 +26,8 @@ def __getattr__(name: str) -> Any:
     if name not in ("Args", "main"):
         raise AttributeError(name)
     if not (CLONE / "scripts" / "bench" / "command.py").is_file():
-        raise FileNotFoundError("the benchmarks are not installed with the package: run scripts/bench.py in a clone of the repository")
+        where = "run scripts/bench.py in a clone of the repository"
+        raise FileNotFoundError(f"the benchmarks are not installed with the package: {where}")
     if str(CLONE) not in sys.path:
         sys.path.insert(0, str(CLONE))
     return getattr(importlib.import_module("scripts.bench.command"), name)
