@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from llama_jax.caches import full as kv_cache
-from llama_jax.caches.full import KVCache
+from llama_jax.caches import KVCache, grow, num_slots
 from llama_jax.infer.generate import Completion, Generation, RowText
 from llama_jax.infer.sampling import Sampling
 
@@ -133,7 +132,7 @@ class Conversation:
     def _run(self, ids: list[int]) -> Generation:
         """The run of a turn: it prefills what the cache does not hold yet."""
         limit = self._llama.max_seq_len or self._llama.config.max_seq_len
-        size = kv_cache.num_slots(self._cache) if self._cache else min(FIRST_CACHE, limit)
+        size = num_slots(self._cache) if self._cache else min(FIRST_CACHE, limit)
         while size < min(limit, len(ids) + self._max_new_tokens):
             size = min(2 * size, limit)
         if len(ids) > size:
@@ -145,8 +144,8 @@ class Conversation:
         if self._cache is not None:
             while start < min(len(ids) - 1, len(self._cached)) and ids[start] == self._cached[start]:
                 start += 1
-            if size > kv_cache.num_slots(self._cache):
-                self._cache = kv_cache.grow(self._cache, self._llama.model.rules, size)
+            if size > num_slots(self._cache):
+                self._cache = grow(self._cache, self._llama.model.rules, size)
         cache, self._cache, self._cached = self._cache, None, []  # donated: not ours until the run gives it back
         return Generation(
             self._llama, [ids[start:]], max_new_tokens=self._max_new_tokens, sampling=self._sampling,

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llama_jax.caches.full import KVCache, num_slots
+from llama_jax.caches import KVCache, num_slots
 from llama_jax.costs import tuned
 from llama_jax.infer.sampling import sample
 from llama_jax.model import Llama

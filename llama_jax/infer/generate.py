@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from llama_jax import distributed
-from llama_jax.caches.full import KVCache, num_slots
+from llama_jax.caches import KVCache, num_slots
 from llama_jax.infer.decode import (
     CHUNK,
     FINISH_REASONS,

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from llama_jax.caches import full as kv_cache
-from llama_jax.caches.full import LayerCache
+from llama_jax.caches.base import LayerCache, Unsettled
+from llama_jax.caches.full import FullCache
+from llama_jax.caches.none import NoCache
 from llama_jax.config import ModelConfig
-from llama_jax.ops.attention import attention_of_one, device, dot_product_attention, reads_before_write
+from llama_jax.ops.attention import way_of
 from llama_jax.ops.linear import einsum
 from llama_jax.ops.norm import rms_norm
-from llama_jax.ops.rope import apply_rope, apply_rope_by_product
+from llama_jax.ops.rope import apply_rope
 from llama_jax.sharding import ShardingRules
 
 INIT_STD = 0.02  # the family's initializer_range
@@ -57,42 +58,33 @@ class Attention(nnx.Module):
         self.wk = params.weight((D, K, H), "embed", "kv_heads", "head_dim")
         self.wv = params.weight((D, K, H), "embed", "kv_heads", "head_dim")
         self.wo = params.weight((K, G, H, D), "kv_heads", "groups", "head_dim", "embed")
-        self.rules, self.implementation = params.rules, implementation
+        self.rules, self.way = params.rules, way_of(implementation)
+        self.cache: type[LayerCache] = FullCache  # the kind that this layer keeps its keys and values in
 
-    def __call__(self, x_BTD, layer: LayerCache | None, *, angles, slots_BT, segment_ids_BT, span, ordered):
-        """Returns the attention output [B, T, D], the layer's cache, and what is still to be written to it: nothing, or
-        the key, value and slot of one token a row."""
+    def __call__(self, x_BTD, cache: LayerCache | NoCache, *, angles, **where) -> tuple[jax.Array, Unsettled]:
+        """Returns the attention output [B, T, D] and the layer's cache, to be settled as the block ends."""
         B, T, _ = x_BTD.shape
         D, K, G, H = self.wq.shape
         heads = self.rules.spec(("batch", "seq", "kv_heads", "head_dim"), (B, T, K, H))
         with jax.named_scope("qkv"):
             grouped = self.rules.spec(("batch", "seq", "kv_heads", "groups", "head_dim"), (B, T, K, G, H))
             q_BTKGH = apply_rope(einsum("BTD,DKGH->BTKGH", x_BTD, self.wq, out_sharding=grouped), angles)
-            turn = apply_rope_by_product if T == 1 and device()[0] == "tpu" else apply_rope
+            turn = self.way.turn_one if T == 1 else apply_rope
             k_BTKH = turn(einsum("BTD,DKH->BTKH", x_BTD, self.wk, out_sharding=heads), angles)
             v_BTKH = einsum("BTD,DKH->BTKH", x_BTD, self.wv, out_sharding=heads)
             q_BTKGH, k_BTKH, v_BTKH = (checkpoint_name(x, "qkv") for x in (q_BTKGH, k_BTKH, v_BTKH))
-        if layer is not None and not ordered and reads_before_write(T, layer.k, self.implementation):
-            with jax.named_scope("attention"):
-                out_BTKGH = attention_of_one(
-                    q_BTKGH, k_BTKH, v_BTKH, layer.k, layer.v, slots_B1=slots_BT, scale=H**-0.5
-                )  # fmt: skip
-            unwritten = (k_BTKH, v_BTKH, slots_BT)
-        else:
-            unwritten = None
-            with jax.named_scope("cache"):
-                layer = None if layer is None else kv_cache.write(layer, k_BTKH, v_BTKH, slots_BT, ordered=ordered)
-                # The first tokens of a cache see one another only, as without one.
-                seen = kv_cache.of_tokens(k_BTKH, v_BTKH) if layer is None or ordered else kv_cache.prefix(layer, span)
-            with jax.named_scope("attention"):
-                out_BTKGH = dot_product_attention(
-                    q_BTKGH, seen.k, seen.v, slots_BT=slots_BT, segment_ids_BT=segment_ids_BT, ordered=ordered,
-                    scale=H**-0.5, implementation=self.implementation,
-                )  # fmt: skip
+        out_BTKGH, after = cache.attend(q_BTKGH, k_BTKH, v_BTKH, scale=H**-0.5, way=self.way, **where)
         with jax.named_scope("out"):
             spec = self.rules.spec(("batch", "seq", "act_embed"), (B, T, D))
             out_BTD = checkpoint_name(einsum("BTKGH,KGHD->BTD", out_BTKGH, self.wo, out_sharding=spec), "out")
-        return out_BTD, layer, unwritten
+        return out_BTD, after
+
+    def init_cache(self, batch: int, size: int, dtype: str, layers: int | None = None) -> LayerCache:
+        """Returns an empty cache of `size` slots for `batch` rows; of that many layers where they are stacked."""
+        K, H = self.wk.shape[-2:]
+        return self.cache.init(
+            self.rules, batch=batch, size=size, num_kv_heads=K, head_dim=H, dtype=dtype, layers=layers
+        )
 
 
 class MLP(nnx.Module):
@@ -125,18 +117,16 @@ class Block(nnx.Module):
         self.mlp = MLP(config, params)
         self.eps = config.norm_eps
 
-    def __call__(self, x_BTD, layer: LayerCache | None, **where):
+    def __call__(self, x_BTD, layer: LayerCache | None, **where) -> tuple[jax.Array, LayerCache | None]:
         """Returns the residual stream [B, T, D] and the layer's cache."""
         normed_BTD = rms_norm(x_BTD, self.attn_norm.get_value(), eps=self.eps)
-        attended_BTD, layer, unwritten = self.attn(normed_BTD, layer, **where)
+        attended_BTD, after = self.attn(normed_BTD, NoCache() if layer is None else layer, **where)
         x_BTD = x_BTD + attended_BTD
         with jax.named_scope("mlp"):
             out_BTD = self.mlp(rms_norm(x_BTD, self.mlp_norm.get_value(), eps=self.eps))
-        if unwritten is not None:
-            with jax.named_scope("cache"):
-                # Between two blocks. Left alone the TPU compiler writes for all blocks at the end of a step: until then
-                # the keys and values wait in HBM (8B on 8 v5e: 4 % of the cycles). Written before the MLP, the next
-                # block's cache is not fetched ahead (70B on 16 v5e: 10 %).
-                out_BTD, read = jax.lax.optimization_barrier((out_BTD, layer))
-                out_BTD, layer = jax.lax.optimization_barrier((out_BTD, kv_cache.write(read, *unwritten)))
+        out_BTD, layer = after.settle(out_BTD)
         return x_BTD + out_BTD, layer
+
+    def init_cache(self, batch: int, size: int, dtype: str, layers: int | None = None) -> LayerCache:
+        """Returns an empty cache of `size` slots for `batch` rows; of that many layers where they are stacked."""
+        return self.attn.init_cache(batch, size, dtype, layers)

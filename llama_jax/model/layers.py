@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from llama_jax.caches.full import KVCache, LayerCache
+from llama_jax.caches import KVCache
 from llama_jax.model.blocks import Block
 
 _POLICIES = jax.checkpoint_policies
@@ -46,13 +46,13 @@ def apply_blocks(
     *,
     remat: str = "none",
 ) -> tuple[jax.Array, KVCache | None]:
-    """Runs the blocks one after the other: the one function that knows how they lie in memory.
+    """Runs the blocks one after the other: the one function that knows how they are stored.
 
     Args:
       blocks: a list, or one block with a leading layer axis.
       x_BTD: the residual stream.
       cache: one layer cache a block, stacked if the blocks are; None without a cache.
-      where: arrays that every block takes: angles, slots and segments.
+      where: arrays that every block takes: angles, positions, order and segments.
       static: what every block takes that is no array.
       remat: of REMAT.
     """
@@ -76,7 +76,7 @@ def apply_blocks(
         return jax.lax.scan(step, x_BTD, (blocks, cache))
     # Jitted within the jitted step, so that a list of blocks is traced once and not once a layer.
     apply = jax.jit(lambda block, x_BTD, layer, where: block(x_BTD, layer, **where, **static))
-    assert not isinstance(cache, LayerCache), "a list of blocks takes a list of caches"
+    assert cache is None or isinstance(cache, tuple), "a list of blocks takes a list of caches"
     layers = []
     for i, block in enumerate(blocks):
         x_BTD, layer = apply(block, x_BTD, None if cache is None else cache[i], where)

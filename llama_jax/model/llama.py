@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llama_jax.caches import full as kv_cache
-from llama_jax.caches.full import KVCache
+from llama_jax.caches import KVCache
 from llama_jax.config import ModelConfig
 from llama_jax.model.blocks import Block, Params
 from llama_jax.model.layers import REMAT, apply_blocks, stack
@@ -92,8 +91,8 @@ class Llama(nnx.Module):
 
         Args:
           tokens_BT: int32 ids.
-          positions_BT: int32, RoPE positions; with a cache also the slots that are written and seen from. Padding has
-            positions past the end of the cache. Default: 0, 1, 2, ...
+          positions_BT: int32, of RoPE; with a cache also where a token is kept and what it sees. Padding has positions
+            past the end of the cache. Default: 0, 1, 2, ...
           segment_ids_BT: int32, for packed documents (without a cache).
           cache: keys and values of earlier positions.
           span: static bound on the slots that the queries can see; None is the whole cache.
@@ -109,7 +108,6 @@ class Llama(nnx.Module):
         order_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T), out_sharding=row_spec)
         if positions_BT is None:
             positions_BT = order_BT
-        slots_BT = order_BT if cache is None else positions_BT
         config = self.config
         frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         angles = rope_angles(positions_BT, frequencies, config.rope_scaling)
@@ -117,7 +115,9 @@ class Llama(nnx.Module):
         with jax.named_scope("embed"):
             x_BTD = embed(self.embed.get_value(), tokens_BT, out_sharding=spec).astype(self.dtype)
 
-        where = {"angles": angles, "slots_BT": slots_BT, "segment_ids_BT": segment_ids_BT}
+        where = {
+            "angles": angles, "positions_BT": positions_BT, "order_BT": order_BT, "segment_ids_BT": segment_ids_BT,
+        }  # fmt: skip
         static = {"span": span, "ordered": ordered or cache is None}
         return apply_blocks(self.blocks, x_BTD, cache, where, static, remat=self.remat)
 
@@ -139,8 +139,10 @@ class Llama(nnx.Module):
         return isinstance(self.blocks, Block)
 
     def init_cache(self, batch: int, size: int) -> KVCache:
-        """An empty cache of `size` slots for `batch` rows."""
-        return kv_cache.init(self.config, self.rules, batch=batch, size=size, dtype=self.dtype, stacked=self.stacked)
+        """Returns an empty cache of `size` slots for `batch` rows, one of its kind for each layer."""
+        if isinstance(self.blocks, Block):
+            return self.blocks.init_cache(batch, size, self.dtype, self.config.num_layers)
+        return tuple(block.init_cache(batch, size, self.dtype) for block in self.blocks)
 
 
 def flatten_heads(model: Llama) -> Llama:

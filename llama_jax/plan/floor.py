@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from llama_jax.caches.full import KVCache, LayerCache, of_tokens
+from llama_jax.caches import KVCache, LayerCache
+from llama_jax.caches.none import NoCache
 from llama_jax.costs.estimate import Workload
 from llama_jax.model import Llama
 from llama_jax.model.blocks import Block
 from llama_jax.model.layers import REMAT
-from llama_jax.ops.attention import dot_product_attention
 from llama_jax.ops.linear import einsum
 from llama_jax.plan import program
 from llama_jax.plan.program import Lowered
@@ -57,7 +57,7 @@ def decode_floor(model: Llama, cache: KVCache, x_B1D: jax.Array) -> jax.Array:
       [B, 1, V] in x's dtype, split as logits are. The numbers mean nothing.
     """
     assert not isinstance(model.blocks, Block), "decoding walks a list of blocks"
-    assert not isinstance(cache, LayerCache), "a list of blocks takes a list of caches"
+    assert isinstance(cache, tuple), "a list of blocks takes a list of caches"
     for block, layer in zip(model.blocks, cache, strict=True):
         x_B1D = _block(block, layer, x_B1D)
     return _head(model, x_B1D)
@@ -79,18 +79,17 @@ def _sequence(block: Block, x_BTD: jax.Array) -> jax.Array:
     )
     names = ("qkv", "qkv", "qkv")
     q_BTKGH, k_BTKH, v_BTKH = map(checkpoint_name, (q_BTKGH, k_BTKH, v_BTKH), names)
-    seen = of_tokens(k_BTKH, v_BTKH)
-    out_BTKGH = dot_product_attention(
-        q_BTKGH, seen.k, seen.v, slots_BT=order_BT, ordered=True, scale=1.0, implementation=block.attn.implementation
-    )
+    out_BTKGH, _ = NoCache().attend(
+        q_BTKGH, k_BTKH, v_BTKH, positions_BT=order_BT, order_BT=order_BT, segment_ids_BT=None, span=None, ordered=True,
+        scale=1.0, way=block.attn.way,
+    )  # fmt: skip
     return _rest(block, out_BTKGH)
 
 
 def _block(block: Block, layer: LayerCache, x_B1D: jax.Array) -> jax.Array:
     q_B1KGH, k_B1KH, v_B1KH = _heads(block, x_B1D)
     q_BKGH = (q_B1KGH + k_B1KH[:, :, :, None] + v_B1KH[:, :, :, None])[:, 0]  # so that each is used
-    out_BKGH = jax.shard_map(_contract, out_specs=jax.typeof(q_BKGH).sharding.spec)(q_BKGH, layer.k, layer.v)
-    return _rest(block, out_BKGH[:, None])
+    return _rest(block, layer.products(q_BKGH)[:, None])
 
 
 def _heads(block: Block, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -112,11 +111,6 @@ def _rest(block: Block, out_BTKGH: jax.Array) -> jax.Array:
     gate_BTF = checkpoint_name(einsum("BTD,DF->BTF", x_BTD, mlp.w_gate, out_sharding=wide), "mlp")
     up_BTF = checkpoint_name(einsum("BTD,DF->BTF", x_BTD, mlp.w_up, out_sharding=wide), "mlp")
     return einsum("BTF,FD->BTD", gate_BTF * up_BTF, mlp.w_down, out_sharding=whole)
-
-
-def _contract(q_BKGH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array) -> jax.Array:
-    scores_BKGS = jnp.einsum("BKGH,BKSH->BKGS", q_BKGH, k_BKSH)
-    return jnp.einsum("BKGS,BKSH->BKGH", scores_BKGS, v_BKSH)
 
 
 def prefill_floor(model: Llama, x_BTD: jax.Array) -> jax.Array:

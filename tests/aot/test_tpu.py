@@ -9,7 +9,6 @@ from pathlib import Path
 import jax
 import pytest
 
-from llama_jax.caches import full as kv_cache
 from llama_jax.config.presets import PRESETS
 from llama_jax.train import setup
 from tests.aot import machines
@@ -108,5 +107,5 @@ def test_70b_on_sixteen_chips(what):
     weights = 2 * SEVENTY.param_count() / 16
     print(f"70B {what} on v5e 4x4, tensor=16: weights {weights / 1e9:.2f}, {machines.gigabytes(compiled)}")
     # The cache is split over the 8 kv heads, and the two devices that share one hold the same.
-    cache = kv_cache.num_bytes(SEVENTY, batch=8, size=4096, dtype="bfloat16") / 8 if what == "decode" else 0
+    cache = 2 * 2 * 80 * 8 * 4096 * 8 * 128 / 8 if what == "decode" else 0  # 80 layers of 8 kv heads, in bfloat16
     assert compiled.memory_analysis().argument_size_in_bytes == pytest.approx(weights + cache, rel=0.03)

@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 
 import llama_jax
-from llama_jax import sharding
-from llama_jax.caches import full as kv_cache
+from llama_jax import caches, sharding
+from llama_jax.caches import full
+from llama_jax.caches.full import FullCache
 from llama_jax.config import RopeScaling
 from llama_jax.infer.decode import CHUNK
 from llama_jax.infer.generate import Generation
 from llama_jax.infer.sampling import Sampling
-from llama_jax.model import flatten_heads
+from llama_jax.model import Llama, blocks, flatten_heads
+from llama_jax.ops.attention import attention_of_one, way_of
 from tests.builders import tiny_config
 from tests.infer.helpers import random_ids, random_llama
 
@@ -268,12 +270,13 @@ def check_write(mesh: str, slots_BT: np.ndarray) -> None:
     k_BTKH, v_BTKH = (random.standard_normal(shape).astype(np.float32) for _ in range(2))
     rules = sharding.ShardingRules()
     with jax.set_mesh(sharding.make_mesh(config, **sharding.parse_mesh(mesh))):
-        (layer,) = kv_cache.init(config, rules, batch=B, size=S, dtype="float32")
+        sizes = {"num_kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
+        layer = FullCache.init(rules, batch=B, size=S, dtype="float32", **sizes)
         layer = jax.tree.map(lambda x: x + 1, layer)
         axes = ("batch", "seq", "kv_heads", "head_dim")
         new = [jax.device_put(x, rules.sharding(axes, x.shape)) for x in (k_BTKH, v_BTKH)]
         slots = jax.device_put(slots_BT, rules.sharding(("batch", "seq"), (B, T)))
-        written = jax.jit(kv_cache.write)(layer, *new, slots)
+        written = jax.jit(FullCache.write)(layer, *new, slots)
         assert jax.typeof(written.k).sharding == jax.typeof(layer.k).sharding
     for cache, values in ((written.k, k_BTKH), (written.v, v_BTKH)):
         expected_BKSH = np.ones((B, config.num_kv_heads, S, config.head_dim), np.float32)
@@ -288,19 +291,20 @@ def check_write(mesh: str, slots_BT: np.ndarray) -> None:
 def test_grow_keeps_what_the_cache_holds(stacked):
     config, rules = tiny_config(), sharding.ShardingRules()
     with jax.set_mesh(sharding.make_mesh(config, fsdp=2, context=2, tensor=2)):
-        cache = kv_cache.init(config, rules, batch=2, size=6, dtype="float32", stacked=stacked)
+        model = Llama(config, dtype="float32", param_dtype="float32", stacked=stacked, rngs=None)
+        cache = model.init_cache(2, 6)
         leaves, treedef = jax.tree.flatten(cache)
         leaves = [x + 1 + i for i, x in enumerate(leaves)]
-        grown = kv_cache.grow(jax.tree.unflatten(treedef, leaves), rules, 10)
-        fresh = kv_cache.init(config, rules, batch=2, size=10, dtype="float32", stacked=stacked)
-    assert kv_cache.num_slots(grown) == 10
+        grown = caches.grow(jax.tree.unflatten(treedef, leaves), rules, 10)
+        fresh = model.init_cache(2, 10)
+    assert caches.num_slots(grown) == 10
     for old, new, like in zip(leaves, jax.tree.leaves(grown), jax.tree.leaves(fresh), strict=True):
         assert new.shape == like.shape
         assert new.sharding == like.sharding
         np.testing.assert_array_equal(np.asarray(new)[..., :6, :], old)
         np.testing.assert_array_equal(np.asarray(new)[..., 6:, :], 0)
     nbytes = sum(x.nbytes for x in jax.tree.leaves(fresh))
-    assert kv_cache.num_bytes(config, batch=2, size=10, dtype="float32") == nbytes
+    assert caches.nbytes(fresh) == nbytes == 2 * config.num_layers * 2 * 10 * config.num_kv_heads * config.head_dim * 4
 
 
 def two_turns(mesh: str, size: int, larger: int | None, *, stacked: bool = False) -> list[int]:
@@ -311,7 +315,7 @@ def two_turns(mesh: str, size: int, larger: int | None, *, stacked: bool = False
         run = Generation(llama, [random_ids(21)], max_new_tokens=6, size=size, **options)
         for (new,), _ in run:
             tokens += new
-        cache = run.state.cache if larger is None else kv_cache.grow(run.state.cache, llama.model.rules, larger)
+        cache = run.state.cache if larger is None else caches.grow(run.state.cache, llama.model.rules, larger)
         for (new,), _ in Generation(llama, [random_ids(19)], max_new_tokens=8, cache=cache, start=26, **options):
             tokens += new
     return tokens
@@ -429,7 +433,8 @@ def test_a_cache_that_is_read_before_it_is_written(mesh, stacked, monkeypatch):
     prompts = [random_ids(n) for n in (3, 17)]
     expected = llama_jax.generate(random_llama(SPLIT, mesh=mesh), prompts, max_new_tokens=12, logprobs=True)
     used = []
-    monkeypatch.setattr("llama_jax.model.blocks.reads_before_write", lambda T, *_: used.append(T) or T == 1)
+    monkeypatch.setattr(full, "attention_of_one", lambda *x, **y: used.append(1) or attention_of_one(*x, **y))
+    monkeypatch.setattr(blocks, "way_of", lambda name: dataclasses.replace(way_of(name), reads_first=True))
     llama = random_llama(SPLIT, mesh=mesh, stacked=stacked)
     found = llama_jax.generate(llama, prompts, max_new_tokens=12, logprobs=True)
     assert 1 in used

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llama_jax import sharding
-from llama_jax.caches import full as kv_cache
+from llama_jax.caches import full
 from llama_jax.ops import put
 from tests.builders import tiny_config
 
@@ -29,12 +29,12 @@ def test_each_row_at_its_own_slot(B, dtype, mesh):
         def place(x, axes):
             return jax.device_put(jnp.asarray(x), rules.sharding(axes, x.shape))
 
-        layer = kv_cache.LayerCache(*(place(x.astype(dtype), kv_cache.AXES) for x in old))
+        layer = full.FullCache(*(place(x.astype(dtype), full.AXES) for x in old))
         assert put.fits(layer.k)
         k, v = (place(x.astype(dtype), ("batch", "seq", "kv_heads", "head_dim")) for x in new)
         at = place(slots, ("batch", "seq"))
-        expected = jax.jit(kv_cache.write)(layer, k, v, at)
-        actual = jax.jit(lambda *x: kv_cache._put_with_kernel(*x, interpret=True))(layer, k, v, at)
+        expected = jax.jit(full.FullCache.write)(layer, k, v, at)
+        actual = jax.jit(lambda *x: full.FullCache.put_with_kernel(*x, interpret=True))(layer, k, v, at)
     for name in ("k", "v"):
         np.testing.assert_array_equal(*(np.asarray(getattr(x, name), np.float32) for x in (actual, expected)))
         assert not np.array_equal(

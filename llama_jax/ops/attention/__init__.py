@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax.ops.attention import cpu, one, reference, tpu, xla
+from llama_jax.ops.rope import apply_rope, apply_rope_by_product
 
 # With a mask, for any queries and keys: here in blocks of queries, so that scores are never held for all of them.
 MASKED = {"reference": reference.attention, "xla": xla.attention, "cpu": cpu.attention}
@@ -82,13 +85,27 @@ def dot_product_attention(
     return out_BTKGH if name == "splash" else checkpoint_name(out_BTKGH, "attention")
 
 
-def reads_before_write(T: int, k_BKSH: jax.Array, implementation: str | None) -> bool:
-    """Whether `attention_of_one` is the way to attend from T tokens a row to a cache.
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """How a layer attends on its machine: chosen once, by `way_of`, when the layer is made.
 
-    A CPU reads only the blocks of the cache in use, and of a cache split by length each device contributes a part.
+    Attributes:
+      implementation: of `dot_product_attention`.
+      reads_first: whether one token a row attends to a whole cache before its key and value are written
+        (`attention_of_one`). A CPU reads only the blocks of the cache in use instead.
+      turn_one: how one key a row is rotated.
     """
-    whole = jax.typeof(k_BKSH).sharding.spec[2] is None
-    return T == 1 and whole and device()[0] != "cpu" and implementation not in ("reference", "cpu")
+
+    implementation: str | None
+    reads_first: bool
+    turn_one: Callable[[jax.Array, tuple[jax.Array, jax.Array]], jax.Array]
+
+
+def way_of(implementation: str | None) -> Way:
+    """The way of the mesh in use; its devices may be of a machine that is not there."""
+    platform = device()[0]
+    reads_first = platform != "cpu" and implementation not in ("reference", "cpu")
+    return Way(implementation, reads_first, apply_rope_by_product if platform == "tpu" else apply_rope)
 
 
 def attention_of_one(
