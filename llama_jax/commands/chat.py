@@ -56,7 +56,7 @@ def main(args: Args) -> None:
         return
     talk = conversation()
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")  # bytes that are no text become U+FFFD
+        sys.stdin.reconfigure(errors="replace")  # bytes that are not UTF-8 become U+FFFD
     if sys.stdin and sys.stdin.isatty() and is_main():
         stop = "stops an answer" if process_count() == 1 else "ends all processes"
         print(f"Ask something. /reset starts over, /quit or Ctrl-D ends, Ctrl-C {stop}.", file=sys.stderr)
@@ -78,7 +78,7 @@ def main(args: Args) -> None:
 
 
 def read() -> str | None:
-    """The next line without its end; None at the end of the input."""
+    """Returns the next line without its end; None at the end of the input."""
     if sys.stdin is None:  # closed
         return None
     try:

@@ -1,11 +1,11 @@
-"""Is this machine, or are these machines, ready? If not: what is wrong, and what to do.
+"""Are this machine, or these machines, ready? If not: the problems and their remedies.
 
     python scripts/doctor.py                                       # one machine
     python scripts/doctor.py --checkpoint-dir gs://bucket/run1     # and a folder that must be writable
     python scripts/doctor.py --coordinator 10.0.0.2:8482 --num-processes 2 --process-id 0    # on each, with its own id
 
-On Cloud TPU, GKE, SLURM and Open MPI the same command on every machine needs no options. Process 0 prints what all
-found; another one prints only what process 0 has not heard. Exit code 1: something is wrong. Warnings are not wrong.
+On Cloud TPU, GKE, SLURM and Open MPI the same command on every machine needs no options. Process 0 prints all
+findings; another one prints only findings that process 0 has not received. Exit code 1: a problem, not a warning.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class Args:
 
 
 def read_prompts(args: Args) -> list[str] | list[tuple[str, str]]:
-    """The prompts, or the gaps to fill as (prefix, suffix)."""
+    """Returns the prompts, or the gaps to fill as (prefix, suffix)."""
     prompts: list = list(args.prompt)
     file = args.prompts_file
     if args.prefix is not None or args.suffix is not None:
@@ -65,7 +65,7 @@ def read_prompts(args: Args) -> list[str] | list[tuple[str, str]]:
             text = (sys.stdin.read() if sys.stdin else "") if str(file) == "-" else file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"{file} is not UTF-8 text ({error}): save it as UTF-8") from None
-        text = text.removeprefix("\ufeff")  # a byte order mark is no part of the first prompt
+        text = text.removeprefix("\ufeff")  # a byte order mark is not part of the first prompt
         lines = [(f"{file}: line {i}", line) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
         prompts += [read_object(*line) if file.suffix == ".jsonl" else line[1] for line in lines]
     if not prompts:
@@ -101,7 +101,7 @@ def main(args: Args) -> None:
         if is_main() and not gaps and prompt.endswith(" "):
             print(
                 f"{prompt[-40:]!r}: ends in a space, but vocabularies join a space to the word after it; the model"
-                " goes on better without",
+                " continues better without",
                 file=sys.stderr,
             )
 

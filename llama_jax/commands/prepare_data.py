@@ -9,7 +9,7 @@
         --beam-options project=P region=R temp_location=gs://b/tmp
 
 A text file is one document; so is a line of JSON lines, or a row. Ctrl-C, a full disk or a lost machine costs the
-shards that were being written: the same command goes on with the others. scripts/train.py trains on the folder.
+shards that were being written: the same command continues with the others. scripts/train.py trains on the folder.
 """
 
 from __future__ import annotations

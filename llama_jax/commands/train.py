@@ -1,10 +1,10 @@
-"""Train a Llama as a recipe says. Killed or preempted, it goes on with --resume auto as if nothing had happened.
+"""Train a Llama as a recipe says. Killed or preempted, it resumes with --resume auto as if nothing had happened.
 
     python scripts/train.py configs/pretrain_tiny_cpu.py                     # 10 minutes on two cores, no download
     python scripts/train.py configs/pretrain_tiny_cpu.py --steps 100 --output runs/short --optimizer.schedule.peak 1e-3
     python scripts/train.py configs/pretrain_llama3_8b.py --print-config     # the recipe, nothing else
     python scripts/train.py configs/pretrain_llama3_8b.py --dry-run          # does it fit, how fast could it be
-    python scripts/train.py RECIPE --resume auto                             # go on, on any number of devices
+    python scripts/train.py RECIPE --resume auto                             # continue, on any number of devices
     python scripts/train.py RECIPE --help                                    # every field that can be given
 
 A recipe is a Python file with a function `recipe()`; its docstring gives the command and what to expect. Every field

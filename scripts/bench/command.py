@@ -35,13 +35,13 @@ class Args:
     repeats: int = 5
     """How often each is timed; the median counts."""
     against: str | None = None
-    """transformers (needs the test extra), or nothing."""
+    """transformers (needs the test extra)."""
     training: bool = False
     """Time a training step of SmolLM2's shape, 4 x 256 tokens, instead."""
     remat: tuple[str, ...] = ("matmuls",)
     """Of --training: the policies that are timed, each in turn with --against."""
     training_memory: bool = False
-    """Compile such a step of 16 x 256 tokens for each remat policy and 1, 2 and 4 microbatches instead: its memory."""
+    """Memory of such a step of 16 x 256 tokens, compiled for each remat policy and 1, 2 and 4 microbatches, instead."""
     loader: bool = False
     """Time the data loader on the standard library's corpus, and the tiny recipe that reads it, instead."""
     startup: bool = False
