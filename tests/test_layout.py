@@ -180,7 +180,7 @@ def test_what_is_allowed(module, source):
     assert not violations(source, module)
 
 
-def test_what_is_not_installed_is_not_imported():
+def test_scripts_and_configs_are_not_imported():
     """Nor the oracles: torch and transformers are for tests and benchmarks."""
     for path in modules():
         source = (ROOT / f"{path.replace('.', '/')}.py").read_text()
