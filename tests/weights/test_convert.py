@@ -25,10 +25,10 @@ from hypothesis import strategies as st
 import llama_jax
 from llama_jax.config import ConfigError, ModelConfig, RopeScaling
 from llama_jax.text.export import sample_texts
-from llama_jax.weights.bench import peak_memory
 from llama_jax.weights.open import open_checkpoint
 from llama_jax.weights.replace import replacing
 from llama_jax.weights.save import convert
+from scripts.bench.weights import peak_memory
 from tests.builders import LLAMA31, LLAMA32, hf_model, mesh_on, one_device, tiny_config, write_hf
 from tests.text.helpers import random_texts
 
