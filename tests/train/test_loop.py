@@ -16,10 +16,9 @@ import llama_jax
 from llama_jax.checkpoint.arrays import open_arrays
 from llama_jax.checkpoint.run import run_steps
 from llama_jax.train.report import read_metrics
-from tests.test_distributed import ROOT, Start, outputs, start  # noqa: F401 (fixture)
-from tests.test_scripts import environment  # noqa: F401 (fixture)
+from tests.processes import outputs
 from tests.train.corpora import random_documents, write_corpus
-from tests.train.forks import Fork, Forks
+from tests.train.forks import Fork
 
 STEPS, ROWS = 20, 8  # of the recipe
 
@@ -54,13 +53,6 @@ def recipe(tmp_path_factory) -> Path:
     path = root / "tiny.py"
     path.write_text(RECIPE.format(**folders))
     return path
-
-
-@pytest.fixture(scope="module")
-def forks(environment):  # noqa: F811
-    forks = Forks(ROOT, environment | {"JAX_PLATFORMS": "cpu"})
-    yield forks
-    forks.close()
 
 
 @pytest.fixture
@@ -198,7 +190,7 @@ def test_a_disk_that_fills_up_during_a_save(train, tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "full")
 
 
-def test_it_goes_on_with_other_processes_and_another_mesh(train, start, tmp_path, recipe):  # noqa: F811
+def test_it_goes_on_with_other_processes_and_another_mesh(train, start, tmp_path, recipe):
     """7 steps on 1 process x 8 devices, 13 on 2 processes x 4: the same documents, and the same numbers to rounding."""
     whole = ("--mesh", "fsdp=4,tensor=2")
     assert train("whole", *whole, devices=8)[0] == 0
