@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -102,6 +104,26 @@ def start(environment) -> Iterator[Start]:
     for process in processes:
         process.kill()
         process.communicate()
+
+
+@pytest.fixture(scope="session")
+def timed(request) -> bool:
+    """Whether wall-clock times are asserted: with `-m timing` alone, on a machine that does nothing else."""
+    return "timing" in request.config.getoption("markexpr")
+
+
+@pytest.fixture
+def within(timed):
+    """A part of a test that takes less than so many seconds."""
+
+    @contextlib.contextmanager
+    def within(seconds: float) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        taken = time.perf_counter() - begin
+        assert not timed or taken < seconds, f"{taken:.2f} s"
+
+    return within
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ import re
 import signal
 import socket
 import threading
-import time
 import zlib
 from typing import Any
 
@@ -90,16 +89,16 @@ def test_each_process_reads_its_part(start, tmp_path):
 # --- One end for all ---
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("task", ["wait", "collective"])
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_process_ends_the_other_by_name(start, task, victim):
+def test_a_killed_process_ends_the_other_by_name(start, task, victim, within):
     processes = worker(start, task)
     for process in processes:
         said(process)
     processes[victim].send_signal(signal.SIGKILL)
-    before = time.monotonic()
-    _, errors = processes[1 - victim].communicate(timeout=60)
-    assert time.monotonic() - before < 10  # JAX's own detection takes 30 s
+    with within(10):  # JAX's own detection takes 30 s, and names nobody
+        _, errors = processes[1 - victim].communicate(timeout=60)
     assert processes[1 - victim].returncode == 1
     assert f"error: process {victim} of 2 ({HOST}) ended without a word" in errors
 
@@ -190,7 +189,8 @@ def test_waiting_is_not_silent(monkeypatch, caplog):
     ]
 
 
-def test_strangers_at_the_port():
+@pytest.mark.timing
+def test_strangers_at_the_port(within):
     """Silence, half a line, another protocol and a bomb keep nobody waiting."""
     port = free_port()
     texts = (b"", b'{"process": 1', b"GET / HTTP/1.1\r\n\r\n", b"[" * 100_000 + b"\n", b"[1]\n", b"\xff\n")
@@ -203,11 +203,10 @@ def test_strangers_at_the_port():
         with contextlib.suppress(ConnectionRefusedError):
             strangers.append(socket.create_connection(("127.0.0.1", port)))
             strangers[-1].sendall(texts[len(strangers) - 1])
-    before = time.monotonic()
-    hosts, connections = meeting.meet(place._replace(process_id=1), {}, 20)
-    hub_hosts, hub_connections = found.get(timeout=20)
+    with within(5):
+        hosts, connections = meeting.meet(place._replace(process_id=1), {}, 20)
+        hub_hosts, hub_connections = found.get(timeout=20)
     assert hosts == hub_hosts == [HOST, HOST]
-    assert time.monotonic() - before < 5
     hub.join()
     [x.close() for x in (*strangers, *connections.values(), *hub_connections.values())]
 
