@@ -292,8 +292,8 @@ def test_ctrl_c(tmp_path, within):
         import sys, time
         import jax, numpy as np
         from jax.sharding import Mesh, NamedSharding, PartitionSpec
-        from llama_jax.data.rows.loader import BatchSchedule, Loader, Stage
-        from llama_jax.data.rows.plan import Plan
+        from llama_jax.data.rows.loader import BatchSchedule, BatchStage, Loader
+        from llama_jax.data.rows.plan import RowPlan
 
         class Slow:
             path, lengths, reads = "slow", np.full(1000, 50), 0
@@ -304,7 +304,7 @@ def test_ctrl_c(tmp_path, within):
                 return [np.zeros(50, np.int32) for _ in documents]
 
         sharding = NamedSharding(Mesh(jax.devices()[:1], ("fsdp",)), PartitionSpec())
-        loader = Loader(Plan([Slow()], seq_len=49, seed=0), BatchSchedule(49, (Stage(0, 2),)), sharding=sharding)
+        loader = Loader(RowPlan([Slow()], seq_len=49, seed=0), BatchSchedule(49, (BatchStage(0, 2),)), sharding=sharding)
         for step in loader:
             if step.first_row == 4:
                 print("reading", flush=True)
