@@ -83,7 +83,8 @@ def test_two_processes_and_what_one_of_them_cannot_write(environment, tmp_path):
         assert any(p == process and f"jax {machine.versions()['jax']}" in v for p, v in values)
 
 
-def test_a_process_that_never_comes_and_a_port_where_nobody_listens(environment):
+@pytest.mark.timing
+def test_a_process_that_never_comes_and_a_port_where_nobody_listens(environment, timed):
     closed = ("--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", 2, "--timeout", 2)
     alone = ("--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", 3, "--timeout", 2)
     begin = time.monotonic()
@@ -98,7 +99,7 @@ def test_a_process_that_never_comes_and_a_port_where_nobody_listens(environment)
     assert code == 1
     assert f"process 1, 2 of 3 did not arrive at {alone[1]}" in wrong["value"]
     assert "--worker=all" in wrong["remedy"]
-    assert time.monotonic() - begin < 40
+    assert not timed or time.monotonic() - begin < 40
 
 
 def test_a_port_that_is_taken(environment):
