@@ -208,13 +208,23 @@ class Flattened(Stored):
 
     Attributes:
       matrix: [D, outputs].
-      shape: of the weight.
-      spec: how its dimensions are split.
+      whole_shape: of the weight.
+      whole_spec: how its dimensions are split.
     """
 
     matrix: jax.Array
-    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})  # pyright: ignore
-    spec: P = dataclasses.field(metadata={"static": True})  # pyright: ignore
+    whole_shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    whole_spec: P = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        return self.whole_shape
+
+    @property
+    def spec(self) -> P:
+        """How the weight's dimensions are split."""
+        return self.whole_spec
 
     @property
     def dtype(self) -> Any:
