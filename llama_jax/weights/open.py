@@ -57,8 +57,8 @@ class Checkpoint:
     left_out: tuple[str, ...] = ()
 
     def tensor(self, row: params.ParamSpec, layer: int | None) -> Tensor:
-        """The tensor that holds a parameter."""
-        return self.tensors[row.name(self.format, layer)]
+        """The tensor of a parameter, which may be a part of a stored one."""
+        return params.part_of(self.tensors[row.name(self.format, layer)], row, self.config, self.format)
 
     def dtype_of(self, row: params.ParamSpec, layer: int | None) -> np.dtype:
         """What a parameter is to be stored in by a format that keeps dtypes.

@@ -349,14 +349,15 @@ def write_native(folder: Path, checkpoint: Checkpoint, options: Options, advance
 
     from llama_jax import sharding
     from llama_jax.checkpoint.arrays import save_arrays
+    from llama_jax.ops.weights import name_of
     from llama_jax.weights.formats.native import PARAMS, is_stacked
-    from llama_jax.weights.load import parameter_name, read_model
+    from llama_jax.weights.load import read_model
 
     folder.mkdir()
     mesh = sharding.make_mesh(checkpoint.config, devices=jax.local_devices(backend="cpu"))
     model = read_model(checkpoint, mesh, dtype=options.dtype, stacked=True, advance=advance)
     paths, _ = jax.tree_util.tree_flatten_with_path(model)
-    arrays = {parameter_name(path): leaf for path, leaf in paths}
+    arrays = {name_of(path): leaf for path, leaf in paths}
     save_arrays(folder / PARAMS, arrays, stacked=is_stacked)
     return _write_hf_texts(folder, checkpoint, options)
 

@@ -20,11 +20,6 @@ from llama_jax.weights.source import DOWNLOAD_AGAIN, CheckpointError, Index, Ten
 PARAMS = "params"
 
 
-def stacked_name(row: params.ParamSpec) -> str:
-    """The name of a row's parameters of all layers: "blocks.attn.wq"."""
-    return row.ours.replace(".{}", "")
-
-
 def is_stacked(name: str) -> bool:
     """Whether the array of that name has a layer axis."""
     return name.startswith("blocks.")
@@ -41,23 +36,25 @@ def read_native(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
         arrays = open_arrays(folder / PARAMS)
     except DamagedError as error:
         raise CheckpointError(f"{error}; {DOWNLOAD_AGAIN}") from error
-    unknown = arrays.keys() - {stacked_name(row) for row, _ in params.parameters(config)}
-    tensors = {name: _tensor(name, arrays[name].shape, arrays[name], ()) for name in unknown}
+    period = len(params.period_of(config.layers))
+    tensors, unknown = {}, dict(arrays)
     for row, layer in params.parameters(config):
-        array = arrays.get(stacked_name(row))
+        stored = params.stacked_name(row, (layer or 0) % period, period)
+        array = arrays.get(stored)
         if array is None:
             continue  # params.check says what is missing
+        unknown.pop(stored, None)
         name = row.name("native", layer)
         if layer is None:
             tensors[name] = _tensor(name, array.shape, array, ())
-        elif array.shape[:1] != (config.num_layers,):
+        elif array.shape[:1] != (config.num_layers // period,):
             raise CheckpointError(
-                f"{folder}: {stacked_name(row)!r} has shape {list(array.shape)}, but the configuration has"
+                f"{folder}: {stored!r} has shape {list(array.shape)}, but the configuration has"
                 f" {config.num_layers} layers; weights and configuration do not belong together"
             )
         else:
-            tensors[name] = _tensor(name, array.shape[1:], array, (layer,))
-    return tensors
+            tensors[name] = _tensor(name, array.shape[1:], array, (layer // period,))
+    return {name: _tensor(name, array.shape, array, ()) for name, array in unknown.items()} | tensors
 
 
 def _tensor(name: str, shape: tuple[int, ...], array: SavedArray, first: tuple[int, ...]) -> Tensor:
