@@ -24,8 +24,9 @@ from typing import Literal
 
 import tyro
 
-from llama_jax.cli import fail_clearly, import_jax, working
+from llama_jax.cli import fail_clearly, import_jax
 from llama_jax.plan import environment
+from llama_jax.progress import working
 
 
 @dataclasses.dataclass

@@ -26,8 +26,9 @@ from pathlib import Path
 
 import tyro
 
-from llama_jax.cli import ProcessArgs, fail_clearly, import_jax, working
+from llama_jax.cli import ProcessArgs, fail_clearly, import_jax
 from llama_jax.plan import environment
+from llama_jax.progress import working
 from llama_jax.train.recipe import Recipe
 from llama_jax.train.report import count
 

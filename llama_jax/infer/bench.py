@@ -25,7 +25,7 @@ from llama_jax.weights import params
 from llama_jax.weights.load import parameter_name
 
 if TYPE_CHECKING:
-    from llama_jax.weights.load import LoadedLlama
+    from llama_jax.loaded import LoadedLlama
 
 PROMPT = 16  # tokens before a decode measurement
 

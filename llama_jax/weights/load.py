@@ -6,74 +6,26 @@ JAX is imported inside the functions, so that `llama_jax.load` costs nothing unt
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama_jax.config import ModelConfig
+from llama_jax.loaded import LoadedLlama
+from llama_jax.progress import SMALL as FAST
+from llama_jax.progress import progress
 
 if TYPE_CHECKING:
     import jax
 
     from llama_jax.model import Llama
-    from llama_jax.text.chat import ChatFormat
-    from llama_jax.text.tokenizer import Tokenizer
     from llama_jax.weights.open import Checkpoint
     from llama_jax.weights.source import Index, Tensor
 
 log = logging.getLogger("llama_jax")
 
 SMALL = 1 << 16  # elements that are not worth an exchange
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class LoadedLlama:
-    """A model ready to run; what `load` returns and every function of the package takes.
-
-    Attributes:
-      config: the architecture.
-      model: the Flax module, its parameters on the devices.
-      tokenizer: None where the checkpoint has none.
-      mesh: the devices; every function enters it.
-      max_seq_len: the largest cache of a call, in tokens; None is up to the configuration's.
-      chat_name: the chat format that was asked for; None is the checkpoint's own.
-      checkpoint: where it came from; None for a model that was made otherwise.
-    """
-
-    config: ModelConfig
-    model: Llama = dataclasses.field(repr=False)
-    tokenizer: Tokenizer | None = dataclasses.field(repr=False)
-    mesh: jax.sharding.Mesh
-    max_seq_len: int | None = None
-    chat_name: str | None = None
-    checkpoint: Checkpoint | None = dataclasses.field(default=None, repr=False)
-
-    @property
-    def chat_format(self) -> ChatFormat:
-        """How messages become a prompt.
-
-        Raises:
-          ValueError: there is no tokenizer, or no chat format is known for it.
-        """
-        from llama_jax.text.chat import chat_format
-
-        return chat_format(self.require_tokenizer(), self.chat_name)
-
-    def require_tokenizer(self) -> Tokenizer:
-        """The tokenizer.
-
-        Raises:
-          ValueError: the checkpoint has none.
-        """
-        if self.tokenizer is None:
-            raise ValueError(
-                "this checkpoint has no tokenizer: put tokenizer.json or tokenizer.model beside its weights"
-            )
-        return self.tokenizer
 
 
 def load(
@@ -107,6 +59,7 @@ def load(
     import jax
 
     from llama_jax import sharding
+    from llama_jax.compilation_cache import use_compilation_cache
     from llama_jax.ops.attention import check_implementation
     from llama_jax.text.chat import format_named
     from llama_jax.weights.open import DTYPES, open_checkpoint
@@ -160,7 +113,6 @@ def read_model(
     from llama_jax.distributed import is_main
     from llama_jax.model import Llama
     from llama_jax.sharding import ShardingRules, whole_weights
-    from llama_jax.weights.progress import progress
 
     rules = ShardingRules()
     main = dtype or str(checkpoint.dtype)
@@ -185,7 +137,7 @@ def read_model(
     if advance or not is_main():
         shown = contextlib.nullcontext(advance or (lambda done: None))
     else:
-        shown = progress("Loading", sum(parameter.bytes_to_read() for parameter in parameters))
+        shown = progress("Loading", sum(parameter.bytes_to_read() for parameter in parameters), least=FAST)
     with shown as done:
         arrays = [parameter.read(dtype, done) for parameter in parameters]
     return jax.tree_util.tree_unflatten(treedef, arrays)
@@ -296,24 +248,3 @@ class _Parameter:
 
 def _key(index: Index) -> tuple:
     return tuple((s.start, s.stop) for s in index)
-
-
-def use_compilation_cache() -> None:
-    """Turns JAX's persistent compilation cache on, unless JAX_COMPILATION_CACHE_DIR or the program already chose.
-
-    `$LLAMA_JAX_CACHE/xla` by default; a folder or `gs://...` in JAX_COMPILATION_CACHE_DIR works too, and
-    JAX_ENABLE_COMPILATION_CACHE=false turns it off.
-    """
-    import jax
-
-    from llama_jax.weights.hub import cache_folder
-
-    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
-        folder = cache_folder() / "xla"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            log.warning("no compilation cache: %s cannot be written (%s)", folder, error.strerror)
-            return
-        jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

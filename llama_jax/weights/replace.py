@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import errno
 import hashlib
 import itertools
 import os
@@ -14,12 +12,12 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from llama_jax.weights.sink import sync
+from llama_jax.files import disk_full, is_full, sync
+from llama_jax.libc import exchange
 
 # What a folder must hold, one of each, and all that it may hold besides files, to be replaced as a checkpoint.
 DESCRIPTIONS, WEIGHTS = ("config.json", "params.json"), ("*.safetensors", "*.bin", "*.pth", "params")
 FOLDERS = {"params"}
-AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of linux/fs.h
 _NUMBERS = itertools.count()  # one for each call of this process
 
 
@@ -51,13 +49,9 @@ def replacing(destination: Path, *, overwrite: bool) -> Iterator[Path]:
         sync([*(p for p in partial.rglob("*")), partial] if partial.is_dir() else [partial])
         _put(partial, destination, overwrite=overwrite)
         sync([destination.parent])
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(destination.parent).free
-            raise OSError(
-                f"{destination}: the disk is full ({free / 1e9:.1f} GB free): make room or write elsewhere;"
-                " what was there before is as it was"
-            ) from error
+    except Exception as error:  # of the system, of Orbax
+        if is_full(error):
+            raise disk_full(destination, "or write elsewhere; what was there before is as it was") from error
         raise
     finally:
         remove(partial)
@@ -106,7 +100,7 @@ def _put(partial: Path, destination: Path, *, overwrite: bool) -> None:
     check_replaceable(destination, overwrite=overwrite)  # it may have come meanwhile
     if not destination.exists() or (partial.is_file() and destination.is_file()):
         partial.rename(destination)
-    elif _exchange(partial, destination):
+    elif exchange(partial, destination):
         pass  # `partial` is the old one now, and is removed
     else:  # not Linux, or a file system that cannot exchange: for an instant, nothing is there
         old = partial.with_name(f"{partial.name}-old")
@@ -117,15 +111,6 @@ def _put(partial: Path, destination: Path, *, overwrite: bool) -> None:
             old.rename(destination)
             raise
         remove(old)
-
-
-def _exchange(a: Path, b: Path) -> bool:
-    """Swaps two names in one step, where the system can."""
-    try:
-        renameat2 = ctypes.CDLL(None).renameat2
-    except (OSError, AttributeError, TypeError):
-        return False
-    return renameat2(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE) == 0
 
 
 def _prefix(destination: Path) -> str:

@@ -15,18 +15,18 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from llama_jax.config import ConfigError
+from llama_jax.files import sync
+from llama_jax.progress import SMALL, progress
 from llama_jax.text.differences import differences
 from llama_jax.weights import params, writers
 from llama_jax.weights.compare import compare_parameter
 from llama_jax.weights.open import DTYPES, Checkpoint, open_checkpoint
-from llama_jax.weights.progress import progress
 from llama_jax.weights.replace import check_replaceable, replacing
-from llama_jax.weights.sink import sync
 from llama_jax.weights.source import CheckpointError, Tensor, cast
 from llama_jax.weights.writers import Options, parse_bytes
 
 if TYPE_CHECKING:
-    from llama_jax.weights.load import LoadedLlama
+    from llama_jax.loaded import LoadedLlama
 
 Target = Literal["hf", "meta", "gguf", "native"]
 TARGETS: tuple[Target, ...] = get_args(Target)
@@ -142,14 +142,14 @@ def _export(
             raise OSError(f"{destination}: needs {total / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free: make room")
         start = time.perf_counter()
         write = getattr(writers, f"write_{to}")
-        with progress("Converting", total) as advance:
+        with progress("Converting", total, least=SMALL) as advance:
             warnings = [f"left out: {text}" for text in checkpoint.left_out]
             warnings += write(partial, checkpoint, options, advance) or []
             files = [p for p in partial.rglob("*") if p.is_file()] if partial.is_dir() else [partial]
             sync(files)
         written = time.perf_counter()
         if verify:
-            with progress("Verifying", total) as advance:
+            with progress("Verifying", total, least=SMALL) as advance:
                 warnings += _verify(checkpoint, partial, options, advance)
         verified = time.perf_counter()
         nbytes = sum(file.stat().st_size for file in files)

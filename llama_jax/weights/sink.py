@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import IO
 
 import numpy as np
@@ -60,13 +58,3 @@ def write_pieces(file: IO[bytes], entry: Entry, advance: Callable[[int], None]) 
 def as_bytes(array: np.ndarray) -> memoryview:
     """The bytes of a C-contiguous array, without a copy (memoryview alone refuses bfloat16)."""
     return array.reshape(-1).view(np.uint8).data
-
-
-def sync(paths: Iterable[Path]) -> None:
-    """Waits until files and folders are on the disk."""
-    for path in paths:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
