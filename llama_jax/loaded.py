@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from llama_jax.model import Llama
     from llama_jax.text.chat import ChatFormat
     from llama_jax.text.tokenizer import Tokenizer
-    from llama_jax.weights.open import Checkpoint
+    from llama_jax.weights.checkpoint import Checkpoint
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -21,7 +21,6 @@ from llama_jax.config.presets import (
     from_gguf_metadata,
     from_hf_config,
     from_meta_params,
-    meta_embed_axis,
     meta_mlp_dim,
     meta_warnings,
     rope_divisors,
@@ -33,6 +32,7 @@ from llama_jax.config.presets import (
 from llama_jax.model import Llama
 from llama_jax.ops.rope import inverse_frequencies
 from llama_jax.sharding import make_mesh
+from llama_jax.weights.formats.meta import embed_axis
 from tests.builders import LLAMA31, LLAMA32, hf_config, tiny_config
 
 PARAMETERS = {
@@ -482,7 +482,7 @@ def test_meta_warnings():
 
 
 def test_meta_embed_axis():
-    axes = {name: meta_embed_axis(config) for name, config in PRESETS.items()}
+    axes = {name: embed_axis(config) for name, config in PRESETS.items()}
     assert {name for name, axis in axes.items() if axis == 1} == {
         name for name in PRESETS if name.startswith(("llama1", "llama2", "codellama"))
     }

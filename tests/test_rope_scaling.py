@@ -25,7 +25,6 @@ from llama_jax.config.presets import (
     from_gguf_metadata,
     from_hf_config,
     from_meta_params,
-    meta_embed_axis,
     meta_warnings,
     rope_divisors,
     to_gguf_metadata,
@@ -35,6 +34,7 @@ from llama_jax.config.presets import (
 )
 from llama_jax.evaluate.compare import compare
 from llama_jax.ops.rope import inverse_frequencies
+from llama_jax.weights.formats.meta import embed_axis
 from tests.builders import hf_config, hf_model, one_device, tiny_config, write_gguf
 from tests.infer.helpers import random_ids, random_llama
 
@@ -354,7 +354,7 @@ def test_meta_and_gguf_round_trip(name):
     assert "use_scaled_rope" not in params
     assert "rope_theta" not in params  # of its generation
     assert from_meta_params(params, extra=extra) == config
-    assert meta_embed_axis(config) == meta_embed_axis(PRESETS["llama2-7b"]) == 1
+    assert embed_axis(config) == embed_axis(PRESETS["llama2-7b"]) == 1
     (text,) = meta_warnings(config)
     assert "without scaling" in text
     assert type(config.rope_scaling).__name__ in text

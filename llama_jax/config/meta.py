@@ -32,11 +32,6 @@ def meta_mlp_dim(dim: int, multiple_of: int, ffn_dim_multiplier: float | None) -
     return multiple_of * math.ceil(hidden / multiple_of)
 
 
-def meta_embed_axis(config: ModelConfig) -> int:
-    """The axis of [V, D] that Meta's model-parallel files split: D up to Code Llama, V from Llama 3 on."""
-    return 1 if not isinstance(config.rope_scaling, RopeScaling) and config.rope_theta in (10_000, 1_000_000) else 0
-
-
 def from_meta_params(
     params: Mapping[str, Any], *, vocab_size: int | None = None, extra: Mapping[str, Any] | None = None
 ) -> ModelConfig:

@@ -13,7 +13,6 @@ from llama_jax.config.hf import from_hf_config, to_hf_config
 from llama_jax.config.meta import (
     META_SCALING,
     from_meta_params,
-    meta_embed_axis,
     meta_mlp_dim,
     meta_warnings,
     to_meta_extra,
@@ -21,7 +20,7 @@ from llama_jax.config.meta import (
 )
 
 __all__ = [
-    "META_SCALING", "PRESETS", "from_gguf_metadata", "from_hf_config", "from_meta_params", "meta_embed_axis",
+    "META_SCALING", "PRESETS", "from_gguf_metadata", "from_hf_config", "from_meta_params",
     "meta_mlp_dim", "meta_warnings", "rope_divisors", "to_gguf_metadata", "to_hf_config", "to_meta_extra",
     "to_meta_params",
 ]  # fmt: skip

@@ -16,9 +16,10 @@ from llama_jax.text.chat import ChatError, TemplateChat, guessed_format
 from llama_jax.text.differences import differences
 from llama_jax.text.export import sample_texts
 from llama_jax.weights import params
+from llama_jax.weights.checkpoint import Checkpoint
 from llama_jax.weights.compare import Difference, compare_parameter
 from llama_jax.weights.load import read_model
-from llama_jax.weights.open import Checkpoint, open_checkpoint
+from llama_jax.weights.open import open_checkpoint
 
 POSITIONS = 8704  # past the 8192 from which Llama 3.1's RoPE scaling counts
 LAST = 64  # positions whose logits are compared

@@ -43,9 +43,9 @@ from llama_jax.train.state import TrainState, describe, from_named_arrays, named
 from llama_jax.train.step import compiled
 from llama_jax.train.stop import StopRequest, on_request
 from llama_jax.train.validation import Validator
+from llama_jax.weights.checkpoint import Checkpoint
+from llama_jax.weights.formats.hf import hf_texts
 from llama_jax.weights.formats.native import is_stacked
-from llama_jax.weights.open import Checkpoint
-from llama_jax.weights.writers import hf_texts
 
 log = logging.getLogger("llama_jax")
 

@@ -31,7 +31,7 @@ from llama_jax.train.state import TrainState, new_state
 from llama_jax.train.step import BATCH_ARRAYS, compiled
 
 if TYPE_CHECKING:
-    from llama_jax.weights.open import Checkpoint
+    from llama_jax.weights.checkpoint import Checkpoint
 
 log = logging.getLogger("llama_jax")
 

@@ -20,7 +20,7 @@ import numpy as np
 from llama_jax.config import presets
 from llama_jax.files import sync
 from llama_jax.weights import params
-from llama_jax.weights.open import DTYPES
+from llama_jax.weights.checkpoint import DTYPES
 from llama_jax.weights.safetensors import write_safetensors
 from llama_jax.weights.sink import Entry
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from llama_jax.weights import params
-from llama_jax.weights.open import Checkpoint
+from llama_jax.weights.checkpoint import Checkpoint
 from llama_jax.weights.source import Tensor, common_dtype
 
 

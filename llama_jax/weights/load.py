@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import jax
 
     from llama_jax.model import Llama
-    from llama_jax.weights.open import Checkpoint
+    from llama_jax.weights.checkpoint import Checkpoint
     from llama_jax.weights.source import Index, Tensor
 
 log = logging.getLogger("llama_jax")
@@ -62,7 +62,8 @@ def load(
     from llama_jax.compilation_cache import use_compilation_cache
     from llama_jax.ops.attention import check_implementation
     from llama_jax.text.chat import format_named
-    from llama_jax.weights.open import DTYPES, open_checkpoint
+    from llama_jax.weights.checkpoint import DTYPES
+    from llama_jax.weights.open import open_checkpoint
 
     if chat_format is not None:
         format_named(chat_format)
@@ -174,7 +175,7 @@ class _Parameter:
         import numpy as np
 
         from llama_jax.weights import params
-        from llama_jax.weights.open import DTYPES
+        from llama_jax.weights.checkpoint import DTYPES
         from llama_jax.weights.source import cast, common_dtype
 
         checkpoint, row = self._checkpoint, self._row

@@ -106,36 +106,52 @@ class _Directory(io.FileIO):
 
 
 def _read_zip(path: Path, data: np.ndarray) -> tuple[dict[str, np.ndarray], int]:
-    """Members of the archive, without their common folder: name -> uint8 view of `data`; and the CRC of data.pkl."""
+    """Returns the archive's members, without their common folder, name -> uint8 view of `data`; and data.pkl's CRC."""
+    infos, end = _directory(path, data)
+    members: dict[str, np.ndarray] = {}
+    before = 0
+    for info in sorted(infos, key=lambda info: info.header_offset):
+        if info.header_offset < before or info.filename in members:
+            raise _misplaced(path, info)
+        before = _content_start(path, data, info, end) + info.file_size
+        members[info.filename] = data[before - info.file_size : before]
+    roots = [match[1] for name in members if (match := re.fullmatch(r"([^/]*/|)data\.pkl", name))]
+    if len(roots) != 1:
+        raise CheckpointError(f"{path}: a zip archive without data.pkl, not a torch file; give a .pth or .bin file")
+    crc = next(info.CRC for info in infos if info.filename == f"{roots[0]}data.pkl")
+    return {name.removeprefix(roots[0]): member for name, member in members.items() if name.startswith(roots[0])}, crc
+
+
+def _directory(path: Path, data: np.ndarray) -> tuple[list[zipfile.ZipInfo], int]:
+    """Returns what the archive says of its members, and where they end."""
     if data[:4].tobytes() != b"PK\3\4":
         if data[:1].tobytes() == b"\x80" or data[257:262].tobytes() == b"ustar":
             raise CheckpointError(f"{path}: a torch file of the old format, from before version 1.6; {SAVE_AGAIN}")
         raise CheckpointError(f"{path}: not a torch file; {foreign.answer(data[:64].tobytes()) or DOWNLOAD_AGAIN}")
     try:
         with _Directory(path) as file, zipfile.ZipFile(file) as archive:
-            infos, end = archive.infolist(), archive.start_dir
+            return archive.infolist(), archive.start_dir
     except (zipfile.BadZipFile, ValueError, OverflowError, NotImplementedError, OSError, struct.error) as error:
         raise _damaged(path, f"its zip directory cannot be read ({error})") from error
 
-    members: dict[str, np.ndarray] = {}
-    before = 0
-    for info in sorted(infos, key=lambda info: info.header_offset):
-        name, start = f"member {info.filename[:100]!r}", info.header_offset
-        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.compress_size != info.file_size:
-            raise CheckpointError(f"{path}: {name} is compressed or encrypted, which torch never does; {SAVE_AGAIN}")
-        if start < before or start + _LOCAL.size > end:
-            raise _damaged(path, f"{name} is said to begin at byte {start}, which cannot be")
-        signature, *_, name_length, extra_length = _LOCAL.unpack(data[start : start + _LOCAL.size].tobytes())
-        start += _LOCAL.size + name_length + extra_length
-        before = start + info.file_size
-        if signature != b"PK\3\4" or before > end or info.filename in members:
-            raise _damaged(path, f"{name} of {info.file_size} bytes is not where its directory says")
-        members[info.filename] = data[start:before]
-    roots = [match[1] for name in members if (match := re.fullmatch(r"([^/]*/|)data\.pkl", name))]
-    if len(roots) != 1:
-        raise CheckpointError(f"{path}: a zip archive without data.pkl, not a torch file; give a .pth or .bin file")
-    crc = next(info.CRC for info in infos if info.filename == f"{roots[0]}data.pkl")
-    return {name.removeprefix(roots[0]): member for name, member in members.items() if name.startswith(roots[0])}, crc
+
+def _content_start(path: Path, data: np.ndarray, info: zipfile.ZipInfo, end: int) -> int:
+    """Returns where a member's content begins, behind its own header; all of it is before `end`."""
+    name, start = f"member {info.filename[:100]!r}", info.header_offset
+    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.compress_size != info.file_size:
+        raise CheckpointError(f"{path}: {name} is compressed or encrypted, which torch never does; {SAVE_AGAIN}")
+    if start < 0 or start + _LOCAL.size > end:
+        raise _damaged(path, f"{name} is said to begin at byte {start}, which cannot be")
+    signature, *_, name_length, extra_length = _LOCAL.unpack(data[start : start + _LOCAL.size].tobytes())
+    start += _LOCAL.size + name_length + extra_length
+    if signature != b"PK\3\4" or start + info.file_size > end:
+        raise _misplaced(path, info)
+    return start
+
+
+def _misplaced(path: Path, info: zipfile.ZipInfo) -> CheckpointError:
+    name = f"member {info.filename[:100]!r} of {info.file_size} bytes"
+    return _damaged(path, f"{name} is not where its directory says")
 
 
 def _damaged(path: Path, problem: str) -> CheckpointError:
