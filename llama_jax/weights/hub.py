@@ -10,10 +10,10 @@ import contextlib
 import dataclasses
 import difflib
 import hashlib
+import html
 import http
 import http.client
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -28,7 +28,6 @@ import urllib.request
 import zipfile
 import zlib
 from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 
 from llama_jax.files import cache_folder, locked, sync
@@ -318,24 +317,16 @@ def _fetch_from_index(requirement: str, folder: Path) -> None:
 
 
 def _find_wheel(index: str, requirement: str) -> tuple[str, str]:
-    """URL and SHA-256 (or "") of a package's wheel, by the simple index (PEP 503 HTML, PEP 691 JSON)."""
+    """Returns URL and SHA-256 (or "") of a package's wheel, by the simple index (PEP 503)."""
     package, _, version = requirement.partition("==")
-    headers = {"Accept": "application/vnd.pypi.simple.v1+json, text/html;q=0.5"}
-    request = urllib.request.Request(f"{index}/{_normalized(package)}/", headers=headers)
-    with urllib.request.urlopen(request, timeout=30) as response:
+    with urllib.request.urlopen(f"{index}/{_normalized(package)}/", timeout=30) as response:
         base, page = response.url, response.read().decode()
-    if page.lstrip().startswith("{"):
-        links = [(file["url"], file["hashes"].get("sha256", "")) for file in json.loads(page)["files"]]
-    else:
-        parser = _Links()
-        parser.feed(page)
-        links = [(url, urllib.parse.urlsplit(url).fragment.removeprefix("sha256=")) for url in parser.links]
     wheels = []
-    for url, digest in links:
-        url, _ = urllib.parse.urldefrag(urllib.parse.urljoin(base, url))
+    for link in re.findall(r"""<a\s[^>]*?href=["']([^"']+)""", page):
+        url, fragment = urllib.parse.urldefrag(urllib.parse.urljoin(base, html.unescape(link)))
         name, *tags = urllib.parse.unquote(url.rpartition("/")[2]).split("-")
         if _normalized(name) == _normalized(package) and tags[:1] == [version] and tags[-1].endswith(".whl"):
-            wheels.append((tags[-1] != "any.whl", url, digest))
+            wheels.append((tags[-1] != "any.whl", url, fragment.removeprefix("sha256=")))
     if not wheels:
         raise LookupError(f"there is no wheel of {requirement}")
     _, url, digest = min(wheels)
@@ -344,18 +335,6 @@ def _find_wheel(index: str, requirement: str) -> tuple[str, str]:
 
 def _normalized(package: str) -> str:
     return re.sub(r"[-_.]+", "-", package).lower()
-
-
-class _Links(HTMLParser):
-    """Collects the links of a page."""
-
-    def __init__(self):
-        super().__init__()
-        self.links: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag == "a" and (url := dict(attrs).get("href")):
-            self.links.append(url)
 
 
 def _download(url: str, path: Path) -> None:

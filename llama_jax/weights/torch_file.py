@@ -111,10 +111,11 @@ def _read_zip(path: Path, data: np.ndarray) -> tuple[dict[str, np.ndarray], int]
     members: dict[str, np.ndarray] = {}
     before = 0
     for info in sorted(infos, key=lambda info: info.header_offset):
-        if info.header_offset < before or info.filename in members:
+        start = _content_start(path, data, info, before, end)
+        before = start + info.file_size
+        if info.filename in members:
             raise _misplaced(path, info)
-        before = _content_start(path, data, info, end) + info.file_size
-        members[info.filename] = data[before - info.file_size : before]
+        members[info.filename] = data[start:before]
     roots = [match[1] for name in members if (match := re.fullmatch(r"([^/]*/|)data\.pkl", name))]
     if len(roots) != 1:
         raise CheckpointError(f"{path}: a zip archive without data.pkl, not a torch file; give a .pth or .bin file")
@@ -135,12 +136,12 @@ def _directory(path: Path, data: np.ndarray) -> tuple[list[zipfile.ZipInfo], int
         raise _damaged(path, f"its zip directory cannot be read ({error})") from error
 
 
-def _content_start(path: Path, data: np.ndarray, info: zipfile.ZipInfo, end: int) -> int:
-    """Returns where a member's content begins, behind its own header; all of it is before `end`."""
+def _content_start(path: Path, data: np.ndarray, info: zipfile.ZipInfo, before: int, end: int) -> int:
+    """Returns where a member's content begins, behind its own header; all of it is between `before` and `end`."""
     name, start = f"member {info.filename[:100]!r}", info.header_offset
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.compress_size != info.file_size:
         raise CheckpointError(f"{path}: {name} is compressed or encrypted, which torch never does; {SAVE_AGAIN}")
-    if start < 0 or start + _LOCAL.size > end:
+    if start < before or start + _LOCAL.size > end:
         raise _damaged(path, f"{name} is said to begin at byte {start}, which cannot be")
     signature, *_, name_length, extra_length = _LOCAL.unpack(data[start : start + _LOCAL.size].tobytes())
     start += _LOCAL.size + name_length + extra_length
