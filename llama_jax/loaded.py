@@ -49,7 +49,7 @@ class LoadedLlama:
         return chat_format(self.require_tokenizer(), self.chat_name)
 
     def require_tokenizer(self) -> Tokenizer:
-        """The tokenizer.
+        """Returns the tokenizer.
 
         Raises:
           ValueError: the checkpoint has none.

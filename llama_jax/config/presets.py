@@ -1,8 +1,8 @@
-"""Every released Llama as one row; and ModelConfig <-> HF config.json, Meta params.json, GGUF metadata, by their names.
+"""Every released Llama as one row; and, by name, the readers and writers of each format's configuration.
 
-A model that is loaded is what its own file says (`config_hf`, `config_meta`, `config_gguf`); the rows are for planning,
-for training from scratch and for tests. Sources: Meta's model cards and `params.json`, the LLaMA, Llama 2, Code Llama
-and Llama 3 papers.
+A loaded model takes its configuration from its own file (`config.hf`, `config.meta`, `config.gguf`). The rows are for
+planning, for training from scratch and for tests. Sources: Meta's model cards and `params.json`, the LLaMA, Llama 2,
+Code Llama and Llama 3 papers.
 """
 
 from __future__ import annotations

@@ -27,17 +27,17 @@ DTYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint: what it says, before any weight is read.
+    """An opened checkpoint, before any weight is read.
 
     Attributes:
       path: the folder or file.
-      format: whose names and layout its tensors have.
+      format: of its tensors' names and layout.
       config: the architecture.
       tensors: stored name -> tensor.
       tokenizer: None where the checkpoint has none.
       tokenizer_files: makes the tokenizer's files as Hugging Face spells them, name -> content; empty without one.
       generation: the content of generation_config.json, or {}.
-      left_out: what the files hold and no result depends on, and keys that were ignored, in sentences.
+      left_out: sentences on tensors that no result depends on, and on keys that were ignored.
     """
 
     path: Path

@@ -39,7 +39,7 @@ def dequantize(blocks: np.ndarray, kind: str) -> np.ndarray:
 
 
 def _float16(blocks: np.ndarray, at: int) -> np.ndarray:
-    """The float16 at byte `at` of each block: float32 [n, 1]."""
+    """Returns the float16 at byte `at` of each block: float32 [n, 1]."""
     return blocks[:, at : at + 2].view("<f2").astype(np.float32)
 
 
@@ -63,7 +63,7 @@ def _bits(packed: np.ndarray, width: int) -> np.ndarray:
 
 
 def _fifth_bits(blocks: np.ndarray, at: int) -> np.ndarray:
-    """The 32 bits at byte `at`, one for each element, as 0 or 16: uint8 [n, 32]."""
+    """Returns the 32 bits at byte `at`, one for each element, as 0 or 16: uint8 [n, 32]."""
     return np.unpackbits(blocks[:, at : at + 4], axis=1, bitorder="little") << 4
 
 
@@ -94,7 +94,7 @@ def _q8_0(blocks: np.ndarray, out: np.ndarray) -> None:  # d | 32 signed bytes
 def _scale_and_offset(blocks: np.ndarray, q: np.ndarray, out: np.ndarray) -> None:
     """Q4_K and Q5_K: (d * scale) * q - (dmin * minimum) over 8 groups of 32.
 
-    The 6-bit scales and minima lie in 12 bytes. Those of groups 0 to 3 are in the low bits of the first
+    The 6-bit scales and minima are stored in 12 bytes. Those of groups 0 to 3 are in the low bits of the first
     and the second four bytes; the others have 4 bits in the last four bytes, and 2 on top of the first eight.
     """
     low, mid, high = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]

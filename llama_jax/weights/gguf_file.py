@@ -77,7 +77,7 @@ def read_gguf(path: str | Path) -> GGUFFile:
     """Opens a GGUF file, version 2 or 3, little-endian. `Tensor.read` reads its data later.
 
     Args:
-      path: the file, or any part of a split checkpoint, whose parts lie side by side.
+      path: the file, or any part of a split checkpoint, whose parts are side by side.
 
     Returns:
       Metadata and tensors. Quantized tensors read as float32, bit for bit what llama.cpp computes.
@@ -105,7 +105,7 @@ def _read_file(path: Path) -> GGUFFile:
 
 
 def _join_parts(path: Path, count: int) -> GGUFFile:
-    """All parts of a split checkpoint as one file."""
+    """Reads all parts of a split checkpoint as one file."""
     name = PART_NAME.fullmatch(path.name)
     if name is None or int(name[3]) != count:
         raise CheckpointError(
@@ -142,7 +142,7 @@ class _Header:
         return CheckpointError(f"{self.path}: {problem}; {remedy}")
 
     def cut_off(self, position: int) -> CheckpointError:
-        return self.error(f"its header goes on at byte {position}, but the file ends at {len(self.data)}")
+        return self.error(f"its header continues at byte {position}, but the file ends at {len(self.data)}")
 
     def take(self, nbytes: int) -> int:
         """Moves past `nbytes` bytes and returns where they start."""
@@ -225,7 +225,7 @@ def _read_values(header: _Header, key: str, kind: int, count: int) -> Any:
 
 
 class _Place(NamedTuple):
-    """Where a tensor's bytes lie, counted from the start of the data, and what they are.
+    """Where a tensor's bytes are stored, from the start of the data, and in which layout.
 
     The shape is that of the numbers, or uint8 [..., blocks in a row, bytes in a block].
     """
@@ -299,7 +299,7 @@ def _check_places(header: _Header, places: dict[str, _Place], alignment: int, st
 
 
 def _quantized_tensor(kind: str, name: str, blocks: np.ndarray) -> Tensor:
-    """A tensor stored as blocks: uint8 [..., blocks in a row, bytes in a block], a view of the file."""
+    """Returns a tensor stored as blocks: uint8 [..., blocks in a row, bytes in a block], a view of the file."""
     elements = BLOCK_FORMATS[kind].elements
     *leading, row_blocks, _ = blocks.shape
     shape = (*leading, row_blocks * elements)

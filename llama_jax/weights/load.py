@@ -98,8 +98,8 @@ def read_model(
 ) -> Llama:
     """Reads the weights, one tensor at a time, into a model on `mesh`.
 
-    Each process reads only the byte ranges that its devices hold. What several processes hold is shared out among them,
-    and exchanged. Host memory beyond the model's own: about two of the largest tensors.
+    Each process reads only the byte ranges that its devices hold. Where several processes hold the same shard, each
+    reads part of it and they exchange the parts. Host memory beyond the model's own: about two of the largest tensors.
 
     Args:
       checkpoint: what to read.
@@ -145,7 +145,7 @@ def read_model(
 
 
 def parameter_name(path: Any) -> str:
-    """The name of a leaf of `Llama` in `params.TABLE`'s spelling: "blocks.3.attn.wq", "blocks.attn.wq" if stacked."""
+    """Returns the name of a leaf of `Llama`, as in `params.TABLE`: "blocks.3.attn.wq", "blocks.attn.wq" if stacked."""
     import jax
 
     return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
@@ -223,7 +223,7 @@ class _Parameter:
             return self._sharding
         mesh, spec = self._sharding.mesh, [axes_of(entry) for entry in self._sharding.spec]
         axes = "L" * self._stacked + self._row.axes
-        # What lies apart in the file first; the halves of a head are one for the formats that pair its numbers.
+        # Dimensions that are apart in the file come first. Formats that pair a head's numbers do not split it.
         order = ["L", *"".join(self._row.groups(self._checkpoint.format)).replace("H", "")]
         for name in mesh.axis_names:
             if mesh.shape[name] == 1 or any(name in entry for entry in spec):
@@ -236,7 +236,7 @@ class _Parameter:
         return jax.NamedSharding(mesh, jax.P(*spec))
 
     def _tensors(self, index: Index) -> list[tuple[Tensor, Index]]:
-        """The tensors that hold a part, and which part of each."""
+        """Returns the tensors that hold a part, and which part of each."""
         layers = self._layers[index[0]] if self._stacked else self._layers
         return [(self._checkpoint.tensor(self._row, i), index[1:] if self._stacked else index) for i in layers]
 

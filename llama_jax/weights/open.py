@@ -1,4 +1,4 @@
-"""Opens a checkpoint of any format: what it is, without reading its weights."""
+"""Opens a checkpoint of any format, without reading its weights."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _open(path: Path) -> Checkpoint:
 
 
 def _inner(path: Path) -> Path:
-    """The newest checkpoint of a training run's folder, the snapshot of a cached repository; else `path`."""
+    """Returns the newest checkpoint of a training run's folder, the snapshot of a cached repository; else `path`."""
     if not path.is_dir() or "params" in (present := listing(path)):
         return path
     if "snapshots" in present and "config.json" not in present:
@@ -72,7 +72,7 @@ def _find_and_open(path: Path) -> Checkpoint:
     """Opens a file or folder of the first format that finds itself there.
 
     Raises:
-      CheckpointError: it is not a checkpoint; says what it is.
+      CheckpointError: it is not a checkpoint; names its real kind.
     """
     if not path.is_dir():
         foreign.check_file(path)

@@ -1,4 +1,4 @@
-"""Output that appears under its name in one step, whole, or not at all."""
+"""Output that appears under its name in one step, whole or not at all."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _NUMBERS = itertools.count()  # one for each call of this process
 
 @contextlib.contextmanager
 def replacing(destination: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Gives a path beside `destination` to write to, and puts what is there in its place at the end.
+    """Gives a path beside `destination` to write to, and moves the result to `destination` at the end.
 
-    If the block raises, what was written is removed and the destination stays as it was. If the process is killed,
+    If the block raises, the output is removed and the destination stays as it was. If the process is killed,
     a `.llama_jax-...` stays behind, which the next call for this destination on this machine removes.
 
     Args:
@@ -37,7 +37,7 @@ def replacing(destination: Path, *, overwrite: bool) -> Iterator[Path]:
 
     Raises:
       FileExistsError: it is there and must not be replaced.
-      OSError: as writing raises; a full disk is said in words.
+      OSError: as writing raises; the message says when the disk is full.
     """
     destination = Path(os.path.abspath(destination))
     destination.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def check_replaceable(destination: Path, *, overwrite: bool) -> None:
 
 
 def _is_checkpoint(folder: Path) -> bool:
-    """Whether a folder is empty, or a checkpoint without anything that looks like somebody's own."""
+    """Returns whether a folder is empty, or a checkpoint without any other files of the user."""
     names = {path.name for path in folder.iterdir()}
     folders = {path.name for path in folder.iterdir() if path.is_dir()}
     described = any(name in names for name in DESCRIPTIONS) and any(any(folder.glob(kind)) for kind in WEIGHTS)
@@ -114,7 +114,7 @@ def _put(partial: Path, destination: Path, *, overwrite: bool) -> None:
 
 
 def _prefix(destination: Path) -> str:
-    """Begins the names of what is made for a destination on this machine: short, and without its odd characters."""
+    """Returns the beginning of partial names for a destination on this machine: short, without its odd characters."""
     name = f"{socket.gethostname()}/{destination.name}"
     return f".llama_jax-{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:12]}-"
 

@@ -36,7 +36,7 @@ TARGETS: tuple[Format, ...] = get_args(Format)
 
 @dataclasses.dataclass(frozen=True)
 class ConversionReport:
-    """What a conversion did.
+    """The result of a conversion.
 
     Attributes:
       path: what was written.
@@ -46,7 +46,7 @@ class ConversionReport:
       nbytes: of all its files.
       write_seconds: reading, converting and writing, until the bytes are on the disk.
       verify_seconds: reading it again and comparing it with the source.
-      warnings: what of the source was left out, and what other programs would do differently with the result, in words.
+      warnings: sentences on what was left out, and on other programs that read the result differently.
     """
 
     path: str
@@ -85,7 +85,7 @@ def convert(
       verify: whether the result is read again and compared with the source, bit for bit.
 
     Raises:
-      CheckpointError: the source cannot be read, or the result is not what it should be.
+      CheckpointError: the source cannot be read, or the result differs from it.
       ConfigError: the format cannot hold this model, or not in so many shards.
       OSError: the destination exists or cannot be written.
       ValueError: an argument is wrong.
@@ -130,7 +130,7 @@ def export(
     destination = Path(os.path.expanduser(destination))
     if destination.resolve() in checkpoint.path.resolve().parents:
         raise FileExistsError(f"{destination}: holds the source, {checkpoint.path}; give another destination")
-    with _in_words(checkpoint, destination, to):
+    with _naming_errors(checkpoint, destination, to):
         return _export(checkpoint, destination, to, options, overwrite=overwrite, verify=verify)
 
 
@@ -171,16 +171,16 @@ def _check_options(to: str, options: Options) -> None:
 
 
 @contextlib.contextmanager
-def _in_words(checkpoint: Checkpoint, destination: Path, to: str) -> Iterator[None]:
-    """Turns what goes wrong while a checkpoint is written into words that name source, target and remedy.
+def _naming_errors(checkpoint: Checkpoint, destination: Path, to: str) -> Iterator[None]:
+    """Turns errors of writing into messages that name source, target and remedy.
 
     Raises:
-      CheckpointError: with the error that it stands for as its cause.
+      CheckpointError: with the original error as its cause.
     """
     try:
         yield
     except (CheckpointError, ConfigError, OSError, MemoryError):
-        raise  # in words already
+        raise  # they name all that
     except Exception as error:
         if isinstance(error, ValueError) and str(checkpoint.path) in str(error):
             raise
@@ -193,10 +193,10 @@ def _in_words(checkpoint: Checkpoint, destination: Path, to: str) -> Iterator[No
 
 
 def _verify(source: Checkpoint, path: Path, options: Options, advance: Callable[[int], None]) -> list[str]:
-    """Reads what was written with the reader that everybody uses, and compares it with the source.
+    """Opens the result as `load` does, and compares it with the source.
 
     Returns:
-      What the tokenizer does differently, in words.
+      Sentences on where the tokenizer differs.
 
     Raises:
       CheckpointError: something differs.
@@ -229,7 +229,7 @@ def _written(result: Checkpoint) -> Iterator[tuple[params.ParamSpec, int | None,
 
 
 def _of_loaded(llama: LoadedLlama) -> Checkpoint:
-    """The arrays of a model as a checkpoint in our format."""
+    """Returns the arrays of a model as a checkpoint in our format."""
     import jax
 
     from llama_jax.ops.linear import Flattened, unflatten

@@ -1,4 +1,4 @@
-"""torch's files (`.pth`, `.bin`), read and written without torch, and without running what is in them.
+"""torch's files (`.pth`, `.bin`), read and written without torch, and without running code in them.
 
 Such a file is a zip archive whose members are stored, not compressed: `*/data.pkl` describes a dictionary of tensors,
 and `*/data/N` is storage N, plain numbers that any number of tensors may be views of. `unpickle` reads the former.
@@ -43,7 +43,7 @@ def read_torch_file(path: Path) -> dict[str, Tensor]:
 
     Returns:
       Name -> tensor, in the order of the file, by the strides that it states; `Tensor.read` gives views of the mapped
-      file. Entries that are no tensors are left out, and so is what a trainer keeps beside the model.
+      file. Entries that are not tensors are left out, and so is a trainer's state beside the model.
 
     Raises:
       CheckpointError: not such a file, damaged, cut short, of an unsupported kind, or with code in it.
@@ -63,7 +63,7 @@ def read_torch_file(path: Path) -> dict[str, Tensor]:
 
 
 def _model_in(content: Any) -> Any:
-    """The dictionary of the model, where a trainer saved it among others."""
+    """Returns the dictionary of the model, where a trainer saved it among others."""
     for _ in range(DEPTH):
         found = [key for key in CONTAINERS if isinstance(content, dict) and isinstance(content.get(key), dict)]
         if not found:
@@ -73,7 +73,7 @@ def _model_in(content: Any) -> Any:
 
 
 def _arrays(content: dict[Any, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """Name and array of each tensor; of dictionaries inside each other only where there is none at the top."""
+    """Yields name and array of each tensor; of dictionaries inside each other only where there is none at the top."""
     waiting, seen = [("", content)], {id(content)}  # each once: a hostile file holds one under many names
     while waiting:
         prefix, inner = waiting.pop(0)
@@ -177,7 +177,7 @@ def write_torch_file(path: Path, entries: Sequence[Entry], advance: Callable[[in
 
     Args:
       path: of a new file.
-      entries: what it shall hold, in this order; of the dtypes of `STORAGES`.
+      entries: its content, in this order; of the dtypes of `STORAGES`.
       advance: called with the number of bytes just written.
     """
     with _ZipWriter(io.FileIO(path, "xb")) as file:
@@ -191,7 +191,7 @@ def write_torch_file(path: Path, entries: Sequence[Entry], advance: Callable[[in
 
 
 def _pickled(entries: Sequence[Entry]) -> bytes:
-    """What torch pickles for a dictionary of contiguous tensors."""
+    """Returns torch's pickle of a dictionary of contiguous tensors."""
 
     def value(x: Any) -> bytes:  # of plain Python, without the marks at both ends of a pickle
         return pickle.dumps(x, protocol=2)[2:-1]
@@ -212,7 +212,7 @@ def _pickled(entries: Sequence[Entry]) -> bytes:
 
 
 class _ZipWriter(io.BufferedWriter):
-    """A zip archive under way; keeps the CRC-32 of what is written.
+    """A zip archive that is being written; keeps the CRC-32 of its content.
 
     `zipfile` aligns nothing, and copies what it writes.
     """
@@ -233,7 +233,7 @@ class _ZipWriter(io.BufferedWriter):
 
     @contextlib.contextmanager
     def member(self, name: str, size: int) -> Iterator[None]:
-        """Between the member's header and its checksum, which needs its content: the caller writes `size` bytes."""
+        """Writes a member's header before and its checksum after the block, which writes `size` bytes."""
         encoded, start = (ROOT + name).encode(), self.tell()
         sizes = struct.pack("<2H2Q", 1, 16, size, size)
         content = start + _LOCAL.size + len(encoded) + len(sizes) + 4

@@ -172,9 +172,9 @@ DAMAGED = {
     "float": (raw({"x": entry(shape=(2.0,))}, DATA), "impossible shape"),
     "rank": (raw({"x": entry(shape=(1,) * 99 + (2,))}, DATA), "impossible shape"),
     "zero": (raw({"x": entry(shape=(0, 2**70), last=0)}), "impossible shape"),
-    "size": (raw({"x": entry(shape=(3,))}, DATA), "cannot lie at bytes 0 to 8"),
-    "product": (raw({"x": entry(shape=(2**32, 2**32))}, DATA), "cannot lie at bytes"),
-    "before": (raw({"x": entry(first=-8, last=0)}, DATA), "cannot lie at bytes -8 to 0"),
+    "size": (raw({"x": entry(shape=(3,))}, DATA), "cannot be stored at bytes 0 to 8"),
+    "product": (raw({"x": entry(shape=(2**32, 2**32))}, DATA), "cannot be stored at bytes"),
+    "before": (raw({"x": entry(first=-8, last=0)}, DATA), "cannot be stored at bytes -8 to 0"),
     "overlap": (
         raw({"x": entry(), "y": entry(first=4, last=12)}, bytes(12)),
         "'y' begins at byte 4 .* 8 is expected",

@@ -99,7 +99,7 @@ class HuggingFace(FormatObject):
 
 
 def hf_texts(checkpoint: Checkpoint, dtype: str) -> dict[str, bytes]:
-    """Returns what a Hugging Face folder, or one of ours, has besides weights of that dtype: file name to content."""
+    """Returns the files beside weights of that dtype in a Hugging Face folder, or in ours: name -> content."""
     ids = _special_ids(checkpoint)
     config = to_json("config.json", to_hf_config(checkpoint.config, dtype=dtype) | ids)
     generation = to_json("generation_config.json", dict(checkpoint.generation) or ids)
@@ -232,12 +232,12 @@ def _second_copy(
 
 
 def _is_parameter(name: str) -> bool:
-    """Whether a Llama has a parameter of that name."""
+    """Returns whether a Llama has a parameter of that name."""
     return re.sub(r"\.\d+\.", ".{}.", name, count=1) in {row.hf for row in params.TABLE}
 
 
 def has_weights(present: list[str]) -> bool:
-    """Whether a folder with such files holds weights in Hugging Face's spelling."""
+    """Returns whether a folder with such files holds weights in Hugging Face's spelling."""
     indexed = SAFETENSORS.index in present or TORCH.index in present
     return indexed or any(name.endswith((".safetensors", *TORCH_ENDINGS)) for name in _weight_files(present))
 
@@ -247,7 +247,7 @@ def _weight_files(present: list[str]) -> list[str]:
 
 
 def _kind(present: list[str]) -> _Kind:
-    """safetensors, unless there are only torch's files (a folder may have both: the same weights)."""
+    """Returns safetensors, unless there are only torch's files (a folder may have both: the same weights)."""
     files = _weight_files(present)
     if SAFETENSORS.index in present or any(name.endswith(".safetensors") for name in files):
         return SAFETENSORS
@@ -255,7 +255,7 @@ def _kind(present: list[str]) -> _Kind:
 
 
 def _listed_tensors(folder: Path, kind: _Kind, present: list[str]) -> dict[str, str]:
-    """The index's map, tensor name -> file name; empty where there is no index or no need for one."""
+    """Returns the index's map, tensor name -> file name; empty without an index, or where one file has all."""
     path = folder / kind.index
     if kind.single in present or kind.index not in present:
         return {}
@@ -269,7 +269,7 @@ def _listed_tensors(folder: Path, kind: _Kind, present: list[str]) -> dict[str, 
 
 
 def _unlisted_files(folder: Path, kind: _Kind, present: list[str]) -> list[str]:
-    """Names of the weight files of a folder without an index."""
+    """Returns the names of the weight files of a folder without an index."""
     if kind.single in present:
         return [kind.single]
     named = [name for name in _weight_files(present) if name.endswith(kind.suffix)]

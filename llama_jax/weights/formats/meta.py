@@ -142,10 +142,10 @@ class MetaFolder:
     Attributes:
       path: the folder.
       params: the content of params.json.
-      extra: the content of llama_jax.json, what params.json cannot say; {} where there is none.
+      extra: the content of llama_jax.json, which params.json cannot hold; {} without that file.
       config: the architecture that both and the tensors describe.
       tensors: name -> whole tensor, over all ranks; shapes are [out, in].
-      notes: what was not as the files have it, in sentences.
+      notes: where the result differs from the files, in sentences.
     """
 
     path: Path
@@ -159,7 +159,7 @@ class MetaFolder:
 def read_meta(folder: str | Path) -> MetaFolder:
     """Opens a Meta folder with any number of ranks. Tensor data is read later, by `Tensor.read`.
 
-    Key and value heads that lie there twice, because there are more ranks than heads (405B on 16), are taken once. A
+    Key and value heads that are stored twice, because there are more ranks than heads (405B on 16), are taken once. A
     model that Meta released as tied (3.2 1B and 3B) is tied if both its tables begin alike.
 
     Args:
@@ -201,7 +201,7 @@ def read_meta(folder: str | Path) -> MetaFolder:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The weight files in the order of their ranks."""
+    """Returns the weight files in the order of their ranks."""
     numbers = {}
     present = listing(folder)
     for name in present:
@@ -245,7 +245,7 @@ def _check_ranks(files: list[Path], ranks: list[Rank], config: ModelConfig) -> N
 
 
 def _has_kv_heads_twice(ranks: list[Rank], config: ModelConfig) -> bool:
-    """Whether each rank has one key and value head, and two ranks after each other the same one.
+    """Returns whether each rank has one key and value head, and two ranks after each other the same one.
 
     Where params.json counts them once, that is certain. Where it counts them twice, as the 405B's on 16 ranks does, the
     numbers of three layers decide.
@@ -265,13 +265,13 @@ def _has_kv_heads_twice(ranks: list[Rank], config: ModelConfig) -> bool:
 
 
 def _alike(embed: Tensor, output: Tensor) -> bool:
-    """Whether two tables agree in 256 of their rows; `verdict` compares all."""
+    """Returns whether two tables agree in 256 of their rows; `verdict` compares all."""
     rows = (slice(None, None, max(1, embed.shape[0] // 256)),)
     return embed.shape == output.shape and np.array_equal(embed.read(rows), output.read(rows))
 
 
 def _pattern(name: str) -> str:
-    """A name of the table: "layers.{}.ffn_norm.weight"."""
+    """Returns a name of the table: "layers.{}.ffn_norm.weight"."""
     return re.sub(r"^layers\.\d+\.", "layers.{}.", name)
 
 
