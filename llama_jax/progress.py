@@ -16,19 +16,18 @@ EVERY = 10.0  # seconds between lines where stderr is a file
 
 
 @contextlib.contextmanager
-def progress(what: str, total: int = 0, *, least: int = 0, lines: bool = True) -> Iterator[Callable[[int], None]]:
-    """Shows bytes done, their rate and the time left.
+def progress(what: str, total: int = 0, *, least: int = 0) -> Iterator[Callable[[int], None]]:
+    """Shows bytes done, their rate and the time left; a line every `EVERY` seconds where stderr is not a terminal.
 
     Args:
       what: a verb, such as "Loading".
       total: bytes; 0 is unknown.
       least: totals below it are not worth a bar: nothing is shown.
-      lines: whether a line is printed every `EVERY` seconds where stderr is not a terminal.
 
     Yields:
       A function to call with the number of bytes just done.
     """
-    if total < least or not (lines or sys.stderr.isatty()):
+    if total < least:
         yield lambda done: None
     elif not sys.stderr.isatty():
         yield _lines(what, total)

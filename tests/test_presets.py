@@ -16,19 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_jax.config import ConfigError, ModelConfig, RopeScaling
-from llama_jax.config.presets import (
-    PRESETS,
-    from_gguf_metadata,
-    from_hf_config,
-    from_meta_params,
-    meta_mlp_dim,
-    meta_warnings,
-    rope_divisors,
-    to_gguf_metadata,
-    to_hf_config,
-    to_meta_extra,
-    to_meta_params,
-)
+from llama_jax.config.gguf import from_gguf_metadata, rope_divisors, to_gguf_metadata
+from llama_jax.config.hf import from_hf_config, to_hf_config
+from llama_jax.config.meta import from_meta_params, meta_mlp_dim, meta_warnings, to_meta_extra, to_meta_params
+from llama_jax.config.presets import PRESETS
 from llama_jax.model import Llama
 from llama_jax.ops.rope import inverse_frequencies
 from llama_jax.sharding import make_mesh

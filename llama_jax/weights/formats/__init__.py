@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from llama_jax.weights.formats.base import FormatObject
 from llama_jax.weights.formats.gguf import GGUF
-from llama_jax.weights.formats.hf import HuggingFace
-from llama_jax.weights.formats.meta import Meta
-from llama_jax.weights.formats.native import Native
+from llama_jax.weights.formats.hf import HF
+from llama_jax.weights.formats.meta import META
+from llama_jax.weights.formats.native import NATIVE
 
 # In the order in which a folder is asked: one that holds several is the first of them.
-FORMATS: dict[str, FormatObject] = {format.name: format for format in (Native(), Meta(), HuggingFace(), GGUF())}
+FORMATS: dict[str, FormatObject] = {format.name: format for format in (NATIVE, META, HF, GGUF)}

@@ -14,7 +14,7 @@ from llama_jax.config.gguf import from_gguf_metadata, rope_divisors, to_gguf_met
 from llama_jax.weights import diagnose, params, verdict
 from llama_jax.weights.checkpoint import DTYPES, Checkpoint
 from llama_jax.weights.dequantize import BLOCK_FORMATS, dequantize
-from llama_jax.weights.formats.base import Advance, FormatObject, Options, parameter_entry, tokenizer_files
+from llama_jax.weights.formats import base
 from llama_jax.weights.gguf_file import PLAIN_DTYPES, read_gguf, stored_layout
 from llama_jax.weights.sink import Entry, write_pieces
 from llama_jax.weights.source import CheckpointError, cast
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _KINDS = {dtype: kind for kind, dtype in PLAIN_DTYPES.items() if dtype in DTYPES.values()}
 
 
-class GGUF(FormatObject):
+class _GGUF(base.FormatObject):
     """llama.cpp's format."""
 
     name = "gguf"
@@ -39,7 +39,6 @@ class GGUF(FormatObject):
         return folder / models[0] if models else None
 
     def open(self, path: Path) -> Checkpoint:
-        """Opens a file, or any part of a split one."""
         from llama_jax.text.export import hf_files_from_gguf
         from llama_jax.text.tokenizer import tokenizer_from_gguf
 
@@ -59,12 +58,10 @@ class GGUF(FormatObject):
             lambda: hf_files_from_gguf(file.metadata) if tokenizer else {}, left_out=settled.left_out,
         )  # fmt: skip
 
-    def nbytes(self, checkpoint: Checkpoint, options: Options) -> int:
-        """Returns the bytes of weights that `write` makes."""
+    def nbytes(self, checkpoint: Checkpoint, options: base.Options) -> int:
         return sum(content.nbytes for content in _contents(checkpoint, options))
 
-    def stored(self, piece: np.ndarray, row: params.ParamSpec, options: Options, name: str) -> np.ndarray:
-        """Returns what a written file gives back for rows of a parameter."""
+    def stored(self, piece: np.ndarray, row: params.ParamSpec, options: base.Options, name: str) -> np.ndarray:
         piece = super().stored(piece, row, options, name)
         if not options.quantize or len(row.stored) == 1:
             return piece
@@ -72,7 +69,7 @@ class GGUF(FormatObject):
         blocks = encode(piece, kind, name)
         return dequantize(blocks.reshape(*blocks.shape[:-1], -1, BLOCK_FORMATS[kind].nbytes), kind)
 
-    def write(self, path: Path, checkpoint: Checkpoint, options: Options, advance: Advance) -> list[str]:
+    def write(self, path: Path, checkpoint: Checkpoint, options: base.Options, advance: base.Advance) -> list[str]:
         """Writes a file with the gguf package; returns what llama.cpp would do differently."""
         import gguf
 
@@ -98,6 +95,9 @@ class GGUF(FormatObject):
         return warnings
 
 
+GGUF = _GGUF()
+
+
 class _Content:
     """Stands for an array in `GGUFWriter.write_tensor_data`, which asks for its size and calls `tofile`."""
 
@@ -105,7 +105,7 @@ class _Content:
         self.entry, self.kind = entry, kind
         dtype, shape = stored_layout(kind, entry.shape)
         self.nbytes = int(np.prod(shape)) * dtype.itemsize
-        self.advance: Advance = lambda done: None
+        self.advance: base.Advance = lambda done: None
 
     def tofile(self, file: IO[bytes]) -> None:
         stored = Entry(self.entry.name, (self.nbytes,), np.dtype(np.uint8), self._pieces)
@@ -116,7 +116,7 @@ class _Content:
             yield encode(piece, self.kind, self.entry.name)
 
 
-def _contents(checkpoint: Checkpoint, options: Options) -> list[_Content]:
+def _contents(checkpoint: Checkpoint, options: base.Options) -> list[_Content]:
     """Returns every tensor of a file, in order: vectors are always F32.
 
     Raises:
@@ -132,7 +132,7 @@ def _contents(checkpoint: Checkpoint, options: Options) -> list[_Content]:
         values = np.array(divisors, np.float32)
         contents.append(_Content(Entry("rope_freqs.weight", values.shape, values.dtype, lambda: iter([values])), "F32"))
     for row, layer in params.parameters(config):
-        entry = parameter_entry(checkpoint, row, layer, "gguf", options)
+        entry = base.parameter_entry(checkpoint, row, layer, "gguf", options)
         contents.append(_Content(entry, "F32" if len(row.stored) == 1 else kind or _KINDS[entry.dtype]))
     return contents
 
@@ -158,7 +158,7 @@ def _tokenizer(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[str]]:
     """Returns the tokenizer's metadata, and what is lost in them."""
     from llama_jax.text.export import gguf_metadata, gguf_warnings
 
-    files, warnings = tokenizer_files(checkpoint)
+    files, warnings = base.tokenizer_files(checkpoint)
     stops = checkpoint.tokenizer.stop_ids if checkpoint.tokenizer else ()
     try:
         metadata = gguf_metadata(files, checkpoint.config.vocab_size, stops) if files else {}
@@ -168,7 +168,7 @@ def _tokenizer(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[str]]:
     return metadata, [*warnings, *gguf_warnings(metadata)]
 
 
-def _general(checkpoint: Checkpoint, options: Options) -> dict[str, Any]:
+def _general(checkpoint: Checkpoint, options: base.Options) -> dict[str, Any]:
     import gguf
 
     kind = _KINDS[DTYPES[options.dtype] if options.dtype else checkpoint.dtype]

@@ -14,17 +14,7 @@ from typing import Any, NamedTuple
 from llama_jax.config.hf import from_hf_config, to_hf_config
 from llama_jax.weights import diagnose, foreign, params, verdict
 from llama_jax.weights.checkpoint import Checkpoint
-from llama_jax.weights.formats.base import (
-    Advance,
-    FormatObject,
-    Options,
-    folder_checkpoint,
-    parameter_entry,
-    read_json,
-    to_json,
-    tokenizer_files,
-    write_files,
-)
+from llama_jax.weights.formats import base
 from llama_jax.weights.safetensors import read_safetensors, write_safetensors
 from llama_jax.weights.sink import Entry
 from llama_jax.weights.source import CheckpointError, Tensor, listing
@@ -53,7 +43,7 @@ OTHER_FILES = re.compile(
 TORCH_ENDINGS = (".bin", ".pth", ".pt")
 
 
-class HuggingFace(FormatObject):
+class _HuggingFace(base.FormatObject):
     """transformers' format: a folder with config.json, safetensors files (or torch's), the tokenizer."""
 
     name = "hf"
@@ -63,7 +53,6 @@ class HuggingFace(FormatObject):
         return folder if "config.json" in present and has_weights(present) else None
 
     def open(self, path: Path) -> Checkpoint:
-        """Opens a folder."""
         folder = read_hf(path)
         diagnose.check_config(folder.config)
         config = from_hf_config(folder.config)
@@ -71,14 +60,14 @@ class HuggingFace(FormatObject):
             path, "hf", config, folder.tensors,
             said=folder.config, notes=folder.notes, left_out=folder.left_out, absent=folder.absent,
         )  # fmt: skip
-        return folder_checkpoint(path, "hf", settled)
+        return base.folder_checkpoint(path, "hf", settled)
 
-    def write(self, path: Path, checkpoint: Checkpoint, options: Options, advance: Advance) -> list[str]:
+    def write(self, path: Path, checkpoint: Checkpoint, options: base.Options, advance: base.Advance) -> list[str]:
         """Writes a folder, with an index where there are several files; returns what transformers does otherwise."""
         path.mkdir()
         files: list[list[Entry]] = [[]]
         for row, layer in params.parameters(checkpoint.config):
-            entry = parameter_entry(checkpoint, row, layer, "hf", options)
+            entry = base.parameter_entry(checkpoint, row, layer, "hf", options)
             if files[-1] and sum(e.nbytes for e in files[-1]) + entry.nbytes > options.max_shard_size:
                 files.append([])
             files[-1].append(entry)
@@ -89,8 +78,11 @@ class HuggingFace(FormatObject):
             home |= {entry.name: file for entry in entries}
         if len(files) > 1:
             index = {"metadata": {"total_size": sum(e.nbytes for file in files for e in file)}, "weight_map": home}
-            write_files(path, {SAFETENSORS.index: to_json(SAFETENSORS.index, index)})
+            base.write_files(path, {SAFETENSORS.index: base.to_json(SAFETENSORS.index, index)})
         return write_texts(path, checkpoint, options)
+
+
+HF = _HuggingFace()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -101,18 +93,18 @@ class HuggingFace(FormatObject):
 def hf_texts(checkpoint: Checkpoint, dtype: str) -> dict[str, bytes]:
     """Returns the files beside weights of that dtype in a Hugging Face folder, or in ours: name -> content."""
     ids = _special_ids(checkpoint)
-    config = to_json("config.json", to_hf_config(checkpoint.config, dtype=dtype) | ids)
-    generation = to_json("generation_config.json", dict(checkpoint.generation) or ids)
+    config = base.to_json("config.json", to_hf_config(checkpoint.config, dtype=dtype) | ids)
+    generation = base.to_json("generation_config.json", dict(checkpoint.generation) or ids)
     return {"config.json": config, "generation_config.json": generation, **checkpoint.tokenizer_files()}
 
 
-def write_texts(folder: Path, checkpoint: Checkpoint, options: Options) -> list[str]:
+def write_texts(folder: Path, checkpoint: Checkpoint, options: base.Options) -> list[str]:
     """Writes `hf_texts`, and returns what transformers would do differently with the tokenizer."""
     from llama_jax.text.export import hf_warnings
 
-    files, warnings = tokenizer_files(checkpoint)
+    files, warnings = base.tokenizer_files(checkpoint)
     checkpoint = dataclasses.replace(checkpoint, tokenizer_files=lambda: files)
-    write_files(folder, hf_texts(checkpoint, options.dtype or str(checkpoint.dtype)))
+    base.write_files(folder, hf_texts(checkpoint, options.dtype or str(checkpoint.dtype)))
     return [*warnings, *hf_warnings(files)]
 
 
@@ -169,7 +161,7 @@ def read_hf(path: str | Path) -> HFFolder:
     path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder")
-    folder = HFFolder(path, read_json(path / "config.json", "a Hugging Face folder describes its model there"))
+    folder = HFFolder(path, base.read_json(path / "config.json", "a Hugging Face folder describes its model there"))
     present = listing(path)
     kind = _kind(present)
     listed = _listed_tensors(path, kind, present)
@@ -259,7 +251,7 @@ def _listed_tensors(folder: Path, kind: _Kind, present: list[str]) -> dict[str, 
     path = folder / kind.index
     if kind.single in present or kind.index not in present:
         return {}
-    listed = read_json(path, "").get("weight_map")
+    listed = base.read_json(path, "").get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise CheckpointError(f"{path}: has no weight_map: it is not the index of these weights; remove or replace it")
     for name, file in listed.items():

@@ -18,17 +18,7 @@ from llama_jax.config import ConfigError, ModelConfig, RopeScaling
 from llama_jax.config.meta import from_meta_params, meta_warnings, to_meta_extra, to_meta_params
 from llama_jax.weights import params, verdict
 from llama_jax.weights.checkpoint import Checkpoint
-from llama_jax.weights.formats.base import (
-    Advance,
-    FormatObject,
-    Options,
-    folder_checkpoint,
-    parameter_entry,
-    read_json,
-    to_json,
-    tokenizer_files,
-    write_files,
-)
+from llama_jax.weights.formats import base
 from llama_jax.weights.formats.hf import has_weights
 from llama_jax.weights.params import NO_PARAMETERS, TABLE
 from llama_jax.weights.source import CheckpointError, Index, Tensor, exists, listing
@@ -42,7 +32,7 @@ ROWS = {row.meta: row for row in TABLE}
 Rank = dict[str, Tensor]  # name -> this rank's slice
 
 
-class Meta(FormatObject):
+class _Meta(base.FormatObject):
     """Meta's own format: params.json, consolidated.NN.pth, the tokenizer; llama_jax.json for the rest."""
 
     name = "meta"
@@ -54,17 +44,16 @@ class Meta(FormatObject):
         return folder if "params.json" in present and theirs else None
 
     def open(self, path: Path) -> Checkpoint:
-        """Opens a folder."""
         folder = read_meta(path)
         settled = verdict.settle(path, "meta", folder.config, folder.tensors, said=folder.params, notes=folder.notes)
-        return folder_checkpoint(path, "meta", settled)
+        return base.folder_checkpoint(path, "meta", settled)
 
-    def nbytes(self, checkpoint: Checkpoint, options: Options) -> int:
+    def nbytes(self, checkpoint: Checkpoint, options: base.Options) -> int:
         """Returns the bytes of weights that `write` makes: a tied table is stored twice."""
-        table = parameter_entry(checkpoint, TABLE[0], None, "meta", options).nbytes
+        table = base.parameter_entry(checkpoint, TABLE[0], None, "meta", options).nbytes
         return super().nbytes(checkpoint, options) + table * checkpoint.config.tie_embeddings
 
-    def write(self, path: Path, checkpoint: Checkpoint, options: Options, advance: Advance) -> list[str]:
+    def write(self, path: Path, checkpoint: Checkpoint, options: base.Options, advance: base.Advance) -> list[str]:
         """Writes a folder with one file a rank; returns what Meta's own code would do differently.
 
         Raises:
@@ -80,17 +69,20 @@ class Meta(FormatObject):
             for row, layer in params.parameters(config):
                 axis = split_axis(row, config)
                 part = (0, 0, 1) if axis is None else (axis, rank, ranks)
-                entries.append(parameter_entry(checkpoint, row, layer, "meta", options, part=part))
+                entries.append(base.parameter_entry(checkpoint, row, layer, "meta", options, part=part))
             if config.tie_embeddings:  # Meta's code has no tied head: its files hold the matrix twice
-                head = parameter_entry(checkpoint, TABLE[0], None, "meta", options, part=(0, rank, ranks))
+                head = base.parameter_entry(checkpoint, TABLE[0], None, "meta", options, part=(0, rank, ranks))
                 entries.append(dataclasses.replace(head, name=OUTPUT))
             write_torch_file(path / f"consolidated.{rank:02}.pth", entries, advance)
         said = {"params.json": to_meta_params(config), EXTRA: to_meta_extra(config)}
         said |= {"generation_config.json": checkpoint.generation}
-        files, left_out = tokenizer_files(checkpoint)
+        files, left_out = base.tokenizer_files(checkpoint)
         files, warnings = meta_files(files)
-        write_files(path, {name: to_json(name, content) for name, content in said.items() if content} | files)
+        base.write_files(path, {name: base.to_json(name, content) for name, content in said.items() if content} | files)
         return [*meta_warnings(config), *left_out, *(warnings if checkpoint.tokenizer else [])]
+
+
+META = _Meta()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -170,8 +162,8 @@ def read_meta(folder: str | Path) -> MetaFolder:
       ConfigError: params.json describes a model that is not supported.
     """
     folder = Path(folder)
-    said = read_json(folder / "params.json", "a Meta folder describes its model there")
-    extra = read_json(folder / EXTRA, "") if exists(folder / EXTRA) else {}
+    said = base.read_json(folder / "params.json", "a Meta folder describes its model there")
+    extra = base.read_json(folder / EXTRA, "") if exists(folder / EXTRA) else {}
     config = from_meta_params(said, vocab_size=1, extra=extra)  # 1 stands for unknown
     files = _files(folder)
     opened = [verdict.unwrapped(read_torch_file(path), "meta") for path in files]

@@ -17,7 +17,7 @@ from llama_jax.config.hf import from_hf_config
 from llama_jax.weights import params, verdict
 from llama_jax.weights.checkpoint import Checkpoint
 from llama_jax.weights.foreign import first_bytes
-from llama_jax.weights.formats.base import Advance, FormatObject, Options, folder_checkpoint, read_json
+from llama_jax.weights.formats import base
 from llama_jax.weights.formats.hf import write_texts
 from llama_jax.weights.source import DOWNLOAD_AGAIN, CheckpointError, Index, Tensor, exists, listing
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 PARAMS = "params"
 
 
-class Native(FormatObject):
+class _Native(base.FormatObject):
     """Our own format: a Hugging Face folder whose weights are an Orbax checkpoint of stacked parameters."""
 
     name = "native"
@@ -38,13 +38,12 @@ class Native(FormatObject):
         return folder if exists(folder / PARAMS / "_METADATA") else None
 
     def open(self, path: Path) -> Checkpoint:
-        """Opens a folder."""
-        said = read_json(path / "config.json", "a native checkpoint describes its model there")
+        said = base.read_json(path / "config.json", "a native checkpoint describes its model there")
         config = from_hf_config(said)
         settled = verdict.settle(path, "native", config, read_native(path, config), said=said)
-        return folder_checkpoint(path, "native", settled)
+        return base.folder_checkpoint(path, "native", settled)
 
-    def write(self, path: Path, checkpoint: Checkpoint, options: Options, advance: Advance) -> list[str]:
+    def write(self, path: Path, checkpoint: Checkpoint, options: base.Options, advance: base.Advance) -> list[str]:
         """Writes a folder. Orbax saves whole trees: the process holds all weights meanwhile."""
         import jax
 
@@ -59,6 +58,9 @@ class Native(FormatObject):
         arrays = {parameter_name(place): leaf for place, leaf in paths}
         save_arrays(path / PARAMS, arrays, stacked=is_stacked)
         return write_texts(path, checkpoint, options)
+
+
+NATIVE = _Native()
 
 
 def stacked_name(row: params.ParamSpec) -> str:
