@@ -1,4 +1,4 @@
-"""Continued pretraining: any checkpoint that `load` reads goes on with your own texts.
+"""Continued pretraining: any checkpoint that `load` reads, on your own texts.
 
     python scripts/prepare_data.py my-texts/ data/mine --tokenizer smollm2-135m-instruct
     python scripts/train.py configs/continue_smollm2.py --data.train data/mine --steps 200

@@ -1,4 +1,4 @@
-"""What the scripts share: options of the model and of sampling, clear failures, progress. No JAX until it is needed."""
+"""Shared by the commands: options of model and sampling, clear failures, progress. JAX is imported when needed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ModelArgs:
     model: str = DEFAULT_MODEL
     """smollm2-135m-instruct (fetched once, 98 MB), a Hugging Face folder, a .gguf file or a Hugging Face hub id."""
     mesh: str | None = None
-    """Devices, such as fsdp=2,tensor=4 (axes data, fsdp, context, tensor); default: all of them on tensor."""
+    """Devices, such as fsdp=2,tensor=4 (axes data, fsdp, context, tensor); default: the tuned table's, else tensor."""
     dtype: str | None = None
     """float32, bfloat16 or float16; default: float32 on CPU, bfloat16 on TPU and GPU."""
     max_seq_len: int | None = None
@@ -35,7 +35,7 @@ class ModelArgs:
     """splash (TPU), cudnn (GPU), xla, cpu or reference; default: the fastest of the platform that is as exact."""
 
     def load(self, *, chat_format: str | None = None) -> LoadedLlama:
-        """Loads the model; of several processes, the first one's options count, and all must have the same files."""
+        """Loads the model. Process 0's options count for all processes, which must have the same files."""
         import_jax()
         from llama_jax.distributed import agree, broadcast, process_count
         from llama_jax.distributed.agreement import fingerprint
@@ -50,7 +50,7 @@ class ModelArgs:
 
 @dataclasses.dataclass
 class ProcessArgs:
-    """Several processes, such as one on each machine: nothing to pass on Cloud TPU, GKE, SLURM and Open MPI."""
+    """Several processes, such as one on each machine. Cloud TPU, GKE, SLURM and Open MPI need no options."""
 
     coordinator: str | None = None
     """HOST:PORT of process 0, the same for all; a port that is free there and open to the others."""
@@ -60,7 +60,7 @@ class ProcessArgs:
     """Which of them this is, from 0; process 0 reads the input and prints."""
 
     def start(self) -> None:
-        """Joins the other processes, if there are any; from then on only process 0 prints results and warnings."""
+        """Joins the other processes, if there are any. Afterwards only process 0 prints results and warnings."""
         import_jax()
         from llama_jax import distributed
 
@@ -69,7 +69,7 @@ class ProcessArgs:
         )
         if distributed.process_count() == 1:
             return
-        # The results keep what was standard output. Gloo, which writes a line for each device there, gets nothing.
+        # Results go to a copy of standard output: Gloo prints a line for each device to the original.
         results = os.dup(1) if distributed.is_main() else os.open(os.devnull, os.O_WRONLY)
         sys.stdout.flush()
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -97,7 +97,7 @@ class SamplingArgs:
     """Of the random numbers."""
 
     def options(self) -> dict[str, Any]:
-        """Keyword arguments of `generate` and `Conversation`, checked before anything is loaded; process 0's count."""
+        """Returns process 0's options for `generate` and `Conversation`, checked before anything is loaded."""
         import_jax()
         from llama_jax.distributed import broadcast
         from llama_jax.infer.sampling import Sampling
@@ -109,9 +109,12 @@ class SamplingArgs:
 
 @contextlib.contextmanager
 def fail_clearly(*, code: int = 1) -> Iterator[None]:
-    """Turns expected errors into one line on stderr and exit code `code`, and Ctrl-C into 130; warnings are lines too.
+    """Turns expected errors and Ctrl-C into one line on stderr and an exit code, and warnings into one line each.
 
-    With several processes, each of these ends them all, and the line names the process.
+    With several processes, an error or Ctrl-C ends them all, and the line names the process.
+
+    Args:
+      code: exit code of an expected error. That of Ctrl-C is 130, that of a closed pipe 141.
     """
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character gets its escape
         if isinstance(stream, io.TextIOWrapper):
@@ -134,7 +137,7 @@ def fail_clearly(*, code: int = 1) -> Iterator[None]:
         sys.stdout.flush()
         _end_all("interrupted", 130)
         print("interrupted", file=sys.stderr)
-        os._exit(130)  # what XLA still computes would end an orderly exit in a segmentation fault
+        os._exit(130)  # an orderly exit would crash while XLA still computes
 
 
 def _one_line(message: Warning | str, *_: Any) -> str:
@@ -142,15 +145,15 @@ def _one_line(message: Warning | str, *_: Any) -> str:
 
 
 def _end_all(error: Exception | str, code: int) -> None:
-    """Where there are several processes, ends them all, this one with `code`."""
-    if distributed := sys.modules.get("llama_jax.distributed"):  # else nobody has started any
+    """Ends all processes where there are several, this one with `code`."""
+    if distributed := sys.modules.get("llama_jax.distributed"):  # else none were started
         distributed.fail(error, code=code)
 
 
 def import_jax() -> None:
-    """Imports JAX and Flax; Ctrl-C meanwhile ends the process.
+    """Imports JAX and Flax. Ctrl-C ends the process at once while they are imported.
 
-    A KeyboardInterrupt there would be lost in JAX's callback of the garbage collector, or crash a C extension.
+    A KeyboardInterrupt would be lost in JAX's callback of the garbage collector, or crash a C extension.
     """
 
     def leave(*_: object) -> None:

@@ -11,8 +11,7 @@ import pytest
 from llama_jax.distributed import agreement, meeting
 from llama_jax.distributed.agreement import differences, fingerprint
 from llama_jax.distributed.place import Place
-from tests.test_distributed import HOST, ROOT, free_port, outputs, said, start  # noqa: F401 (fixture)
-from tests.test_scripts import environment, model  # noqa: F401 (fixtures)
+from tests.processes import HOST, ROOT, free_port, outputs, said
 from tests.train.corpora import random_documents, write_corpus
 
 EVERYWHERE = f". All must have the same: start one command everywhere (process 1 is on {HOST})"
@@ -114,7 +113,7 @@ def test_fingerprints(tmp_path):
         assert fingerprint(one) != fingerprint(tmp_path / "two")
 
 
-def test_two_processes_compare_and_compile(start, tmp_path):  # noqa: F811
+def test_two_processes_compare_and_compile(start, tmp_path):
     """At the second start both find what they compiled at the first."""
     for name in ("copy", "changed"):
         for i in range(2):
@@ -137,7 +136,7 @@ def test_two_processes_compare_and_compile(start, tmp_path):  # noqa: F811
         outputs(processes)
 
 
-def test_training_refuses_processes_that_differ(start, tmp_path):  # noqa: F811
+def test_training_refuses_processes_that_differ(start, tmp_path):
     """One line on each, and nothing is trained: process 1 has another rate, seed and batch."""
     path = tmp_path / "recipe.py"
     path.write_text(RECIPE.format(train=str(write_corpus(tmp_path / "corpus", random_documents(40)))))
@@ -156,7 +155,7 @@ def test_training_refuses_processes_that_differ(start, tmp_path):  # noqa: F811
     assert not (tmp_path / "run").exists()
 
 
-def test_training_refuses_other_data_in_the_same_place(start, tmp_path):  # noqa: F811
+def test_training_refuses_other_data_in_the_same_place(start, tmp_path):
     """Each machine has its own copy; one of them was prepared from other texts."""
     for i in range(2):
         write_corpus(tmp_path / f"corpus{i}", random_documents(40, seed=i))
@@ -168,7 +167,7 @@ def test_training_refuses_other_data_in_the_same_place(start, tmp_path):  # noqa
         assert not (tmp_path / "run").exists()
 
 
-def test_generating_refuses_other_weights(start, model, tmp_path):  # noqa: F811
+def test_generating_refuses_other_weights(start, model, tmp_path):
     """Each machine has its own copy of the model under one name; one has another number in it."""
     for i in range(2):
         shutil.copytree(model, tmp_path / str(i) / "model")

@@ -116,7 +116,7 @@ NEUTRAL = [
     (read, key, values)
     for read, table in ((read_hf, HF), (read_meta, META), (read_gguf, GGUF))
     for group in table.neutral.values()
-    for key, values in group.items()
+    for key, values in sorted(group.items())
 ]
 
 

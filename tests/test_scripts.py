@@ -6,78 +6,14 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from tests.builders import tiny_config, write_hf
-
-ROOT = Path(__file__).parent.parent
-CORPUS = [
-    "the quick brown fox jumps over the lazy dog and runs home to the hills",
-    "system user assistant what is the name of the river? it is a long story, said the wolf.",
-]
-# No line ends: an answer is one line.
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
-)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    """A random model of one layer whose tokenizer knows two sentences, in a Hugging Face folder."""
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=60, show_progress=False))
-    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in ("<|im_start|>", "<|im_end|>")])
-    write_hf(folder, tiny_config(num_layers=1, vocab_size=tokenizer.get_vocab_size(), max_seq_len=256), std=0.3)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    facts = {"eos_token": "<|im_end|>", "chat_template": TEMPLATE, "tokenizer_class": "PreTrainedTokenizerFast"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(facts))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory) -> dict[str, str]:
-    """One device; all runs share one cache of compiled programs."""
-    return {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | {
-        "PYTHONPATH": str(ROOT),
-        "LLAMA_JAX_CACHE": str(tmp_path_factory.mktemp("cache")),
-        "JAX_NUM_CPU_DEVICES": "1",
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONIOENCODING": "utf-8:strict",  # as in most locales; Python is lenient in C.UTF-8
-    }
-
-
-@pytest.fixture(scope="module")
-def run(environment):
-    """Runs a script; what it does well, it does without a word on stderr."""
-
-    def run(script: str, *args: str | Path, stdin: str = "", devices: int = 1, code: int = 0, quiet: bool = True):
-        command = [sys.executable, ROOT / "scripts" / script, *args]
-        variables = environment | {"JAX_NUM_CPU_DEVICES": str(devices)}
-        done = subprocess.run(
-            command, input=stdin, capture_output=True, text=True, errors="surrogateescape", env=variables,
-            timeout=120, check=False,
-        )  # fmt: skip
-        assert done.returncode == code, done.stderr
-        assert "Traceback" not in done.stderr
-        if code == 0 and quiet:
-            assert done.stderr == ""
-        return done
-
-    return run
+from tests.processes import ROOT, SHORT
 
 
 def objects(done: subprocess.CompletedProcess[str]) -> list[dict]:
     return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-SHORT = ("--max-new-tokens", "8")
 
 
 @pytest.fixture(scope="module")

@@ -282,6 +282,11 @@ class ModelConfig:
         """G: query heads that share one key and value head."""
         return self.num_heads // self.num_kv_heads
 
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The kind of each layer: it selects class and parameters when a model is made. See `model.layers`."""
+        return ("plain",) * self.num_layers
+
     def param_count(self) -> int:
         """Returns the number of parameters, the tied embedding counted once."""
         attention = 2 * self.embed_dim * self.head_dim * (self.num_heads + self.num_kv_heads)

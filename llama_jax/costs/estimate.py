@@ -5,18 +5,21 @@ Names: P parameters, D embed_dim, F mlp_dim, V vocab_size, L layers, N query hea
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from llama_jax.config import ModelConfig
+from llama_jax.config.params import HEAD, group_size, specs_of
 from llama_jax.costs.machines import Machine
 from llama_jax.costs.mfu import training_flops
 
 Mode = Literal["train", "prefill", "decode"]
 AXES = ("data", "fsdp", "context", "tensor")
-LOSS_TOKENS = 1024  # of a device in a chunk of the loss, as in train.losses
+LOSS_TOKENS = 1024  # of a device in a chunk of the loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,30 +165,40 @@ class Roofline:
         return max(times, key=lambda name: times[name])
 
 
-# Logical axes of each weight; the layers come first. As in `model` and `sharding`, in words that need no JAX.
+# Mesh axes of what each dimension of a weight means. As in `sharding.ShardingRules`, in words that need no JAX.
 _SPLIT = {
     "vocab": ("tensor_kv", "tensor_q"), "embed": ("fsdp", "context"), "kv_heads": ("tensor_kv",),
-    "groups": ("tensor_q",), "head_dim": (), "mlp": ("tensor_kv", "tensor_q"),
+    "groups": ("tensor_q",), "head_dim": (), "mlp": ("tensor_kv", "tensor_q"), "norm": ("fsdp", "context"),
 }  # fmt: skip
 
 
-def weights(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], tuple[str, ...], int]]:
-    """Shape, logical axes and number of every matrix."""
-    D, F, V, L = config.embed_dim, config.mlp_dim, config.vocab_size, config.num_layers
-    K, G, H = config.num_kv_heads, config.num_groups, config.head_dim
-    found = {
-        "embed": ((V, D), ("vocab", "embed"), 1),
-        "wq": ((D, K, G, H), ("embed", "kv_heads", "groups", "head_dim"), L),
-        "wk": ((D, K, H), ("embed", "kv_heads", "head_dim"), L),
-        "wv": ((D, K, H), ("embed", "kv_heads", "head_dim"), L),
-        "wo": ((K, G, H, D), ("kv_heads", "groups", "head_dim", "embed"), L),
-        "w_gate": ((D, F), ("embed", "mlp"), L),
-        "w_up": ((D, F), ("embed", "mlp"), L),
-        "w_down": ((F, D), ("mlp", "embed"), L),
-    }
-    if not config.tie_embeddings:
-        found["lm_head"] = ((D, V), ("embed", "vocab"), 1)
-    return found
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """One parameter of a model.
+
+    Attributes:
+      shape: of one layer's.
+      axes: what its dimensions mean.
+      layers: how many layers have it; 0 outside the layers.
+      is_matrix: whether the step multiplies with it: no norm.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    layers: int
+    is_matrix: bool
+
+
+@functools.lru_cache(maxsize=32)
+def weights(config: ModelConfig) -> tuple[Weight, ...]:
+    """Every parameter, by the table of `config.params`."""
+    kinds = collections.Counter(config.layers)
+    outside = [spec for spec in specs_of(None).values() if spec is not HEAD or not config.tie_embeddings]
+    inside = [(spec, number) for kind, number in kinds.items() for spec in specs_of(kind).values()]
+    return tuple(
+        Weight(spec.shape(config), spec.logical_axes, number, spec.kind in ("matrix", "table", "expert"))
+        for spec, number in [(spec, 0) for spec in outside] + inside
+    )
 
 
 def shard(job: Workload, shape: tuple[int, ...], axes: tuple[str, ...], *, gathered: bool = False) -> int:
@@ -205,10 +218,17 @@ _HELD_MATRICES, _HELD_EMBED, _HELD_MLP = 0.75, 3.0, 7.5
 
 def memory(job: Workload) -> Memory:
     """What each device needs, by arithmetic; compilers are within 15 % of the peak (docs/planning.md has the table)."""
-    counts = {name: (shard(job, shape, axes), number) for name, (shape, axes, number) in weights(job.config).items()}
-    blocks = sum(size * number for size, number in counts.values() if number > 1)
-    tables = sum(size for size, number in counts.values() if number == 1)
-    return _training(job, blocks, tables) if job.mode == "train" else _serving(job, blocks, tables)
+    blocks, tables, vectors = 0, 0, 0
+    for weight in weights(job.config):
+        size = shard(job, weight.shape, weight.axes) * max(1, weight.layers)
+        if not weight.is_matrix:
+            vectors += size
+        elif weight.layers:
+            blocks += size
+        else:
+            tables += size
+    make = _training if job.mode == "train" else _serving
+    return make(job, blocks, tables, vectors)
 
 
 def _local(job: Workload) -> tuple[int, int, int, int]:
@@ -221,11 +241,11 @@ def _local(job: Workload) -> tuple[int, int, int, int]:
     return keys * groups, keys, F, V
 
 
-def _training(job: Workload, blocks: int, tables: int) -> Memory:
+def _training(job: Workload, blocks: int, tables: int, vectors: int) -> Memory:
     config, ways = job.config, job.ways
     D, V, L, T = config.embed_dim, config.vocab_size, config.num_layers, job.tokens
     heads, keys, mlp, vocab = _local(job)
-    parameters = 4 * (blocks + tables)
+    parameters = 4 * (blocks + tables + vectors)
     batch = 16 * T * job.microbatches  # tokens, targets, positions, segments
     accumulated = 4 * (blocks + tables) if job.microbatches > 1 else 0
     gradients = accumulated + 2 * blocks + 4 * shard(job, (D, V), ("embed", "vocab"))
@@ -234,11 +254,14 @@ def _training(job: Workload, blocks: int, tables: int) -> Memory:
     kept = {"none": 15 * size + 2 * T * (2 * heads + 2 * keys + 6 * mlp),
             "matmuls": 2 * size + 2 * T * (2 * heads + 2 * keys + 2 * mlp),
             "attention": size + 2 * T * (2 * heads + 2 * keys)}.get(job.remat, size)  # fmt: skip
-    group = _group(L)
+    group = group_size(L)
     saved = {"groups": (L // group + group) * size, "offload": 2 * size}.get(job.remat, L * kept)
     host = L * size if job.remat == "offload" else 0
 
-    matrices = sum(shard(job, shape, axes, gathered=True) for shape, axes, n in weights(config).values() if n > 1)
+    matrices = sum(
+        shard(job, weight.shape, weight.axes, gathered=True)
+        for weight in weights(config) if weight.layers and weight.is_matrix
+    )  # fmt: skip
     keys_of_all = 4 * keys * T * (ways["context"] - 1)
     block = 2 * (_HELD_MATRICES * matrices + T * (_HELD_EMBED * D + _HELD_MLP * mlp)) + keys_of_all
     chunk = min(T, LOSS_TOKENS)
@@ -251,22 +274,18 @@ def _training(job: Workload, blocks: int, tables: int) -> Memory:
     return Memory(parameters, 2 * parameters, gradients, 0, int(saved), max(0, workspace), arguments, int(host))
 
 
-def _serving(job: Workload, blocks: int, tables: int) -> Memory:
+def _serving(job: Workload, blocks: int, tables: int, vectors: int) -> Memory:
     config, ways, T = job.config, job.ways, job.tokens
     heads, keys, mlp, _ = _local(job)
     rows = math.ceil(job.batch / (ways["data"] * ways["fsdp"]))
     slots = job.seq_len // ways["context"] if job.seq_len % ways["context"] == 0 else job.seq_len
     cache = 4 * config.num_layers * rows * keys * slots
-    parameters = 2 * (blocks + tables)
+    parameters = 2 * (blocks + tables + vectors)
     if job.mode == "decode":
         logits = 8 * rows * config.vocab_size
         return Memory(parameters, 0, 0, cache, 0, logits + 2 * T * mlp, parameters + cache, 0)
     workspace = 2 * T * (3 * config.embed_dim + 2 * mlp + 2 * heads)
     return Memory(parameters, 0, 0, cache, 0, workspace, parameters, 0, results=cache)
-
-
-def _group(num_layers: int) -> int:
-    return min((n for n in range(1, num_layers + 1) if num_layers % n == 0), key=lambda n: n + num_layers // n)
 
 
 # Products that the backward pass computes again, as shares of: qkv, attention, out, gate and up, down.

@@ -1,7 +1,7 @@
-"""Runs all checks, each with a time limit, and always has an answer.
+"""Runs all checks, each with a time limit, and always returns a report.
 
-What could hang or crash (JAX, the accelerator) runs in a child process: JAX ends the process that it runs in when the
-distributed start fails, and a runtime that waits for a device cannot be interrupted. No JAX is imported here.
+JAX and the accelerator may hang or crash, so they run in a child process: JAX ends its process when the distributed
+start fails, and a runtime that waits for a device cannot be interrupted. JAX is not imported here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from llama_jax.doctor.machine import local_findings, proxies
 
 PROBE = "import sys; from llama_jax.doctor.probe import probe; probe(sys.argv[1])"
 
-# What runtimes say when they fail, and what helps; the first that matches counts.
+# Messages of runtimes that fail, and the remedy; the first match counts.
 KNOWN = (
     (r"ended without a word|process \d+ of \d+ \(.*\) failed", "the output of that process says why"),
     (r"multi-process lockfile|already in use by process|[Dd]evice or resource busy",
@@ -41,15 +41,15 @@ KNOWN = (
     (r"RESOURCE_EXHAUSTED|[Oo]ut of memory",
      "another program uses the device's memory: end it (`nvidia-smi` lists them), or set"
      " XLA_PYTHON_CLIENT_MEM_FRACTION=0.5"),
-    (r"signal SIGKILL", "somebody killed it, or the system for want of memory: `sudo dmesg | tail` says so"),
+    (r"signal SIGKILL", "killed by hand, or by the system for lack of memory: `sudo dmesg | tail` shows which"),
 )  # fmt: skip
 
-# Stages of the child: its name in the table, what to do when it is silent, and what to do when it fails.
+# Stages of the child: the name in the table, the remedy when it is silent, the remedy when it fails.
 STAGES = {
     "start": (
         "start of JAX",
         "`python -c 'import jax'` must end; on Cloud TPU the metadata server (metadata.google.internal) must answer",
-        "correct the options, or what `python -c 'import jax'` complains of",
+        "correct the options, or the error of `python -c 'import jax'`",
     ),
     "connect": (
         "processes",
@@ -87,13 +87,13 @@ STAGES = {
 
 @dataclasses.dataclass(frozen=True)
 class MachineReport:
-    """What one process has to say.
+    """The findings of one process.
 
     Attributes:
       process: its index.
       processes: how many there should be.
-      findings: of this process, and of the others as far as they were heard.
-      shared: process 0 has all of this to print too.
+      findings: of this process, and those received from the others.
+      shared: whether process 0 has them all, and prints them.
     """
 
     process: int
@@ -103,7 +103,7 @@ class MachineReport:
 
     @property
     def ok(self) -> bool:
-        """Nothing is wrong; warnings are not wrong."""
+        """Whether there is no problem. Warnings are not problems."""
         return all(f.status != PROBLEM for f in self.findings)
 
 
@@ -116,15 +116,15 @@ def examine(
     timeout: float = 120,
     say: Callable[[str], None] = lambda text: None,
 ) -> MachineReport:
-    """Checks this process and, with its companions, what lies between them. Takes a few times `timeout` at most.
+    """Checks this process and, with the others, the connections between them. Takes a few times `timeout` at most.
 
     Args:
-      coordinator: address and port of process 0; default: what Cloud TPU, SLURM or Open MPI give, or else one process.
+      coordinator: address and port of process 0; default: from Cloud TPU, SLURM or Open MPI, else one process.
       num_processes: how many processes there are.
       process_id: which one this is.
       checkpoint_dir: a folder, or gs://..., that must be writable.
       timeout: seconds that any one step may take.
-      say: hears what is done.
+      say: called with each step.
     """
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     child, patience = Child(given | {"timeout": timeout}), 0
@@ -148,7 +148,7 @@ def _examine(child: Child, found: list[Finding], timeout: float, say: Callable[[
     child.tell([dataclasses.asdict(f) for f in found])
     mine: list[Finding] = []
     for stage in ("connect", "rows", "devices", "matmul", "all-reduce", "end"):
-        # The meeting has its own limit, and says more than we can.
+        # The meeting has its own limit, and a better message.
         answer = child.listen(stage, timeout + (30 if stage == "connect" else 0))
         if isinstance(answer, Finding):
             return MachineReport(
@@ -164,7 +164,7 @@ def _examine(child: Child, found: list[Finding], timeout: float, say: Callable[[
 
 
 class Child:
-    """The process that runs JAX: `listen` for what it found in each stage."""
+    """The process that runs JAX; `listen` returns its answer for each stage."""
 
     def __init__(self, arguments: dict[str, Any]):
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
@@ -182,14 +182,14 @@ class Child:
         self._lines.put(None)
 
     def tell(self, value: Any) -> None:
-        """Sends a line."""
+        """Sends a value to the child, as a line of JSON."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(value).encode() + b"\n")
             self._process.stdin.flush()
 
     def listen(self, stage: str, timeout: float) -> dict[str, Any] | Finding:
-        """The child's answer for a stage, or the problem that kept it from one."""
+        """Returns the child's answer for a stage, or the problem that prevented one."""
         check, when_silent, when_failed = STAGES[stage]
         try:
             line = self._lines.get(timeout=timeout)
@@ -200,7 +200,7 @@ class Child:
             return answer
         value = answer["error"]
         remedy = next((remedy for pattern, remedy in KNOWN if re.search(pattern, value)), when_failed)
-        if advice := re.match(r"(.+?)\. ([A-Z].+)", value):  # the error says itself what to do
+        if advice := re.match(r"(.+?)\. ([A-Z].+)", value):  # the error has its own remedy
             value, remedy = advice[1], f"{advice[2]} ({remedy})"
         return problem(check, value, remedy)
 
@@ -215,7 +215,7 @@ class Child:
         return f"its JAX process ended ({how}): {one_line(telling[-1])}"
 
     def end(self, patience: float) -> None:
-        """Ends the child, at once or when it has left the others properly."""
+        """Ends the child. `patience` is the number of seconds it has to leave the other processes in order."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(patience)
         with contextlib.suppress(ProcessLookupError):

@@ -1,4 +1,4 @@
-"""What a check found, and how what many processes found becomes a few rows."""
+"""The result of a check, and how the results of many processes become a few rows."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ SAME = ("llama_jax", "jax", "jaxlib", "flax", "libtpu", "jax-cuda12-plugin", "ja
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One thing that was checked.
+    """The result of one check.
 
     Attributes:
-      check: what, in a word or two.
+      check: its name, a word or two.
       status: ok, warning or problem.
-      value: what was found.
-      remedy: what to do, if it is not ok.
-      process: which process found it.
+      value: the result.
+      remedy: advice, if it is not ok.
+      process: index of the process that ran it.
     """
 
     check: str
@@ -31,28 +31,28 @@ class Finding:
 
 
 def fine(check: str, value: str) -> Finding:
-    """A finding that is as it should be."""
+    """Returns a finding without a problem."""
     return Finding(check, OK, value)
 
 
 def warning(check: str, value: str, remedy: str) -> Finding:
-    """A finding that may do harm."""
+    """Returns a finding that may do harm."""
     return Finding(check, WARNING, value, remedy)
 
 
 def problem(check: str, value: str, remedy: str) -> Finding:
-    """A finding that must be mended."""
+    """Returns a finding that must be fixed."""
     return Finding(check, PROBLEM, value, remedy)
 
 
 def one_line(error: object) -> str:
-    """An error's text as one line of at most 600 characters."""
+    """Returns the text of an error as one line of at most 600 characters."""
     text = " ".join(str(error).split())
     return text if len(text) <= 600 else text[:597] + "..."
 
 
 def ranges(numbers: Iterable[int]) -> str:
-    """`[0, 1, 2, 5]` as `0-2, 5`."""
+    """Returns `[0, 1, 2, 5]` as `0-2, 5`."""
     runs: list[list[int]] = []
     for n in sorted(set(numbers)):
         if runs and n == runs[-1][1] + 1:
@@ -63,7 +63,7 @@ def ranges(numbers: Iterable[int]) -> str:
 
 
 def rows(findings: Sequence[Finding]) -> list[tuple[str, Finding]]:
-    """(which processes, what they found) for a table: what is alike once, and at most 4 a check that are fine."""
+    """Returns (processes, finding) for a table: equal findings once, and at most 4 a check that are fine."""
     order = {f.check: i for i, f in reversed(list(enumerate(findings)))}
     groups: dict[tuple[str, str, str], list[Finding]] = {}
     for f in sorted(findings, key=lambda f: (order[f.check], f.process)):
@@ -77,7 +77,7 @@ def rows(findings: Sequence[Finding]) -> list[tuple[str, Finding]]:
 
 
 def between(findings: Sequence[Finding]) -> list[Finding]:
-    """What is wrong with the processes together though each is fine alone: versions that differ."""
+    """Returns the problems of processes that are fine alone: versions that differ."""
     variants: dict[frozenset[str], list[int]] = {}
     for f in findings:
         if f.check == "versions" and f.status == OK:

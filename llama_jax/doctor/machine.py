@@ -1,4 +1,4 @@
-"""What one machine can say of itself, without JAX: packages, accelerators, folders, memory. Nothing here can hang."""
+"""Checks of one machine without JAX: packages, accelerators, folders, memory. None of them can hang."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ GIB = 1 << 30
 
 
 def local_findings(checkpoint_dir: str | None, timeout: float) -> Iterator[Finding]:
-    """Python, packages, accelerators, folders and memory."""
+    """Checks Python, packages, accelerators, folders and memory."""
     from llama_jax.files import cache_folder
 
     installed = versions()
@@ -49,7 +49,7 @@ def local_findings(checkpoint_dir: str | None, timeout: float) -> Iterator[Findi
 
 
 def versions() -> dict[str, str]:
-    """Installed version of each package that matters."""
+    """Returns the installed version of each package that matters."""
     found = {}
     for name in PACKAGES:
         if name.startswith("nvidia-") and not any(plugin in found for plugin in CUDA):
@@ -60,7 +60,7 @@ def versions() -> dict[str, str]:
 
 
 def pairs(installed: dict[str, str]) -> Iterator[Finding]:
-    """Packages that do not go together."""
+    """Finds packages that do not work together."""
     from packaging.version import Version
 
     jax, flax = (Version(installed.get(name, "0")) for name in ("jax", "flax"))
@@ -75,7 +75,7 @@ def pairs(installed: dict[str, str]) -> Iterator[Finding]:
 
 
 def unmet(installed: dict[str, str]) -> Iterator[tuple[str, Any]]:
-    """(package, requirement) for each requirement among these packages that what is installed does not meet."""
+    """Yields (package, requirement) for each requirement among these packages that is not met."""
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
@@ -98,7 +98,7 @@ def unmet(installed: dict[str, str]) -> Iterator[tuple[str, Any]]:
 
 
 def accelerators(installed: dict[str, str]) -> Iterator[Finding]:
-    """Accelerators of this machine that JAX cannot use, for want of a package."""
+    """Finds accelerators that JAX cannot use because a package is missing."""
     tpus, gpus = tpu_chips(), nvidia_gpus()
     if tpus and "libtpu" not in installed:
         yield problem("accelerator", f"{tpus} TPU chips, but libtpu is not installed", 'pip install -e ".[tpu]"')
@@ -107,7 +107,7 @@ def accelerators(installed: dict[str, str]) -> Iterator[Finding]:
 
 
 def tpu_chips() -> int:
-    """TPU chips on the PCI bus."""
+    """Returns the number of TPU chips on the PCI bus."""
 
     def read(path: str) -> str:
         with contextlib.suppress(OSError):
@@ -119,12 +119,12 @@ def tpu_chips() -> int:
 
 
 def nvidia_gpus() -> int:
-    """NVIDIA GPUs that this process could open."""
+    """Returns the number of NVIDIA GPUs that this process could open."""
     return len(glob.glob("/dev/nvidia[0-9]*"))
 
 
 def writable(check: str, folder: str, timeout: float, remedy: str) -> Finding:
-    """Whether a file can be written in a folder, or where it would be made. Leaves nothing behind."""
+    """Checks that a file can be written in a folder, or where the folder would be made. Leaves nothing behind."""
     remote = "://" in folder
 
     def attempt() -> str:
@@ -158,7 +158,7 @@ def writable(check: str, folder: str, timeout: float, remedy: str) -> Finding:
 
 
 def within(timeout: float, work: Callable[[], Any]) -> Any:
-    """The result of `work`, in a thread that is left behind if it takes too long."""
+    """Returns the result of `work`, run in a thread that is abandoned if it takes too long."""
     results: queue.Queue[tuple[bool, Any]] = queue.Queue()
 
     def run() -> None:
@@ -178,7 +178,7 @@ def within(timeout: float, work: Callable[[], Any]) -> Any:
 
 
 def proxies(coordinator: str) -> list[Finding]:
-    """A proxy that gRPC, and so JAX's distributed start, would take to the coordinator."""
+    """Finds a proxy that gRPC, and so JAX's distributed start, would use for the coordinator."""
     host = coordinator.rpartition(":")[0].strip("[]")
     names = [name for name in os.environ if name.lower() in ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy")]
     if not names or any(host in os.environ.get(name, "").split(",") for name in ("no_proxy", "NO_PROXY")):
@@ -187,13 +187,13 @@ def proxies(coordinator: str) -> list[Finding]:
 
 
 def memory() -> Iterator[Finding]:
-    """Host memory: of the machine, or of the container if it may use less."""
+    """Checks host memory: of the machine, or of the container if it may use less."""
     try:
         fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         total, free = (int(fields[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
     except (OSError, KeyError, ValueError):
         return
-    with contextlib.suppress(OSError, ValueError):  # "max" is no number
+    with contextlib.suppress(OSError, ValueError):  # "max" is not a number
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
         used = int(Path("/sys/fs/cgroup/memory.current").read_text())
         total, free = min(total, limit), min(free, max(limit - used, 0))
@@ -206,7 +206,7 @@ def memory() -> Iterator[Finding]:
 
 
 def disks(cache: Path) -> Iterator[Finding]:
-    """Room for fetched checkpoints, and shared memory for NCCL."""
+    """Checks the room for fetched checkpoints, and shared memory for NCCL."""
     with contextlib.suppress(OSError, StopIteration):
         existing = next(p for p in (cache.absolute(), *cache.absolute().parents) if p.exists())
         free = shutil.disk_usage(existing).free

@@ -1,4 +1,4 @@
-"""The checks that need JAX. They run in a process of their own, which may hang or crash: `examine` looks after it."""
+"""The checks that need JAX. They run in a process of their own, which may hang or crash: `examine` watches it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from llama_jax.doctor.machine import GIB, nvidia_gpus, tpu_chips
 
 
 def probe(arguments_json: str) -> None:
-    """What the child runs: a line of JSON for each stage on what was its standard output."""
+    """Runs in the child: writes a line of JSON for each stage to the original standard output."""
     arguments = json.loads(arguments_json)
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever libraries print
+    os.dup2(2, 1)  # prints of libraries
 
     def answer(**values: Any) -> None:
         print(json.dumps(values), file=answers, flush=True)
@@ -45,7 +45,7 @@ def _probe(arguments: dict[str, Any], answer: Callable[..., None]) -> None:
     where = (place.address, place.num_processes, place.process_id) if place else (None, 1, 0)
     answer(coordinator=where[0], processes=where[1], process=where[2])
     line = sys.stdin.readline()
-    if not line:  # the parent has seen enough
+    if not line:  # the parent has stopped listening
         return
     threading.Thread(target=lambda: sys.stdin.read() or os._exit(1), daemon=True).start()  # ends with the parent
     distributed.initialize(**arguments, timeout=timeout)

@@ -15,49 +15,58 @@ from llama_jax.caches.base import LayerCache, Unsettled
 from llama_jax.caches.full import FullCache
 from llama_jax.caches.none import NoCache
 from llama_jax.config import ModelConfig
+from llama_jax.config.params import specs_of
 from llama_jax.ops.attention import way_of
-from llama_jax.ops.linear import einsum
 from llama_jax.ops.norm import rms_norm
 from llama_jax.ops.rope import apply_rope
+from llama_jax.ops.weights import einsum
 from llama_jax.sharding import ShardingRules
 
 INIT_STD = 0.02  # the family's initializer_range
 
 
 class Params:
-    """Makes parameters with the shapes and shardings of one model: random, or abstract without `rngs`."""
+    """Makes the parameters of one model from their table (`config.params`): random, or abstract without `rngs`.
 
-    def __init__(self, rules: ShardingRules, dtype: str, rngs: nnx.Rngs | None):
-        self.rules, self.dtype, self.rngs = rules, dtype, rngs
+    Args:
+      config: gives the sizes.
+      rules: from logical to mesh axes.
+      dtype: of every parameter.
+      rngs: keys of the random initial values.
+      kind: of the layer that they are of; None is outside the layers.
+    """
 
-    def weight(self, shape: tuple[int, ...], *axes: str) -> nnx.Param:
-        """A matrix or table of that shape, its dimensions split as the logical `axes` say."""
-        spec = self.rules.spec(axes, shape)
+    def __init__(
+        self, config: ModelConfig, rules: ShardingRules, dtype: str, rngs: nnx.Rngs | None, kind: str | None = None
+    ):
+        self.config, self.rules, self.dtype, self.rngs, self.kind = config, rules, dtype, rngs, kind
+
+    def of_layer(self, kind: str, key: jax.Array | None = None) -> Params:
+        """Those of a layer of that kind; with the random numbers of `key` where it is given."""
+        rngs = self.rngs if key is None else nnx.Rngs(params=key)
+        return Params(self.config, self.rules, self.dtype, rngs, kind)
+
+    def __call__(self, path: str) -> nnx.Param:
+        """The parameter of that path, within its layer where it is in one: "embed", "attn.wq"."""
+        spec = specs_of(self.kind)[path]
+        shape = spec.shape(self.config)
+        split = self.rules.spec(spec.logical_axes, shape)
         if self.rngs is None:
-            return self._abstract(shape, spec)
-        return nnx.Param(INIT_STD * jax.random.normal(self.rngs.params(), shape, self.dtype, out_sharding=spec))
-
-    def norm(self, size: int) -> nnx.Param:
-        """The scale of a norm."""
-        spec = self.rules.spec(("norm",), (size,))
-        if self.rngs is None:
-            return self._abstract((size,), spec)
-        return nnx.Param(jnp.ones(size, self.dtype, out_sharding=spec))
-
-    def _abstract(self, shape: tuple[int, ...], spec: jax.P) -> nnx.Param:
-        sharding = jax.NamedSharding(jax.sharding.get_abstract_mesh(), spec)
-        return nnx.Param(jax.ShapeDtypeStruct(shape, self.dtype, sharding=sharding))
+            sharding = jax.NamedSharding(jax.sharding.get_abstract_mesh(), split)
+            return nnx.Param(jax.ShapeDtypeStruct(shape, self.dtype, sharding=sharding))
+        if spec.kind == "norm":
+            return nnx.Param(jnp.ones(shape, self.dtype, out_sharding=split))
+        if spec.kind in ("gate", "bias"):
+            return nnx.Param(jnp.zeros(shape, self.dtype, out_sharding=split))
+        return nnx.Param(INIT_STD * jax.random.normal(self.rngs.params(), shape, self.dtype, out_sharding=split))
 
 
 class Attention(nnx.Module):
     """Grouped-query attention with RoPE."""
 
-    def __init__(self, config: ModelConfig, params: Params, implementation: str | None):
-        D, K, G, H = config.embed_dim, config.num_kv_heads, config.num_groups, config.head_dim
-        self.wq = params.weight((D, K, G, H), "embed", "kv_heads", "groups", "head_dim")
-        self.wk = params.weight((D, K, H), "embed", "kv_heads", "head_dim")
-        self.wv = params.weight((D, K, H), "embed", "kv_heads", "head_dim")
-        self.wo = params.weight((K, G, H, D), "kv_heads", "groups", "head_dim", "embed")
+    def __init__(self, params: Params, implementation: str | None):
+        self.wq, self.wk, self.wv = params("attn.wq"), params("attn.wk"), params("attn.wv")
+        self.wo = params("attn.wo")
         self.rules, self.way = params.rules, way_of(implementation)
         self.cache: type[LayerCache] = FullCache  # the kind that this layer keeps its keys and values in
 
@@ -90,11 +99,8 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: ModelConfig, params: Params):
-        D, F = config.embed_dim, config.mlp_dim
-        self.w_gate = params.weight((D, F), "embed", "mlp")
-        self.w_up = params.weight((D, F), "embed", "mlp")
-        self.w_down = params.weight((F, D), "mlp", "embed")
+    def __init__(self, params: Params):
+        self.w_gate, self.w_up, self.w_down = params("mlp.w_gate"), params("mlp.w_up"), params("mlp.w_down")
         self.rules = params.rules
 
     def __call__(self, x_BTD):
@@ -110,12 +116,12 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """One layer: attention and MLP, each on the normalised residual stream."""
 
-    def __init__(self, config: ModelConfig, params: Params, implementation: str | None):
-        self.attn_norm = params.norm(config.embed_dim)
-        self.attn = Attention(config, params, implementation)
-        self.mlp_norm = params.norm(config.embed_dim)
-        self.mlp = MLP(config, params)
-        self.eps = config.norm_eps
+    def __init__(self, params: Params, implementation: str | None):
+        self.attn_norm = params("attn_norm")
+        self.attn = Attention(params, implementation)
+        self.mlp_norm = params("mlp_norm")
+        self.mlp = MLP(params)
+        self.eps = params.config.norm_eps
 
     def __call__(self, x_BTD, layer: LayerCache | None, **where) -> tuple[jax.Array, LayerCache | None]:
         """Returns the residual stream [B, T, D] and the layer's cache."""

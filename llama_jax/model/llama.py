@@ -12,12 +12,11 @@ from flax import nnx
 
 from llama_jax.caches import KVCache
 from llama_jax.config import ModelConfig
-from llama_jax.model.blocks import Block, Params
-from llama_jax.model.layers import REMAT, apply_blocks, stack
-from llama_jax.ops.embed import embed
-from llama_jax.ops.linear import einsum, flatten
+from llama_jax.model.blocks import Params
+from llama_jax.model.layers import REMAT, apply_blocks, init_cache, listed, make_blocks, stacks_of
 from llama_jax.ops.norm import rms_norm
 from llama_jax.ops.rope import inverse_frequencies, rope_angles
+from llama_jax.ops.weights import einsum, embed, flatten
 from llama_jax.sharding import ShardingRules
 
 
@@ -55,21 +54,12 @@ class Llama(nnx.Module):
     ):
         if remat not in REMAT:
             raise ValueError(f"remat {remat!r} is unknown; there are {', '.join(REMAT)}")
-        params = Params(rules, param_dtype, rngs)
-        V, D = config.vocab_size, config.embed_dim
-        self.embed = params.weight((V, D), "vocab", "embed")
-        if stacked and rngs is None:
-            self.blocks = jax.tree.map(lambda x: stack(x, config.num_layers), Block(config, params, attention))
-        elif stacked and rngs is not None:
-            keys = jax.random.split(rngs.params(), config.num_layers)
-            self.blocks = jax.vmap(
-                lambda key: Block(config, Params(rules, param_dtype, nnx.Rngs(params=key)), attention)
-            )(keys)
-        else:
-            self.blocks = nnx.List([Block(config, params, attention) for _ in range(config.num_layers)])
-        self.final_norm = params.norm(D)
+        params = Params(config, rules, param_dtype, rngs)
+        self.embed = params("embed")
+        self.blocks = make_blocks(params, attention, stacked=stacked)
+        self.final_norm = params("final_norm")
         if not config.tie_embeddings:
-            self.lm_head = params.weight((D, V), "embed", "vocab")
+            self.lm_head = params("lm_head")
         self.config, self.rules, self.dtype, self.remat = config, rules, dtype, remat
 
     def __call__(self, tokens_BT: jax.Array, **where) -> tuple[jax.Array, KVCache | None]:
@@ -113,7 +103,7 @@ class Llama(nnx.Module):
         angles = rope_angles(positions_BT, frequencies, config.rope_scaling)
         spec = self.rules.spec(("batch", "seq", "act_embed"), (B, T, config.embed_dim))
         with jax.named_scope("embed"):
-            x_BTD = embed(self.embed.get_value(), tokens_BT, out_sharding=spec).astype(self.dtype)
+            x_BTD = embed(self.embed, tokens_BT, out_sharding=spec).astype(self.dtype)
 
         where = {
             "angles": angles, "positions_BT": positions_BT, "order_BT": order_BT, "segment_ids_BT": segment_ids_BT,
@@ -136,18 +126,16 @@ class Llama(nnx.Module):
     @property
     def stacked(self) -> bool:
         """Whether the blocks are stacked along a leading layer axis."""
-        return isinstance(self.blocks, Block)
+        return stacks_of(self.blocks) is not None
 
     def init_cache(self, batch: int, size: int) -> KVCache:
         """Returns an empty cache of `size` slots for `batch` rows, one of its kind for each layer."""
-        if isinstance(self.blocks, Block):
-            return self.blocks.init_cache(batch, size, self.dtype, self.config.num_layers)
-        return tuple(block.init_cache(batch, size, self.dtype) for block in self.blocks)
+        return init_cache(self.blocks, batch, size, self.dtype)
 
 
 def flatten_heads(model: Llama) -> Llama:
     """Puts the weights of queries, keys and values of a list of blocks into the form that TPUs multiply with,
-    `linear.Flattened`.
+    `weights.Flattened`.
 
     Args:
       model: is changed; its mesh must be in use.
@@ -155,8 +143,7 @@ def flatten_heads(model: Llama) -> Llama:
     Returns:
       The model.
     """
-    assert not isinstance(model.blocks, Block), "of decoding, which walks a list of blocks"
-    for block in model.blocks:
+    for block in listed(model.blocks):
         for w in (block.attn.wq, block.attn.wk, block.attn.wv):
             w.set_value(flatten(w.get_value()))
     return model

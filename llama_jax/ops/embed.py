@@ -8,12 +8,11 @@ import jax.numpy as jnp
 from llama_jax.sharding import axes_of
 
 
-def embed(table_VD: jax.Array, tokens_BT: jax.Array, *, out_sharding: jax.P) -> jax.Array:
+def lookup(table_VD: jax.Array, tokens_BT: jax.Array, out_sharding: jax.P) -> jax.Array:
     """The rows of the table at `tokens_BT`: [B, T, D] in the table's dtype.
 
-    The table stays where it is. A device that has some of the columns looks up the tokens of all devices that split the
-    rows of `tokens_BT` over the same mesh axes (FSDP), and then they exchange: what moves is [B, T, D] and not [V, D],
-    and the gradient of the table is never whole on a device either.
+    The table stays where it is. Each device gathers the token ids of its FSDP group, looks up its own columns, and then
+    all-to-alls: [B, T, D] moves, not [V, D], and the gradient of the table is never whole on a device either.
 
     Args:
       table_VD: [V, D], either dimension split or not.

@@ -17,8 +17,8 @@ from llama_jax.caches.none import NoCache
 from llama_jax.costs.estimate import Workload
 from llama_jax.model import Llama
 from llama_jax.model.blocks import Block
-from llama_jax.model.layers import REMAT
-from llama_jax.ops.linear import einsum
+from llama_jax.model.layers import REMAT, listed
+from llama_jax.ops.weights import einsum
 from llama_jax.plan import program
 from llama_jax.plan.program import Lowered
 from llama_jax.train import setup
@@ -56,9 +56,8 @@ def decode_floor(model: Llama, cache: KVCache, x_B1D: jax.Array) -> jax.Array:
     Returns:
       [B, 1, V] in x's dtype, split as logits are. The numbers mean nothing.
     """
-    assert not isinstance(model.blocks, Block), "decoding walks a list of blocks"
     assert isinstance(cache, tuple), "a list of blocks takes a list of caches"
-    for block, layer in zip(model.blocks, cache, strict=True):
+    for block, layer in zip(listed(model.blocks), cache, strict=True):
         x_B1D = _block(block, layer, x_B1D)
     return _head(model, x_B1D)
 
@@ -123,8 +122,7 @@ def prefill_floor(model: Llama, x_BTD: jax.Array) -> jax.Array:
     Returns:
       [B, T, D].
     """
-    assert not isinstance(model.blocks, Block), "blocks in a list"
-    for block in model.blocks:
+    for block in listed(model.blocks):
         x_BTD = _sequence(block, x_BTD)
     return x_BTD
 
@@ -156,7 +154,7 @@ def training_floor(model: Llama, x_BTD: jax.Array) -> Any:
     chunks = max(1, length // TOKENS)
     split = x_BTD.reshape(B, T // length, chunks, length // chunks, D, out_sharding=jax.P(batch, seq, None, None, None))
     split = jnp.moveaxis(split, 2, 0).reshape(chunks, B, T // chunks, D, out_sharding=jax.P(None, batch, seq, None))
-    head = model.embed.get_value() if model.config.tie_embeddings else model.lm_head.get_value()
+    head = (model.embed if model.config.tie_embeddings else model.lm_head).get_value()
 
     def chunk(total, x_BtD):
         logits_BtV, pull = jax.vjp(lambda head, x_BtD: _head(model, x_BtD, head), head, x_BtD)

@@ -12,9 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from llama_jax.costs.estimate import LOSS_TOKENS
 from llama_jax.model import Llama
 
-TOKENS = 1024  # of one device in a chunk: 525 MB of logits at a vocabulary of 128,256
+TOKENS = LOSS_TOKENS  # of one device in a chunk: 525 MB of logits at a vocabulary of 128,256
 
 
 @jax.tree_util.register_dataclass

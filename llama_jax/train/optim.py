@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import optax
 
+from llama_jax.config.params import DECAYED, place_of
+from llama_jax.ops.weights import name_of
 from llama_jax.train.recipe import Optimizer, Schedule
 
 
@@ -77,5 +79,6 @@ def adamw(options: Optimizer) -> optax.GradientTransformation:
 
 
 def matrices(model: Any) -> Any:
-    """Which parameters decay: all but the norms; a tree of bools like `model`, or like its gradient."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in jax.tree_util.keystr(path), model)
+    """Which parameters decay, by their kind: a tree of bools like `model`, or like its gradient."""
+    layers = model.config.layers
+    return jax.tree_util.tree_map_with_path(lambda path, _: place_of(name_of(path), layers).spec.kind in DECAYED, model)

@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from llama_jax.model import Llama
+from llama_jax.ops.weights import name_of
 
 
 @jax.tree_util.register_dataclass
@@ -60,7 +61,7 @@ def from_named_arrays(like: TrainState, items: dict[str, dict[str, jax.Array]]) 
 
 
 def _name(path: tuple) -> tuple[str, str]:
-    name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+    name = name_of(path)
     return ("params", name.removeprefix("model.")) if name.startswith("model.") else ("optimizer", name)
 
 

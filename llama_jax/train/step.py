@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from llama_jax.config.params import place_of
 from llama_jax.model import Llama
-from llama_jax.ops.linear import Narrowed
+from llama_jax.ops.weights import Narrowed, name_of
 from llama_jax.train.losses import Loss, cross_entropy
 from llama_jax.train.state import TrainState
 
 BatchArrays = Mapping[str, jax.Array]
+MULTIPLIED = ("matrix", "expert")  # the kinds of parameters that large products are with
 BATCH_ARRAYS = ("tokens", "targets", "positions", "segment_ids")
 
 
@@ -112,8 +114,9 @@ def handles(model: Llama) -> Llama:
     """What is differentiated: the parameters, but of the blocks' matrices stand-ins in the dtype of the computation."""
 
     def handle(path, w):
-        name = jax.tree_util.keystr(path)
-        narrow = "blocks" in name and "norm" not in name and w.dtype != model.dtype
+        place = place_of(name_of(path), model.config.layers)
+        # A leaf of several arrays has the gradients that it wants; norms are small; the head's are summed in chunks.
+        narrow = place.layers and not place.part and place.spec.kind in MULTIPLIED and w.dtype != model.dtype
         return jnp.zeros_like(w, model.dtype) if narrow else w
 
     return jax.tree_util.tree_map_with_path(handle, model)

@@ -50,8 +50,8 @@ class Checkpoint:
     left_out: tuple[str, ...] = ()
 
     def tensor(self, row: params.ParamSpec, layer: int | None) -> Tensor:
-        """Returns the tensor that holds a parameter."""
-        return self.tensors[row.name(self.format, layer)]
+        """Returns the tensor of a parameter, which may be a part of a stored one."""
+        return params.part_of(self.tensors[row.name(self.format, layer)], row, self.config, self.format)
 
     def dtype_of(self, row: params.ParamSpec, layer: int | None) -> np.dtype:
         """Returns the dtype of a parameter in a format that keeps dtypes.

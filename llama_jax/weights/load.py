@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,6 +113,7 @@ def read_model(
 
     from llama_jax.distributed import is_main
     from llama_jax.model import Llama
+    from llama_jax.ops.weights import name_of
     from llama_jax.sharding import ShardingRules, whole_weights
 
     rules = ShardingRules()
@@ -132,7 +133,7 @@ def read_model(
         log.warning("%s", whole)
     paths, treedef = jax.tree_util.tree_flatten_with_path(abstract)
     parameters = [
-        _Parameter(checkpoint, parameter_name(path), leaf.shape, jax.NamedSharding(mesh, leaf.sharding.spec))
+        _Parameter(checkpoint, name_of(path), leaf.shape, jax.NamedSharding(mesh, leaf.sharding.spec))
         for path, leaf in paths
     ]
     if advance or not is_main():
@@ -144,13 +145,6 @@ def read_model(
     return jax.tree_util.tree_unflatten(treedef, arrays)
 
 
-def parameter_name(path: Any) -> str:
-    """Returns the name of a leaf of `Llama`, as in `params.TABLE`: "blocks.3.attn.wq", "blocks.attn.wq" if stacked."""
-    import jax
-
-    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
-
-
 class _Parameter:
     """One parameter of the model: where it is stored, and which parts of it this process reads."""
 
@@ -158,9 +152,10 @@ class _Parameter:
         from llama_jax.weights import params
 
         self._checkpoint, self._shape, self._sharding = checkpoint, shape, sharding
-        self._row, layer = params.spec_of(name)
-        self._stacked = "{}" in self._row.ours and layer is None
-        self._layers = range(checkpoint.config.num_layers) if self._stacked else [layer]
+        place = params.place_of(name, checkpoint.config.layers)
+        self._row, self._stacked = place.spec, place.stacked
+        layers: Sequence[int | None] = [None] if place.layers is None else place.layers
+        self._layers = layers if place.stacked else layers[:1]
         self._reading = self._shared_out()
 
     def bytes_to_read(self) -> int:

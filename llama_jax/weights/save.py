@@ -30,6 +30,7 @@ from llama_jax.weights.source import CheckpointError, Tensor
 
 if TYPE_CHECKING:
     from llama_jax.loaded import LoadedLlama
+    from llama_jax.ops.weights import Leaf
 
 TARGETS: tuple[Format, ...] = get_args(Format)
 
@@ -232,27 +233,23 @@ def _of_loaded(llama: LoadedLlama) -> Checkpoint:
     """Returns the arrays of a model as a checkpoint in our format."""
     import jax
 
-    from llama_jax.ops.linear import Flattened, unflatten
-    from llama_jax.weights.load import parameter_name
+    from llama_jax.ops.weights import is_leaf, leaf_of, name_of
 
     tensors: dict[str, Tensor] = {}
-    leaves = jax.tree_util.tree_flatten_with_path(llama.model, is_leaf=lambda x: isinstance(x, Flattened))[0]
-    for path, leaf in leaves:
-        name = parameter_name(path)
-        dtype = leaf.matrix.dtype if isinstance(leaf, Flattened) else leaf.dtype
-        if not (leaf.matrix if isinstance(leaf, Flattened) else leaf).is_fully_addressable:
+    leaves = jax.tree_util.tree_flatten_with_path(llama.model, is_leaf=is_leaf)[0]
+    for path, value in leaves:
+        leaf, place = leaf_of(value), params.place_of(name_of(path), llama.config.layers)
+        if not all(array.is_fully_addressable for array in jax.tree.leaves(value)):
             raise ValueError("this model is spread over several processes: convert the checkpoint it was loaded from")
-        row, layer = params.spec_of(name)
-        stacked = "{}" in row.ours and layer is None
-        for i in range(llama.config.num_layers) if stacked else [layer]:
+        row, stacked, dtype = place.spec, place.stacked, np.dtype(leaf.dtype)
+        for n, i in enumerate([None] if place.layers is None else place.layers if stacked else place.layers[:1]):
             shape = leaf.shape[1:] if stacked else leaf.shape
             nbytes = math.prod(shape) * dtype.itemsize
 
-            def read(index: tuple[slice, ...], leaf: Any = leaf, first: Any = (i,) if stacked else ()) -> np.ndarray:
-                if isinstance(leaf, Flattened):  # of decoding on a TPU
-                    with jax.set_mesh(llama.mesh):
-                        leaf = unflatten(leaf)
-                return np.asarray(leaf[(*first, *index)] if first else leaf)[() if first else index]
+            def read(index: tuple[slice, ...], leaf: Leaf = leaf, first: Any = (n,) if stacked else ()) -> np.ndarray:
+                with jax.set_mesh(llama.mesh):
+                    array = leaf.dense()
+                return np.asarray(array[(*first, *index)] if first else array)[() if first else index]
 
             stored = row.name("native", i)
             tensors[stored] = Tensor(stored, shape, dtype, nbytes, read)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.test_scripts import ROOT
+from tests.processes import ROOT
 
 
 @pytest.mark.tpu_compiler

@@ -11,6 +11,7 @@ from llama_jax import sharding
 from llama_jax.config import ModelConfig
 from llama_jax.loaded import LoadedLlama
 from llama_jax.model import Llama
+from llama_jax.ops.weights import name_of
 
 STD = 0.2  # sharp: the logits of two tokens differ by whole units, the attention weights by factors
 
@@ -25,7 +26,7 @@ def random_llama(
     paths, treedef = jax.tree_util.tree_flatten_with_path(model)
     arrays = []
     for path, leaf in paths:
-        name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+        name = name_of(path)
         if stacked and name.startswith("blocks."):
             inner = name.removeprefix("blocks.")
             array = np.stack([_draw(f"blocks.{i}.{inner}", leaf.shape[1:]) for i in range(config.num_layers)])

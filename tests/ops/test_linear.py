@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from llama_jax import sharding
-from llama_jax.ops.linear import Flattened, einsum, flatten, unflatten
+from llama_jax.ops.weights import Flattened, einsum, flatten
 from tests.builders import tiny_config
 
 SIZES = {"B": 4, "T": 6, "D": 48, "K": 2, "G": 4, "H": 16, "F": 32, "V": 40}
@@ -107,8 +107,8 @@ def test_a_flattened_weight_is_the_same(mesh, T, equation):
         spec = rules.spec(names(out_axes, "act_embed"), (4, T, *w.shape[1:]))
         out = jax.jit(lambda x, w: einsum(equation, x, w, out_sharding=spec))(placed, flat)
         assert out.sharding.spec == spec
-        np.testing.assert_array_equal(unflatten(flat), w)
-        assert unflatten(flat).sharding == whole.sharding
+        np.testing.assert_array_equal(flat.dense(), w)
+        assert flat.dense().sharding == whole.sharding
     np.testing.assert_allclose(out, np.einsum(equation, x.astype(np.float64), w.astype(np.float64)), atol=1e-5)
 
 

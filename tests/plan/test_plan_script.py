@@ -18,7 +18,7 @@ from llama_jax.costs.estimate import Workload, memory
 from llama_jax.costs.machines import machine
 from llama_jax.plan.request import model
 from llama_jax.train.choose import choose
-from tests.test_scripts import ROOT
+from tests.processes import ROOT
 from tests.train.test_recipes import FILES, read
 
 KEYS = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import llama_jax
-from llama_jax.ops.embed import embed
+from llama_jax.ops.weights import embed
 from llama_jax.train import losses
 from llama_jax.train.losses import cross_entropy
 from tests.builders import tiny_config

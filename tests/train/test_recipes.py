@@ -14,7 +14,7 @@ import pytest
 
 from llama_jax.train import setup
 from llama_jax.train.recipe import Recipe
-from tests.test_scripts import ROOT
+from tests.processes import ROOT
 from tests.test_sharding import abstract_mesh
 
 M, B, T = 1_000_000, 1_000_000_000, 1_000_000_000_000

@@ -19,6 +19,7 @@ from llama_jax import sharding
 from llama_jax.config import ConfigError
 from llama_jax.infer.generate import logits
 from llama_jax.loaded import LoadedLlama
+from llama_jax.ops.weights import name_of
 from llama_jax.weights.load import read_model
 from llama_jax.weights.open import open_checkpoint
 from llama_jax.weights.source import CheckpointError
@@ -48,7 +49,7 @@ def single(folder):
 
 def leaves(llama_or_model) -> dict[str, jax.Array]:
     paths, _ = jax.tree_util.tree_flatten_with_path(getattr(llama_or_model, "model", llama_or_model))
-    return {jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): leaf for path, leaf in paths}
+    return {name_of(path): leaf for path, leaf in paths}
 
 
 def assert_same(actual, expected):

@@ -49,23 +49,19 @@ class _Native(base.FormatObject):
 
         from llama_jax import sharding
         from llama_jax.checkpoint.arrays import save_arrays
-        from llama_jax.weights.load import parameter_name, read_model
+        from llama_jax.ops.weights import name_of
+        from llama_jax.weights.load import read_model
 
         path.mkdir()
         mesh = sharding.make_mesh(checkpoint.config, devices=jax.local_devices(backend="cpu"))
         model = read_model(checkpoint, mesh, dtype=options.dtype, stacked=True, advance=advance)
         paths, _ = jax.tree_util.tree_flatten_with_path(model)
-        arrays = {parameter_name(place): leaf for place, leaf in paths}
+        arrays = {name_of(place): leaf for place, leaf in paths}
         save_arrays(path / PARAMS, arrays, stacked=is_stacked)
         return write_texts(path, checkpoint, options)
 
 
 NATIVE = _Native()
-
-
-def stacked_name(row: params.ParamSpec) -> str:
-    """Returns the name of a row's parameters of all layers: "blocks.attn.wq"."""
-    return row.ours.replace(".{}", "")
 
 
 def is_stacked(name: str) -> bool:
@@ -86,23 +82,25 @@ def read_native(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
         arrays = open_arrays(folder / PARAMS)
     except DamagedError as error:
         raise CheckpointError(f"{error}; {DOWNLOAD_AGAIN}") from error
-    unknown = arrays.keys() - {stacked_name(row) for row, _ in params.parameters(config)}
-    tensors = {name: _tensor(name, arrays[name].shape, arrays[name], ()) for name in unknown}
+    period = len(params.period_of(config.layers))
+    tensors, unknown = {}, dict(arrays)
     for row, layer in params.parameters(config):
-        array = arrays.get(stacked_name(row))
+        stored = params.stacked_name(row, (layer or 0) % period, period)
+        array = arrays.get(stored)
         if array is None:
             continue  # params.check says what is missing
+        unknown.pop(stored, None)
         name = row.name("native", layer)
         if layer is None:
             tensors[name] = _tensor(name, array.shape, array, ())
-        elif array.shape[:1] != (config.num_layers,):
+        elif array.shape[:1] != (config.num_layers // period,):
             raise CheckpointError(
-                f"{folder}: {stacked_name(row)!r} has shape {list(array.shape)}, but the configuration has"
+                f"{folder}: {stored!r} has shape {list(array.shape)}, but the configuration has"
                 f" {config.num_layers} layers; weights and configuration do not belong together"
             )
         else:
-            tensors[name] = _tensor(name, array.shape[1:], array, (layer,))
-    return tensors
+            tensors[name] = _tensor(name, array.shape[1:], array, (layer // period,))
+    return {name: _tensor(name, array.shape, array, ()) for name, array in unknown.items()} | tensors
 
 
 def _tensor(name: str, shape: tuple[int, ...], array: SavedArray, first: tuple[int, ...]) -> Tensor:

@@ -31,7 +31,7 @@ _CONVERT = """
 import dataclasses, json, sys
 import jax, jax.numpy as jnp
 jnp.zeros(1).block_until_ready()
-from llama_jax.weights.bench import peak_memory
+from scripts.bench.weights import peak_memory
 from llama_jax.weights.save import convert
 source, destination, to = sys.argv[1:]
 with peak_memory() as memory:

@@ -21,8 +21,8 @@ import jax
 import numpy as np
 
 from llama_jax.infer.generate import generate
+from llama_jax.ops.weights import name_of
 from llama_jax.weights import params
-from llama_jax.weights.load import parameter_name
 
 if TYPE_CHECKING:
     from llama_jax.loaded import LoadedLlama
@@ -151,7 +151,8 @@ def transformers_generate(llama: LoadedLlama) -> Callable[[list[list[int]], int]
         model = LlamaForCausalLM(config)
     state = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(llama.model)[0]:
-        row, layer = params.spec_of(parameter_name(path))
+        place = params.place_of(name_of(path), llama.config.layers)
+        row, layer = place.spec, None if place.layers is None else place.layers[0]
         stored = params.to_stored(np.asarray(leaf, np.float32), row, llama.config, "hf")
         state[row.name("hf", layer)] = torch.from_numpy(np.array(stored))
     if llama.config.tie_embeddings:
