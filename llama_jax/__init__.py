@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from llama_jax.infer.generate import Completion, generate, logits
     from llama_jax.infer.infill import infill
     from llama_jax.infer.sampling import Sampling
-    from llama_jax.weights.load import LoadedLlama, load
+    from llama_jax.loaded import LoadedLlama
+    from llama_jax.weights.load import load
     from llama_jax.weights.save import convert, save
     from llama_jax.weights.source import CheckpointError
 
@@ -23,7 +24,8 @@ _HOME = {
     "infer.infill": ("infill",),
     "infer.sampling": ("Sampling",),
     "config.presets": ("PRESETS",),
-    "weights.load": ("LoadedLlama", "load"),
+    "loaded": ("LoadedLlama",),
+    "weights.load": ("load",),
     "weights.save": ("convert", "save"),
     "weights.source": ("CheckpointError",),
 }

@@ -10,11 +10,11 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llama_jax.weights.load import LoadedLlama
+    from llama_jax.loaded import LoadedLlama
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
@@ -166,46 +166,3 @@ def import_jax() -> None:
     import llama_jax.model  # noqa: F401
 
     signal.signal(signal.SIGINT, before)
-
-
-@contextlib.contextmanager
-def token_progress(most: int) -> Iterator[Callable[[int], None]]:
-    """Shows the number of generated tokens, where stderr is a terminal.
-
-    Args:
-      most: tokens, if no row ends early.
-
-    Yields:
-      A function to call with the number of new tokens.
-    """
-    from llama_jax.distributed import is_main
-
-    if not (sys.stderr.isatty() and is_main()):
-        yield lambda done: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("Generating"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=most)
-        yield lambda done: bar.advance(task, done)
-
-
-@contextlib.contextmanager
-def working() -> Iterator[Callable[[str], None]]:
-    """Shows the current task on stderr; on a terminal, with the time it has taken.
-
-    Yields:
-      A function to call with the description of each new task.
-    """
-    if not sys.stderr.isatty():
-        yield lambda text: print(text, file=sys.stderr, flush=True)
-        return
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=None)
-        yield lambda text: progress.reset(task, description=text)

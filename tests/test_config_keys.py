@@ -15,16 +15,11 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 import llama_jax
 from llama_jax.config import ConfigError, ModelConfig
+from llama_jax.config.gguf import from_gguf_metadata, to_gguf_metadata
+from llama_jax.config.hf import from_hf_config, to_hf_config
 from llama_jax.config.keys import ROPE_KEYS, ROPE_TABLE, TABLES, KeyTable, ignored_keys
-from llama_jax.config.presets import (
-    PRESETS,
-    from_gguf_metadata,
-    from_hf_config,
-    from_meta_params,
-    to_gguf_metadata,
-    to_hf_config,
-    to_meta_params,
-)
+from llama_jax.config.meta import from_meta_params, to_meta_params
+from llama_jax.config.presets import PRESETS
 from tests.builders import hf_model, tiny_config, write_gguf
 
 CONFIG = tiny_config(num_kv_heads=8)

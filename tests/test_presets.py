@@ -16,23 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_jax.config import ConfigError, ModelConfig, RopeScaling
-from llama_jax.config.presets import (
-    PRESETS,
-    from_gguf_metadata,
-    from_hf_config,
-    from_meta_params,
-    meta_embed_axis,
-    meta_mlp_dim,
-    meta_warnings,
-    rope_divisors,
-    to_gguf_metadata,
-    to_hf_config,
-    to_meta_extra,
-    to_meta_params,
-)
+from llama_jax.config.gguf import from_gguf_metadata, rope_divisors, to_gguf_metadata
+from llama_jax.config.hf import from_hf_config, to_hf_config
+from llama_jax.config.meta import from_meta_params, meta_mlp_dim, meta_warnings, to_meta_extra, to_meta_params
+from llama_jax.config.presets import PRESETS
 from llama_jax.model import Llama
 from llama_jax.ops.rope import inverse_frequencies
 from llama_jax.sharding import make_mesh
+from llama_jax.weights.formats.meta import embed_axis
 from tests.builders import LLAMA31, LLAMA32, hf_config, tiny_config
 
 PARAMETERS = {
@@ -482,7 +473,7 @@ def test_meta_warnings():
 
 
 def test_meta_embed_axis():
-    axes = {name: meta_embed_axis(config) for name, config in PRESETS.items()}
+    axes = {name: embed_axis(config) for name, config in PRESETS.items()}
     assert {name for name, axis in axes.items() if axis == 1} == {
         name for name in PRESETS if name.startswith(("llama1", "llama2", "codellama"))
     }

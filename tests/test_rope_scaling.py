@@ -20,21 +20,13 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import llama_jax
 from llama_jax.config import ConfigError, LinearScaling, RopeScaling, YarnScaling, yarn_attention_factor
-from llama_jax.config.presets import (
-    PRESETS,
-    from_gguf_metadata,
-    from_hf_config,
-    from_meta_params,
-    meta_embed_axis,
-    meta_warnings,
-    rope_divisors,
-    to_gguf_metadata,
-    to_hf_config,
-    to_meta_extra,
-    to_meta_params,
-)
+from llama_jax.config.gguf import from_gguf_metadata, rope_divisors, to_gguf_metadata
+from llama_jax.config.hf import from_hf_config, to_hf_config
+from llama_jax.config.meta import from_meta_params, meta_warnings, to_meta_extra, to_meta_params
+from llama_jax.config.presets import PRESETS
 from llama_jax.evaluate.compare import compare
 from llama_jax.ops.rope import inverse_frequencies
+from llama_jax.weights.formats.meta import embed_axis
 from tests.builders import hf_config, hf_model, one_device, tiny_config, write_gguf
 from tests.infer.helpers import random_ids, random_llama
 
@@ -354,7 +346,7 @@ def test_meta_and_gguf_round_trip(name):
     assert "use_scaled_rope" not in params
     assert "rope_theta" not in params  # of its generation
     assert from_meta_params(params, extra=extra) == config
-    assert meta_embed_axis(config) == meta_embed_axis(PRESETS["llama2-7b"]) == 1
+    assert embed_axis(config) == embed_axis(PRESETS["llama2-7b"]) == 1
     (text,) = meta_warnings(config)
     assert "without scaling" in text
     assert type(config.rope_scaling).__name__ in text

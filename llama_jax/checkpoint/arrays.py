@@ -7,14 +7,10 @@ chunks of one layer, so that a layer can be read alone, without its neighbours, 
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import dataclasses
-import errno
 import functools
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +18,7 @@ import jax
 import numpy as np
 
 from llama_jax.checkpoint.paths import plain
+from llama_jax.libc import return_large_blocks
 
 CHUNK = 1 << 26  # bytes: what a read of a few rows costs at most
 FILE = 1 << 28  # bytes of one data file, which is in memory until it is whole (Orbax's default: 2 GiB)
@@ -62,7 +59,7 @@ def save_arrays(path: Path, arrays: Mapping[str, jax.Array], *, stacked: Callabl
     """
     import orbax.checkpoint as ocp
 
-    with ocp.Checkpointer(handler(arrays)) as checkpointer, _full_disk_in_words():
+    with ocp.Checkpointer(handler(arrays)) as checkpointer:
         checkpointer.save(plain(path), args=save_request(arrays, stacked))
     check_saved(path, {name: (x.shape, np.dtype(x.dtype)) for name, x in arrays.items()})
 
@@ -99,7 +96,7 @@ def handler(arrays: Mapping[str, jax.Array]) -> Any:
     """
     import orbax.checkpoint as ocp
 
-    _return_large_blocks()
+    return_large_blocks()
     most = max(_local_bytes(x) * len(x.addressable_shards) for x in arrays.values())
     # (Orbax multiplies the number by 10**9; a fraction does.) Weights do not compress: zstd saves bf16 a fifth, and
     # costs more time than the disk saves.
@@ -122,26 +119,6 @@ def save_request(arrays: Mapping[str, jax.Array], stacked: Callable[[str], bool]
 
 def _local_bytes(x: jax.Array) -> int:
     return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-
-
-@contextlib.contextmanager
-def _full_disk_in_words() -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # tensorstore's own kind, for whatever happens to a file
-        if "No space left" in str(error):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
-        raise
-
-
-def _return_large_blocks() -> None:
-    """Tells glibc to give blocks of 64 KiB and more back when they are freed.
-
-    Else the arena of each of tensorstore's threads keeps what it once needed: 2 to 4 GB after saving 6 GB.
-    """
-    M_MMAP_THRESHOLD = -3  # of malloc.h
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
 
 
 def open_arrays(path: Path) -> dict[str, SavedArray]:

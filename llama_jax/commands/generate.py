@@ -23,7 +23,7 @@ from pathlib import Path
 
 import tyro
 
-from llama_jax.cli import ModelArgs, ProcessArgs, SamplingArgs, token_progress
+from llama_jax.cli import ModelArgs, ProcessArgs, SamplingArgs
 
 
 @dataclasses.dataclass
@@ -91,6 +91,7 @@ def main(args: Args) -> None:
     args.processes.start()
     from llama_jax import generate, infill
     from llama_jax.distributed import broadcast, is_main
+    from llama_jax.progress import token_progress
 
     prompts = broadcast(read_prompts(args) if is_main() else None)
     max_new_tokens, stop, suffix_first = broadcast((args.max_new_tokens, args.stop, args.suffix_first))
@@ -105,7 +106,7 @@ def main(args: Args) -> None:
                 file=sys.stderr,
             )
 
-    with token_progress(len(prompts) * max_new_tokens) as advance:
+    with token_progress(len(prompts) * max_new_tokens, shown=is_main()) as advance:
         options = {"max_new_tokens": max_new_tokens, "stop": stop, "logprobs": args.logprobs, "on_tokens": advance}
         if gaps:
             completions = infill(llama, prompts, suffix_first=suffix_first, **options, **sampling)

@@ -21,8 +21,9 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from llama_jax.cli import import_jax, working
+from llama_jax.cli import import_jax
 from llama_jax.plan import environment
+from llama_jax.progress import working
 
 
 @dataclasses.dataclass

@@ -27,9 +27,10 @@ from typing import Any
 
 import tyro
 
-from llama_jax.cli import ProcessArgs, import_jax, working
+from llama_jax.cli import ProcessArgs, import_jax
 from llama_jax.commands import CommandLine
 from llama_jax.plan import environment
+from llama_jax.progress import working
 from llama_jax.train.recipe import Recipe
 from llama_jax.train.report import count
 

@@ -19,7 +19,8 @@ from llama_jax.config import (
     scaling_to_json,
     yarn_attention_factor,
 )
-from llama_jax.config.keys import check_keys, divide, need, number
+from llama_jax.config.keys import check_keys
+from llama_jax.config.values import divide, need, number
 
 WHERE = "GGUF metadata"
 # Keys of our own: what `rope_freqs.weight` was made from, where that tensor alone would be read as another scaling.
@@ -40,7 +41,7 @@ def from_gguf_metadata(
     Args:
       metadata: key -> value, `llama.*` and `tokenizer.ggml.tokens`.
       tie_embeddings: whether the file has no `output.weight`.
-      rope_divisors: values of `rope_freqs.weight` [H / 2] if the file has it: Llama 3.1's scaling lies only there.
+      rope_divisors: values of `rope_freqs.weight` [H / 2] if the file has it: Llama 3.1's scaling is stored only there.
 
     Raises:
       ConfigError: not a Llama, a key is missing, or one that changes the mathematics is not supported.
@@ -56,7 +57,7 @@ def from_gguf_metadata(
     check_keys("gguf", metadata)
 
     def of_all_layers(key: str, *default: int) -> Any:
-        """One number, which may be said once for each layer."""
+        """Returns one number, which may be repeated for each layer."""
         value = metadata.get(f"llama.{key}", *default) if default else need(metadata, f"llama.{key}", WHERE)
         if isinstance(value, str) or not (isinstance(value, Sequence) or hasattr(value, "tolist")):
             return value
@@ -99,7 +100,7 @@ def from_gguf_metadata(
 def _scaling(
     metadata: Mapping[str, Any], divisors: list[float] | None, head_dim: int, theta: float, context: int
 ) -> AnyRopeScaling | None:
-    """What keys and `rope_freqs.weight` say together."""
+    """Returns the scaling that keys and `rope_freqs.weight` give together."""
     if divisors is not None:
         divisors = [float(d) for d in divisors]
         if len(divisors) != head_dim // 2:
@@ -132,7 +133,7 @@ def _close(divisors: list[float] | None, expected: list[float] | None) -> bool:
 def _own_scaling(
     metadata: Mapping[str, Any], divisors: list[float] | None, head_dim: int, theta: float
 ) -> AnyRopeScaling:
-    """The scaling that a key of our own says, if llama.cpp reads the same from the rest of the file."""
+    """Returns the scaling that a key of our own says, if llama.cpp reads the same from the rest of the file."""
     try:
         scaling = scaling_from_json(json.loads(metadata[_OWN]), f"GGUF: {_OWN}")
     except (TypeError, ValueError) as error:
@@ -216,7 +217,7 @@ def to_gguf_metadata(config: ModelConfig) -> dict[str, Any]:
 
 
 def _scaling_metadata(config: ModelConfig) -> dict[str, Any]:
-    """What is said of RoPE scaling beside `rope_freqs.weight`."""
+    """Returns the metadata of RoPE scaling beside `rope_freqs.weight`."""
     scaling = config.rope_scaling
     if scaling is None:
         return {}
@@ -234,7 +235,7 @@ def _scaling_metadata(config: ModelConfig) -> dict[str, Any]:
 
 
 def _scaling_keys(scaling: AnyRopeScaling) -> dict[str, Any]:
-    """The keys from which llama.cpp computes a scaling, or what of it is not in `rope_freqs.weight`."""
+    """Returns the keys from which llama.cpp computes a scaling, or the rest beside `rope_freqs.weight`."""
     prefix = "llama.rope.scaling."
     if isinstance(scaling, LinearScaling):
         return {f"{prefix}type": "linear", f"{prefix}factor": float(scaling.factor)}
@@ -251,7 +252,7 @@ def _scaling_keys(scaling: AnyRopeScaling) -> dict[str, Any]:
 
 
 def _is_usual(scaling: YarnScaling) -> bool:
-    """Whether llama.cpp computes it from the keys that it reads of this architecture."""
+    """Returns whether llama.cpp computes it from the keys that it reads of this architecture."""
     return (scaling.beta_fast, scaling.beta_slow, scaling.truncate) == (32.0, 1.0, True)
 
 
@@ -269,5 +270,5 @@ def _freqs(scaling: AnyRopeScaling, head_dim: int, theta: float) -> list[float] 
 
 
 def shortest(value: float) -> float:
-    """GGUF stores float32: 9.999999747378752e-06 is 1e-05, the same number in float32."""
+    """Returns the shortest decimal of a float32: GGUF stores 1e-05 as 9.999999747378752e-06."""
     return float(f"{value:.7g}")

@@ -16,7 +16,8 @@ from llama_jax.config import (
     YarnScaling,
     yarn_attention_factor,
 )
-from llama_jax.config.keys import check_keys, check_rope_keys, divide, either, need, number, unused_rope_keys
+from llama_jax.config.keys import check_keys, check_rope_keys, unused_rope_keys
+from llama_jax.config.values import divide, either, need, number
 
 ORIGINAL = "original_max_position_embeddings"
 
@@ -55,7 +56,7 @@ def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
 
 
 def _hf_rope(hf: Mapping[str, Any]) -> tuple[Mapping[str, Any], float]:
-    """`rope_parameters` or `rope_scaling`, and the base, wherever it is said."""
+    """Returns `rope_parameters` or `rope_scaling`, and the base, wherever the file has it."""
     both = [hf[key] for key in ("rope_parameters", "rope_scaling") if hf.get(key)]  # {} and false are none, too
     for rope in both:
         if not isinstance(rope, Mapping):
@@ -67,7 +68,7 @@ def _hf_rope(hf: Mapping[str, Any]) -> tuple[Mapping[str, Any], float]:
 
 
 def _one_value(name: str, values: list[Any]) -> Any:
-    """What is said of a key in several places; None where nothing is."""
+    """Returns the value that a key has in several places; None where it has none."""
     found = [value for value in values if value is not None]
     for other in found[1:]:
         if other != found[0]:
@@ -76,7 +77,7 @@ def _one_value(name: str, values: list[Any]) -> Any:
 
 
 def rope_kind(rope: Mapping[str, Any]) -> str:
-    """The kind of RoPE that `rope_parameters` or `rope_scaling` names.
+    """Returns the kind of RoPE that `rope_parameters` or `rope_scaling` names.
 
     Raises:
       ConfigError: two kinds: transformers 4 takes `type`, transformers 5 `rope_type`.
@@ -135,7 +136,7 @@ def _yarn(rope: Mapping[str, Any], hf: Mapping[str, Any]) -> YarnScaling | None:
 
 
 def _original(rope: Mapping[str, Any], hf: Mapping[str, Any]) -> Any:
-    """The context before it was stretched; transformers 5 takes it from outside of the object, too."""
+    """Returns the context before it was stretched; transformers 5 takes it from outside the object, too."""
     said = _one_value(ORIGINAL, [number(place, ORIGINAL, WHERE, None) for place in (rope, hf)])
     return int(said) if said is not None and said == int(said) else said
 
@@ -202,7 +203,7 @@ def _write_llama3(scaling: RopeScaling) -> dict[str, Any]:
 
 
 def _write_yarn(scaling: YarnScaling) -> dict[str, Any]:
-    """Without what is usual."""
+    """Returns YaRN's object without the usual values."""
     rope = {"rope_type": "yarn", "factor": scaling.factor, ORIGINAL: scaling.original_max_seq_len}
     usual = YarnScaling(scaling.factor, scaling.original_max_seq_len, yarn_attention_factor(scaling.factor))
     names = ("attention_factor", "beta_fast", "beta_slow", "truncate")

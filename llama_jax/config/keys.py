@@ -1,9 +1,9 @@
 """What each key of config.json, params.json and GGUF metadata means for the forward pass: one table for each format.
 
 Every key that is known is in one class: it is computed (the readers take it), it is neutral under some values and
-refused by name under all others, or it says nothing about the forward pass. A key that nobody knows is refused where
-the format keeps the namespace to what a model is (GGUF's `llama.*`), and elsewhere warned about and reported by
-`ignored_keys`. Null means the same as no key: transformers and Meta's code write it for their defaults.
+refused by name under all others, or it says nothing about the forward pass. An unknown key is refused where
+the format keeps the namespace to the architecture (GGUF's `llama.*`). Elsewhere a warning names it, and
+`ignored_keys` reports it. Null means the same as no key: transformers and Meta's code write it for their defaults.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class KeyTable:
       neutral: what the keys are about -> key -> the values under which they change nothing. The others are refused.
       silent: keys that say nothing about the forward pass.
       silent_prefixes: begin such keys.
-      refused_prefixes: begin keys that are refused when they are in none of the classes; -> what such a key is.
+      refused_prefixes: begin keys that are refused unless they are in a class; -> a name for such keys.
     """
 
     where: str
@@ -39,7 +39,7 @@ class KeyTable:
     refused_prefixes: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def class_of(self, key: str) -> str | None:
-        """The one class of a key: "computed", "neutral", "silent", "refused", or None for one that nobody knows."""
+        """Returns the one class of a key: "computed", "neutral", "silent", "refused", or None for an unknown one."""
         if key in self.computed:
             return "computed"
         if any(key in keys for keys in self.neutral.values()):
@@ -66,7 +66,7 @@ class KeyTable:
                 raise self._refusal(key, value, about)
 
     def unknown(self, mapping: Mapping[str, Any]) -> list[str]:
-        """The keys, other than null ones, that are in no class."""
+        """Returns the keys, other than null ones, that are in no class."""
         return sorted(key for key, value in mapping.items() if value is not None and self.class_of(key) is None)
 
     def _refusal(self, key: str, value: Any, about: str) -> ConfigError:
@@ -78,12 +78,12 @@ class KeyTable:
 
 
 def _plain(value: Any) -> Any:
-    """Arrays, as GGUF has them, as lists."""
+    """Returns an array, as GGUF has them, as a list."""
     return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _is_neutral(value: Any, neutral: tuple) -> bool:
-    """Whether a value, or each element of a list with one value a layer, changes nothing."""
+    """Returns whether a value, or each element of a list with one value a layer, changes nothing."""
     value = _plain(value)
     if isinstance(value, list):
         return bool(value) and all(element in neutral for element in value)
@@ -110,7 +110,7 @@ def check_keys(format: ConfigFormat, mapping: Mapping[str, Any], *, stacklevel: 
 
 
 def ignored_keys(format: ConfigFormat, mapping: Mapping[str, Any]) -> list[str]:
-    """The names of the keys that a reader drops without knowing what they mean.
+    """Returns the names of the keys that a reader drops without knowing what they mean.
 
     Args:
       format: "hf", "native", "meta" or "gguf".
@@ -131,64 +131,15 @@ def ignored_keys(format: ConfigFormat, mapping: Mapping[str, Any]) -> list[str]:
 
 
 def inner_params(params: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The object under "model" of a params.json where there is one."""
+    """Returns the object under "model" of a params.json where there is one."""
     inner = params.get("model")
     return inner if isinstance(inner, Mapping) else params
 
 
 def unscaled_keys(params: Mapping[str, Any]) -> list[str]:
-    """Keys of a params.json that Meta's code takes only with `use_scaled_rope`, which is not set."""
+    """Returns the keys of a params.json that Meta's code takes only with `use_scaled_rope`, which is not set."""
     keys = ("rope_scaling_factor", "rope_high_freq_factor")
     return [] if params.get("use_scaled_rope") else [key for key in keys if params.get(key) is not None]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What the readers of the formats share
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def need(mapping: Mapping[str, Any], key: str, where: str) -> Any:
-    """The value of a key that must be said.
-
-    Raises:
-      ConfigError: it is not.
-    """
-    if mapping.get(key) is None:
-        raise ConfigError(f"{where} does not say {key}")
-    return mapping[key]
-
-
-def number(mapping: Mapping[str, Any], key: str, where: str, *default: float | None) -> Any:
-    """The value of a key, a number that may be spelt as text; `default`, if one is given, where it is not said.
-
-    Raises:
-      ConfigError: it is no number, or is not said.
-    """
-    value = mapping.get(key)
-    if value is None and default:
-        return default[0]
-    if isinstance(need(mapping, key, where), bool) or not isinstance(value, (int, float, str)):
-        raise ConfigError(f"{where}: {key} must be a number, got {value!r}")
-    try:
-        return float(value)
-    except ValueError:
-        raise ConfigError(f"{where}: {key} must be a number, got {value!r}") from None
-
-
-def either(value: Any, default: Any) -> Any:
-    """`value`, or `default` for None."""
-    return default if value is None else value
-
-
-def divide(dim: int, heads: int) -> int:
-    """The size of a head where nothing says it.
-
-    Raises:
-      ConfigError: not numbers that can be divided.
-    """
-    if not isinstance(dim, int) or not isinstance(heads, int) or heads < 1:
-        raise ConfigError(f"width {dim!r} and number of heads {heads!r} must be positive integers")
-    return dim // heads
 
 
 def _words(text: str) -> frozenset[str]:
@@ -308,7 +259,7 @@ def check_rope_keys(rope: Mapping[str, Any]) -> None:
 
 
 def unused_rope_keys(rope: Mapping[str, Any]) -> list[str]:
-    """The keys of `rope_parameters` or `rope_scaling`, other than null ones, that its kind of RoPE does not use."""
+    """Returns the non-null keys of `rope_parameters` or `rope_scaling` that its kind of RoPE does not use."""
     kind = rope.get("rope_type") or rope.get("type") or "default"
     used = ROPE_KEYS.get(kind, frozenset()) if isinstance(kind, str) else frozenset()
     known = {key for key in rope if ROPE_TABLE.class_of(key) in ("neutral", "silent")}

@@ -17,7 +17,8 @@ from llama_jax.config import (
     scaling_from_json,
     scaling_to_json,
 )
-from llama_jax.config.keys import check_keys, divide, either, inner_params, need, number, unscaled_keys
+from llama_jax.config.keys import check_keys, inner_params, unscaled_keys
+from llama_jax.config.values import divide, either, need, number
 
 # What `llama_jax.json` may say beside Meta's file, under our own names: params.json has no key for it, or not always.
 _META_EXTRA = ("head_dim", "max_seq_len", "rope_theta", "rope_scaling", "tie_embeddings")
@@ -25,16 +26,11 @@ META_SCALING = RopeScaling(8.0, 1.0, 4.0, 8192)  # the only one that Meta's code
 
 
 def meta_mlp_dim(dim: int, multiple_of: int, ffn_dim_multiplier: float | None) -> int:
-    """Meta's rule for F: two truncations, then rounded up to a multiple."""
+    """Returns F by Meta's rule: two truncations, then rounded up to a multiple."""
     hidden = int(2 * (4 * dim) / 3)
     if ffn_dim_multiplier is not None:
         hidden = int(ffn_dim_multiplier * hidden)
     return multiple_of * math.ceil(hidden / multiple_of)
-
-
-def meta_embed_axis(config: ModelConfig) -> int:
-    """The axis of [V, D] that Meta's model-parallel files split: D up to Code Llama, V from Llama 3 on."""
-    return 1 if not isinstance(config.rope_scaling, RopeScaling) and config.rope_theta in (10_000, 1_000_000) else 0
 
 
 def from_meta_params(
@@ -63,7 +59,7 @@ def from_meta_params(
 
 
 def _meta_fields(params: Mapping[str, Any], vocab_size: int | None) -> dict[str, Any]:
-    """What `params.json` alone says, by the names of ModelConfig's fields."""
+    """Returns ModelConfig's fields as `params.json` alone gives them."""
     params = inner_params(params)
     check_keys("meta", params, stacklevel=4)
     if unscaled := unscaled_keys(params):
@@ -113,7 +109,7 @@ def _meta_fields(params: Mapping[str, Any], vocab_size: int | None) -> dict[str,
 
 
 def to_meta_params(config: ModelConfig) -> dict[str, Any]:
-    """Writes Meta's `params.json` as Meta's code of the same generation takes it, which refuses keys that it has not.
+    """Writes Meta's `params.json` for Meta's code of the same generation, which refuses keys that it does not know.
 
     Grouped-query attention came with Llama 2, `rope_theta` with Code Llama, `use_scaled_rope` with Llama 3.1. What the
     file cannot say goes to `to_meta_extra`.
@@ -139,14 +135,14 @@ def to_meta_params(config: ModelConfig) -> dict[str, Any]:
 
 
 def _meta_ffn(dim: int, mlp_dim: int) -> tuple[int, float | None]:
-    """multiple_of and ffn_dim_multiplier that give `mlp_dim`: those of a released model if one does."""
+    """Returns multiple_of and ffn_dim_multiplier that give `mlp_dim`: those of a released model if one does."""
     released = [(256, None), (256, 1.0), (1024, 1.3), (4096, 1.3), (4096, 1.2), (256, 1.5)]
     exact = [(mlp_dim, None), (mlp_dim, (mlp_dim + 0.5) / int(8 * dim / 3))]
     return next(pair for pair in released + exact if meta_mlp_dim(dim, *pair) == mlp_dim)
 
 
 def to_meta_extra(config: ModelConfig) -> dict[str, Any]:
-    """What `params.json` alone would be read back wrongly as; `llama_jax.json` keeps it beside that file.
+    """Returns the fields that `params.json` cannot hold; `llama_jax.json` keeps them beside that file.
 
     Returns:
       The `extra` of `from_meta_params`; {} for most released models.
@@ -159,7 +155,7 @@ def to_meta_extra(config: ModelConfig) -> dict[str, Any]:
 
 
 def meta_warnings(config: ModelConfig) -> list[str]:
-    """What Meta's own code computes otherwise than this model; [] where it agrees."""
+    """Returns sentences on what Meta's own code computes differently; [] where it agrees."""
     found = []
     if config.head_dim * config.num_heads != config.embed_dim:
         found.append(

@@ -14,8 +14,7 @@ class ConfigError(ValueError):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Kinds of RoPE scaling. Each knows its inverse frequencies, what they are divided by, and what cosines and sines are
-# multiplied by.
+# Kinds of RoPE scaling. Each knows its inverse frequencies, their divisors, and the factor of cosines and sines.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -30,7 +29,7 @@ def _check_positive(scaling: AnyRopeScaling, *names: str) -> None:
 
 
 def float32(x: float) -> float:
-    """The nearest float32. Sums, products and quotients of two float32 numbers may be rounded through float64."""
+    """Returns the nearest float32. Sums, products and quotients of two float32 may be rounded through float64."""
     return struct.unpack("<f", struct.pack("<f", x))[0]
 
 
@@ -53,11 +52,11 @@ class RopeScaling:
 
     @property
     def cos_sin_factor(self) -> float:
-        """What cosines and sines are multiplied by."""
+        """Factor of cosines and sines."""
         return 1.0
 
     def divisor(self, frequency: float) -> float:
-        """What `frequency` (radians per position) is divided by."""
+        """Returns the divisor of `frequency` (radians per position)."""
         cycles = self.original_max_seq_len * frequency / (2 * math.pi)
         if cycles > self.high_freq_factor:
             return 1.0
@@ -67,11 +66,11 @@ class RopeScaling:
         return 1 / ((1 - smooth) / self.factor + smooth)
 
     def divisors(self, head_dim: int, theta: float) -> list[float]:
-        """What the frequency of each pair is divided by, [H / 2]."""
+        """Returns the divisor of each pair's frequency, [H / 2]."""
         return [self.divisor(theta ** (-2 * i / head_dim)) for i in range(head_dim // 2)]
 
     def frequencies(self, powers: Sequence[float], theta: float) -> list[float]:
-        """Radians per position of each pair, rounded to float32 where Meta and transformers round.
+        """Returns radians per position of each pair, rounded to float32 where Meta and transformers round.
 
         Args:
           powers: theta ** (2 i / H) in float32, [H / 2].
@@ -93,16 +92,16 @@ class LinearScaling:
 
     @property
     def cos_sin_factor(self) -> float:
-        """What cosines and sines are multiplied by."""
+        """Factor of cosines and sines."""
         return 1.0
 
     def divisors(self, head_dim: int, theta: float) -> list[float]:
-        """What the frequency of each pair is divided by, [H / 2]."""
+        """Returns the divisor of each pair's frequency, [H / 2]."""
         del theta
         return [float(self.factor)] * (head_dim // 2)
 
     def frequencies(self, powers: Sequence[float], theta: float) -> list[float]:
-        """Radians per position of each pair; arguments as `RopeScaling.frequencies`."""
+        """Returns radians per position of each pair; arguments as `RopeScaling.frequencies`."""
         del theta
         return [float32(float32(1 / power) / float32(self.factor)) for power in powers]
 
@@ -115,7 +114,7 @@ class YarnScaling:
     Attributes:
       factor: of the context.
       original_max_seq_len: the context before it was stretched.
-      attention_factor: what cosines and sines are multiplied by; `yarn_attention_factor` gives the usual one.
+      attention_factor: factor of cosines and sines; `yarn_attention_factor` gives the usual one.
       beta_fast: turns above which a frequency is kept.
       beta_slow: turns below which it is divided.
       truncate: whether the bounds of the blend are rounded to whole indices.
@@ -138,16 +137,16 @@ class YarnScaling:
 
     @property
     def cos_sin_factor(self) -> float:
-        """What cosines and sines are multiplied by."""
+        """Factor of cosines and sines."""
         return self.attention_factor
 
     def divisors(self, head_dim: int, theta: float) -> list[float]:
-        """What the frequency of each pair is divided by, [H / 2]."""
+        """Returns the divisor of each pair's frequency, [H / 2]."""
         kept = [1 - blend for blend in self._blends(head_dim, theta)]
         return [1 / (keep + (1 - keep) / self.factor) for keep in kept]
 
     def frequencies(self, powers: Sequence[float], theta: float) -> list[float]:
-        """Radians per position of each pair; arguments as `RopeScaling.frequencies`."""
+        """Returns radians per position of each pair; arguments as `RopeScaling.frequencies`."""
         found = []
         for power, blend in zip(powers, self._blends(2 * len(powers), theta), strict=True):
             kept = float32(1 - blend)
@@ -157,14 +156,14 @@ class YarnScaling:
         return found
 
     def _blends(self, head_dim: int, theta: float) -> list[float]:
-        """How far each pair is divided, from 0 to 1, in float32 as transformers has it."""
+        """Returns how far each pair is divided, from 0 to 1, in float32 as transformers has it."""
         low, high = self._bounds(head_dim, theta)
         width = float32(high - low) or float32(0.001)
         indices = range(head_dim // 2)
         return [min(max(float32(float32(i - float32(low)) / width), 0.0), 1.0) for i in indices]
 
     def _bounds(self, head_dim: int, theta: float) -> tuple[float, float]:
-        """The indices between which the blend goes from 0 to 1."""
+        """Returns the indices between which the blend rises from 0 to 1."""
 
         def index(turns: float) -> float:
             cycles = self.original_max_seq_len / (turns * 2 * math.pi)
@@ -194,13 +193,13 @@ _KINDS: dict[str | None, type[AnyRopeScaling]] = {None: RopeScaling, "linear": L
 
 
 def scaling_to_json(scaling: AnyRopeScaling) -> dict[str, Any]:
-    """A scaling as our own files have it: its kind, if not Llama 3.1's, and its fields."""
+    """Returns a scaling as our own files have it: its kind, if not Llama 3.1's, and its fields."""
     kind = next(name for name, kind in _KINDS.items() if isinstance(scaling, kind))
     return ({} if kind is None else {"kind": kind}) | dataclasses.asdict(scaling)
 
 
 def scaling_from_json(content: Any, where: str) -> AnyRopeScaling:
-    """The scaling of `scaling_to_json`.
+    """Returns the scaling of `scaling_to_json`.
 
     Raises:
       ConfigError: not such an object, or with impossible numbers.
@@ -289,7 +288,7 @@ class ModelConfig:
         return ("plain",) * self.num_layers
 
     def param_count(self) -> int:
-        """Number of parameters, the tied embedding counted once."""
+        """Returns the number of parameters, the tied embedding counted once."""
         attention = 2 * self.embed_dim * self.head_dim * (self.num_heads + self.num_kv_heads)
         mlp = 3 * self.embed_dim * self.mlp_dim
         norms = 2 * self.embed_dim
@@ -297,5 +296,5 @@ class ModelConfig:
         return self.num_layers * (attention + mlp + norms) + self.embed_dim + tables
 
     def replace(self, **changes) -> ModelConfig:
-        """A copy with some fields changed."""
+        """Returns a copy with some fields changed."""
         return dataclasses.replace(self, **changes)

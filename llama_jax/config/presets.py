@@ -1,30 +1,13 @@
-"""Every released Llama as one row; and ModelConfig <-> HF config.json, Meta params.json, GGUF metadata, by their names.
+"""Every released Llama as one row.
 
-A model that is loaded is what its own file says (`config_hf`, `config_meta`, `config_gguf`); the rows are for planning,
-for training from scratch and for tests. Sources: Meta's model cards and `params.json`, the LLaMA, Llama 2, Code Llama
-and Llama 3 papers.
+A loaded model takes its configuration from its own file (`config.hf`, `config.meta`, `config.gguf`). The rows are for
+planning, for training from scratch and for tests. Sources: Meta's model cards and `params.json`, the LLaMA, Llama 2,
+Code Llama and Llama 3 papers.
 """
 
 from __future__ import annotations
 
 from llama_jax.config import ModelConfig, RopeScaling
-from llama_jax.config.gguf import from_gguf_metadata, rope_divisors, to_gguf_metadata
-from llama_jax.config.hf import from_hf_config, to_hf_config
-from llama_jax.config.meta import (
-    META_SCALING,
-    from_meta_params,
-    meta_embed_axis,
-    meta_mlp_dim,
-    meta_warnings,
-    to_meta_extra,
-    to_meta_params,
-)
-
-__all__ = [
-    "META_SCALING", "PRESETS", "from_gguf_metadata", "from_hf_config", "from_meta_params", "meta_embed_axis",
-    "meta_mlp_dim", "meta_warnings", "rope_divisors", "to_gguf_metadata", "to_hf_config", "to_meta_extra",
-    "to_meta_params",
-]  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The table. Columns: D, L, N, K, F, V, eps, theta, RoPE factor, context, tied.

@@ -18,11 +18,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from llama_jax import _jax_internals
 from llama_jax.distributed.agreement import SHOWN, DisagreementError, differences, message, settings
 from llama_jax.distributed.job import ProcessGroup
 from llama_jax.distributed.meeting import meet
 from llama_jax.distributed.place import find_place
-from llama_jax.distributed.programs import cache_on_every_process
 
 HEARTBEAT_TIMEOUT = 30  # seconds; JAX's own, which also notices a process that hangs
 PACKAGES = ("jax", "jaxlib", "flax", "libtpu")
@@ -60,9 +60,7 @@ def initialize(
     place = find_place(coordinator, num_processes, process_id, timeout)
     if place is None:
         return
-    from jax._src import xla_bridge
-
-    if xla_bridge.backends_are_initialized():
+    if _jax_internals.backends_are_initialized():
         raise RuntimeError("several processes must be joined before JAX is used: call distributed.initialize earlier")
     hosts, connections = meet(place, versions(), timeout, settings())
     _job = ProcessGroup(place.process_id, hosts, connections)
@@ -77,7 +75,7 @@ def initialize(
         initialization_timeout=round(max(timeout, 1)),
         heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
     )
-    cache_on_every_process()
+    _jax_internals.cache_on_every_process()
     atexit.register(_job.finish)  # runs before JAX's own shutdown, where all wait for all
 
 

@@ -7,12 +7,10 @@ that is killed closes its connection, and either ends all the others with its na
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import queue
 import re
-import signal
 import socket
 import sys
 import threading
@@ -22,6 +20,7 @@ from typing import Any
 import jax
 
 from llama_jax.distributed.meeting import send
+from llama_jax.libc import sleep_on_abort
 
 KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # a machine that vanishes is noticed after 20 s
 CAUSE_SECONDS = 5.0  # an error of XLA may follow from the end of another process: so long it may take to hear of that
@@ -51,11 +50,9 @@ class ProcessGroup:
             self.fail(f"{kind.__name__}: {error}")
 
         sys.excepthook = excepthook
-        # JAX's threads abort the process when they lose process 0, which they notice as soon as we do. C's `sleep` as
-        # the handler of SIGABRT is called with the signal's number, 6: seconds for the watcher to say who it was.
-        libc = ctypes.CDLL(None)
-        libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
-        libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
+        # JAX's threads abort the process when they lose process 0, which they notice as soon as we do: this leaves
+        # the watcher the time to say who it was.
+        sleep_on_abort()
         for i, connection in connections.items():
             connection.settimeout(None)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

@@ -7,6 +7,8 @@ import os
 import re
 from typing import Any, NamedTuple
 
+from llama_jax import _jax_internals
+
 log = logging.getLogger("llama_jax")
 
 PORTS = range(61440, 65536)  # a launcher's job number chooses one of them, as in JAX
@@ -95,9 +97,7 @@ def _detect(timeout: float | None) -> Place | None:
     tpu_hosts = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES") or ""
     if tpu_hosts and "," not in tpu_hosts and "MEGASCALE_COORDINATOR_ADDRESS" not in os.environ:
         return None
-    from jax._src.clusters import ClusterEnv
-
-    for cluster in ClusterEnv._cluster_types:
+    for cluster in _jax_internals.cluster_types():
         # A Kubernetes pod that is no indexed job is alone, and JAX's question would be an error or a warning.
         alone = cluster.__name__ == "K8sCluster" and "JOB_COMPLETION_INDEX" not in os.environ
         try:
@@ -110,14 +110,12 @@ def _detect(timeout: float | None) -> Place | None:
 
 
 def _detected(cluster: Any, timeout: float | None) -> Place:
-    from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
-
     try:
         count, process = cluster.get_process_count(), cluster.get_process_id()
         address = ""
         if timeout is not None and count > 1:
             address = cluster.get_coordinator_address(round(timeout), os.environ.get("JAX_COORDINATOR_PORT"))
-        local = None if running_in_cloud_tpu_vm else cluster.get_local_process_id()
+        local = None if _jax_internals.on_cloud_tpu() else cluster.get_local_process_id()
     except Exception as error:  # of HTTP, Kubernetes and DNS
         raise ValueError(
             f"{cluster.__name__} does not say which process this is ({error}): give --coordinator HOST:PORT,"
@@ -133,13 +131,11 @@ def _open_mpi() -> Place:
 
     Process 0 runs where mpirun does, unless a host file says otherwise; then --coordinator must be given.
     """
-    from jax._src.clusters.ompi_cluster import OmpiCluster
-
     size, rank, local = (int(os.environ[f"OMPI_COMM_WORLD_{name}"]) for name in ("SIZE", "RANK", "LOCAL_RANK"))
     local_size = int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", 0))
     address = ""
     if "OMPI_MCA_orte_hnp_uri" in os.environ:  # version 4
-        address = OmpiCluster.get_coordinator_address(None, os.environ.get("JAX_COORDINATOR_PORT"))
+        address = _jax_internals.open_mpi_address()
     elif job := re.fullmatch(r"prterun-(.+)-(\d+)@\d+", os.environ.get("PMIX_NAMESPACE", "")):
         port = os.environ.get("JAX_COORDINATOR_PORT", PORTS[int(job[2]) % len(PORTS)])
         address = f"{'127.0.0.1' if local_size == size else job[1]}:{port}"

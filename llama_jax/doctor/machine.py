@@ -30,7 +30,7 @@ GIB = 1 << 30
 
 def local_findings(checkpoint_dir: str | None, timeout: float) -> Iterator[Finding]:
     """Checks Python, packages, accelerators, folders and memory."""
-    from llama_jax.weights.hub import cache_folder
+    from llama_jax.files import cache_folder
 
     installed = versions()
     yield fine("python", f"{platform.python_version()} on {platform.machine()}, {socket.gethostname()}")

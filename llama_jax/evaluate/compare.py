@@ -11,14 +11,15 @@ import jax
 import numpy as np
 
 from llama_jax import distributed, sharding
+from llama_jax.progress import SMALL, progress
 from llama_jax.text.chat import ChatError, TemplateChat, guessed_format
 from llama_jax.text.differences import differences
 from llama_jax.text.export import sample_texts
 from llama_jax.weights import params
+from llama_jax.weights.checkpoint import Checkpoint
 from llama_jax.weights.compare import Difference, compare_parameter
 from llama_jax.weights.load import read_model
-from llama_jax.weights.open import Checkpoint, open_checkpoint
-from llama_jax.weights.progress import progress
+from llama_jax.weights.open import open_checkpoint
 
 POSITIONS = 8704  # past the 8192 from which Llama 3.1's RoPE scaling counts
 LAST = 64  # positions whose logits are compared
@@ -117,7 +118,7 @@ def compare(
 def compare_weights(a: Checkpoint, b: Checkpoint) -> list[Difference]:
     """The worst difference of each kind of parameter, over all layers."""
     worst: dict[str, Difference] = {}
-    with progress("Comparing", sum(tensor.nbytes for tensor in a.tensors.values())) as advance:
+    with progress("Comparing", sum(tensor.nbytes for tensor in a.tensors.values()), least=SMALL) as advance:
         for row, layer in params.parameters(a.config):
             found = compare_parameter(a, b, row, layer)
             before = worst.get(row.ours)

@@ -12,7 +12,7 @@ from llama_jax.infer.generate import Completion, Generation, RowText
 from llama_jax.infer.sampling import Sampling
 
 if TYPE_CHECKING:
-    from llama_jax.weights.load import LoadedLlama
+    from llama_jax.loaded import LoadedLlama
 
 FIRST_CACHE = 4096  # slots of a conversation's first cache; it doubles when they are used up
 STREAM_CHUNK = 1  # tokens in the first chunk of a stream, which then doubles

@@ -25,7 +25,7 @@ from llama_jax.sharding import pad_batch, whole_sequences
 from llama_jax.text.stream import StopStrings, StreamDecoder
 
 if TYPE_CHECKING:
-    from llama_jax.weights.load import LoadedLlama
+    from llama_jax.loaded import LoadedLlama
 
 MIN_BUCKET = 16  # a shorter prompt compiles nothing smaller
 STOP_CHUNK = 8  # tokens in the first chunk where the host looks for stop strings: what follows one is for nothing

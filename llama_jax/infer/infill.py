@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from llama_jax.infer.generate import Completion, ContinuedText, generate
 
 if TYPE_CHECKING:
-    from llama_jax.weights.load import LoadedLlama
+    from llama_jax.loaded import LoadedLlama
 
 
 def infill(

@@ -9,7 +9,8 @@ import os
 from pathlib import Path
 
 from llama_jax import sharding
-from llama_jax.config import ModelConfig, presets
+from llama_jax.config import ModelConfig
+from llama_jax.config.hf import from_hf_config
 from llama_jax.config.presets import PRESETS
 from llama_jax.costs import candidates, tuned
 from llama_jax.costs.estimate import Mode, Workload
@@ -41,7 +42,7 @@ def model(name: str) -> ModelConfig:
             if not isinstance(found, dict):
                 raise ValueError(f"{file} is no JSON object")
             try:
-                return presets.from_hf_config(found)
+                return from_hf_config(found)
             except ValueError as error:
                 raise ValueError(f"{file}: {error}") from None
         from llama_jax.weights.open import open_checkpoint

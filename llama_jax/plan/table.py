@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 
 from llama_jax.costs import machines, tuned
+from llama_jax.files import write_whole
 from llama_jax.plan import compiler
 from llama_jax.plan.make import cost_plan
 from llama_jax.plan.search import name
@@ -53,6 +54,4 @@ def _read() -> tuple[tuned.TunedEntry, ...]:
 def write(rows: list[tuned.TunedEntry]) -> None:
     """Writes the table."""
     text = json.dumps([dataclasses.asdict(row) for row in rows], indent=1)
-    partial = tuned.FILE.with_suffix(".partial")
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(tuned.FILE)
+    write_whole(tuned.FILE, text + "\n")

@@ -9,15 +9,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import filelock
 import jax
 
 from llama_jax import distributed
+from llama_jax.files import locked
 
 SHARED_SECONDS = 90.0  # until network storage shows what another machine wrote: NFS remembers an absence for 60
 
 
-def only_one(output: Path) -> filelock.BaseFileLock:
+@contextlib.contextmanager
+def only_one(output: Path) -> Iterator[None]:
     """Keeps another run out of the folder.
 
     Raises:
@@ -27,12 +28,9 @@ def only_one(output: Path) -> filelock.BaseFileLock:
         output.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise ValueError(f"{output}: it or a part of it is a file, not a folder: give another --output") from error
-    lock = filelock.FileLock(output / "lock")
-    try:
-        lock.acquire(blocking=False)
-    except filelock.Timeout:
-        raise ValueError(f"{output}: another run writes there; wait for it, or give another --output") from None
-    return lock
+    busy = ValueError(f"{output}: another run writes there; wait for it, or give another --output")
+    with locked(output / "lock", busy):
+        yield
 
 
 def check_output(output: Path, checkpoints: str, steps: int) -> None:

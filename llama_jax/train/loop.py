@@ -20,6 +20,7 @@ from llama_jax import distributed
 from llama_jax.checkpoint.arrays import DamagedError
 from llama_jax.checkpoint.paths import local_folder
 from llama_jax.checkpoint.run import RunCheckpoints
+from llama_jax.compilation_cache import use_compilation_cache
 from llama_jax.config import ModelConfig
 from llama_jax.costs import mfu as metrics
 from llama_jax.data.prepare.system import naming
@@ -27,6 +28,8 @@ from llama_jax.data.rows.loader import Loader, Step
 from llama_jax.data.rows.plan import sources
 from llama_jax.distributed.agreement import fingerprint
 from llama_jax.infer.generate import Sampling, encode_prompt, generate, with_model
+from llama_jax.libc import keep_freed_memory
+from llama_jax.loaded import LoadedLlama
 from llama_jax.sharding import whole_weights
 from llama_jax.train import resume, setup
 from llama_jax.train.choose import choose, in_words
@@ -40,10 +43,9 @@ from llama_jax.train.state import TrainState, describe, from_named_arrays, named
 from llama_jax.train.step import compiled
 from llama_jax.train.stop import StopRequest, on_request
 from llama_jax.train.validation import Validator
+from llama_jax.weights.checkpoint import Checkpoint
+from llama_jax.weights.formats.hf import hf_texts
 from llama_jax.weights.formats.native import is_stacked
-from llama_jax.weights.load import LoadedLlama, use_compilation_cache
-from llama_jax.weights.open import Checkpoint
-from llama_jax.weights.writers import hf_texts
 
 log = logging.getLogger("llama_jax")
 
@@ -114,12 +116,12 @@ class _Run:
         self.batches = setup.batch_schedule(recipe.batch)
         self.mesh = setup.mesh_of_recipe(recipe, self.config)
         if self.mesh.devices.flat[0].platform == "cpu":
-            setup.keep_freed_memory()
+            keep_freed_memory()
         self.validation = self._validator()
         self.writer = self._writer()
         self.files = self._files()
         if distributed.is_main():
-            guards.callback(only_one(output).release)
+            guards.enter_context(only_one(output))
         check_output(output, CHECKPOINTS, self.total)
         self.step = self.rows = 0
         self.last: dict[str, Any] = {}

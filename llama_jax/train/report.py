@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.data.prepare.system import naming
+from llama_jax.files import write_whole
+from llama_jax.progress import rich_bar
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 CURVES, WANDB = "curves.png", "wandb_id"
@@ -60,7 +61,9 @@ class Reporter:
         self._total, self._last = total_steps, 0.0
         self._start, self._first = time.monotonic(), step
         if sys.stderr.isatty():
-            self._bar, self._task = _bar(total_steps, step)
+            self._bar = rich_bar("bar", "count", "{task.fields[text]}", "left", transient=False)
+            self._bar.start()
+            self._task = self._bar.add_task("", total=total_steps, completed=step, text="")
 
     def step(self, values: Mapping[str, Any]) -> None:
         """Takes one step's metrics: `step` and numbers."""
@@ -178,9 +181,7 @@ def _keep_until(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [row for row in _read(path) if row.get("step", 0) <= step]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def finite_or_none(value: Any) -> Any:
@@ -201,16 +202,6 @@ def _text(values: Mapping[str, Any]) -> str:
     if values.get("validation_bits_per_byte") is not None:
         text += f" ({values['validation_bits_per_byte']:.3f} bits a byte)"
     return text
-
-
-def _bar(total: int, done: int) -> tuple[Any, Any]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
-    bar = Progress(*columns, console=Console(stderr=True))
-    bar.start()
-    return bar, bar.add_task("", total=total, completed=done, text="")
 
 
 def _start_wandb(project: str, output: Path, recipe: Mapping[str, Any]) -> Any:

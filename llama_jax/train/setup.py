@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import dataclasses
 import hashlib
 import json
@@ -33,7 +31,7 @@ from llama_jax.train.state import TrainState, new_state
 from llama_jax.train.step import BATCH_ARRAYS, compiled
 
 if TYPE_CHECKING:
-    from llama_jax.weights.open import Checkpoint
+    from llama_jax.weights.checkpoint import Checkpoint
 
 log = logging.getLogger("llama_jax")
 
@@ -82,7 +80,7 @@ def _folder(name: str, which: int) -> Path:
     if not name.startswith(STDLIB):
         return Path(os.path.expanduser(name))
     from llama_jax.data.prepare.stdlib import stdlib_corpus
-    from llama_jax.weights.hub import cache_folder
+    from llama_jax.files import cache_folder
 
     size = name.removeprefix(STDLIB)
     if not size.isdecimal():
@@ -257,20 +255,6 @@ def abstract_step(recipe: Recipe) -> tuple[Any, tuple[Any, ...]]:
 def _mesh_in_use() -> Any:
     mesh = jax.sharding.get_mesh()
     return jax.sharding.get_abstract_mesh() if mesh.empty else mesh
-
-
-def keep_freed_memory() -> None:
-    """Tells glibc to keep what is freed: for steps on a CPU.
-
-    Else each step's temporaries go back to the system and come again in pages of zeros: for SmolLM2, 4 x 256 tokens,
-    400,000 page faults, 0.6 of 11 seconds of processor time.
-    """
-    M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of malloc.h
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_ARENA_MAX, 1)  # the arenas of threads map what is large all the same
-        libc.mallopt(M_TRIM_THRESHOLD, -1)  # never; the largest number, 2**31 - 1, is less than such temporaries
 
 
 def open_initial(recipe: Recipe, corpora: Corpora) -> Checkpoint | None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from llama_jax.weights import params
-from llama_jax.weights.open import Checkpoint
+from llama_jax.weights.checkpoint import Checkpoint
 from llama_jax.weights.source import Tensor, common_dtype
 
 
@@ -47,7 +47,7 @@ def compare_parameter(
       b: of the same configuration.
       row: which parameter.
       layer: of which layer.
-      expected: what b should hold for a piece of a: a rounding, say.
+      expected: returns what b should hold for a piece of a, such as its rounding.
       tensor: where b holds it, if not under its usual name.
     """
     tensors = a.tensor(row, layer), tensor or b.tensor(row, layer)
@@ -80,7 +80,7 @@ def _pieces(checkpoint: Checkpoint, row: params.ParamSpec, tensor: Tensor) -> It
 
 
 def _aligned(a: Iterator[np.ndarray], b: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pairs of pieces with the same rows: dtypes of different width make pieces of different height."""
+    """Yields pairs of pieces with the same rows: dtypes of different width make pieces of different height."""
     x, y = next(a, None), next(b, None)
     while x is not None and y is not None:
         n = min(len(x), len(y))

@@ -26,7 +26,7 @@ def dequantize(blocks: np.ndarray, kind: str) -> np.ndarray:
     Returns:
       float32 [..., blocks in a row * elements in a block]. Damaged scales give inf or NaN, unwarned.
     """
-    elements, nbytes, write = BLOCK_FORMATS[kind]
+    elements, nbytes, write, _ = BLOCK_FORMATS[kind]
     *leading, row_blocks, _ = blocks.shape
     rows = blocks.reshape(-1, row_blocks, nbytes)
     out = np.empty((len(rows), row_blocks, elements), np.float32)
@@ -39,7 +39,7 @@ def dequantize(blocks: np.ndarray, kind: str) -> np.ndarray:
 
 
 def _float16(blocks: np.ndarray, at: int) -> np.ndarray:
-    """The float16 at byte `at` of each block: float32 [n, 1]."""
+    """Returns the float16 at byte `at` of each block: float32 [n, 1]."""
     return blocks[:, at : at + 2].view("<f2").astype(np.float32)
 
 
@@ -63,7 +63,7 @@ def _bits(packed: np.ndarray, width: int) -> np.ndarray:
 
 
 def _fifth_bits(blocks: np.ndarray, at: int) -> np.ndarray:
-    """The 32 bits at byte `at`, one for each element, as 0 or 16: uint8 [n, 32]."""
+    """Returns the 32 bits at byte `at`, one for each element, as 0 or 16: uint8 [n, 32]."""
     return np.unpackbits(blocks[:, at : at + 4], axis=1, bitorder="little") << 4
 
 
@@ -94,7 +94,7 @@ def _q8_0(blocks: np.ndarray, out: np.ndarray) -> None:  # d | 32 signed bytes
 def _scale_and_offset(blocks: np.ndarray, q: np.ndarray, out: np.ndarray) -> None:
     """Q4_K and Q5_K: (d * scale) * q - (dmin * minimum) over 8 groups of 32.
 
-    The 6-bit scales and minima lie in 12 bytes. Those of groups 0 to 3 are in the low bits of the first
+    The 6-bit scales and minima are stored in 12 bytes. Those of groups 0 to 3 are in the low bits of the first
     and the second four bytes; the others have 4 bits in the last four bytes, and 2 on top of the first eight.
     """
     low, mid, high = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
@@ -122,20 +122,29 @@ def _q6_k(blocks: np.ndarray, out: np.ndarray) -> None:  # nibbles | pairs of up
 
 
 class BlockFormat(NamedTuple):
-    """The size of a block, and the function that writes blocks uint8 [n, nbytes] to float32 [n, elements]."""
+    """How GGML stores a block.
+
+    Attributes:
+      elements: numbers in a block.
+      nbytes: bytes of a block.
+      write: dequantizes blocks uint8 [n, nbytes] into float32 [n, elements].
+      largest: the largest integer that a block holds, times its scale; 0 for blocks that are only read.
+    """
 
     elements: int
     nbytes: int
     write: Callable[[np.ndarray, np.ndarray], None]
+    largest: int = 0
 
 
 BLOCK_FORMATS = {
-    "Q4_0": BlockFormat(32, 18, _q4_0),
+    "Q4_0": BlockFormat(32, 18, _q4_0, largest=8),
     "Q4_1": BlockFormat(32, 20, _q4_1),
     "Q5_0": BlockFormat(32, 22, _q5_0),
     "Q5_1": BlockFormat(32, 24, _q5_1),
-    "Q8_0": BlockFormat(32, 34, _q8_0),
+    "Q8_0": BlockFormat(32, 34, _q8_0, largest=127),
     "Q4_K": BlockFormat(256, 144, _q4_k),
     "Q5_K": BlockFormat(256, 176, _q5_k),
     "Q6_K": BlockFormat(256, 210, _q6_k),
 }
+QUANTIZATIONS = ("q8_0", "q4_0")  # what is written, by its name on the command line

@@ -1,6 +1,6 @@
-"""Tensors that are not a Llama's: what they are instead, and what to do; `foreign` has the same of folders and files.
+"""Names tensors that are not a Llama's, with the remedy; `foreign` does it for folders and files.
 
-One table, tried from top to bottom. docs/checkpoints.md lists what each kind is answered with.
+One table, tried from top to bottom. docs/checkpoints.md lists the answer to each kind.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class Sign(NamedTuple):
     """How a kind of tensors is known.
 
     Attributes:
-      what: what the files are.
-      remedy: what to do about it.
+      what: a name for the files.
+      remedy: what to do.
       names: a regular expression, searched in each name; a kind needs one name at least.
       test: what else must hold, of all tensors.
-      format: whose names were expected; None if it does not matter.
+      format: the expected format; None for any.
     """
 
     what: str
@@ -37,12 +37,12 @@ class Sign(NamedTuple):
 
 
 def _dtypes(*wanted: str) -> Callable[[Mapping[str, Tensor]], bool]:
-    """A test: some matrix has one of these dtypes."""
+    """Returns a test: some matrix has one of these dtypes."""
     return lambda tensors: any(x.dtype.name in wanted and len(x.shape) == 2 for x in tensors.values())
 
 
 def _packed_across(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether `qweight` is packed along its outputs, as AWQ has it; GPTQ packs along the inputs."""
+    """Returns whether `qweight` is packed along its outputs, as AWQ has it; GPTQ packs along the inputs."""
     for name, scales in tensors.items():
         packed = tensors.get(f"{name.removesuffix('.scales')}.qweight")
         if name.endswith(".scales") and packed is not None and len(packed.shape) == len(scales.shape) == 2:
@@ -55,7 +55,7 @@ def _empty(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _no_weights(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether there are adapters alone, without the matrices that they adapt."""
+    """Returns whether there are adapters alone, without the matrices that they adapt."""
     return not any(re.search(r"(q_proj|wq|embed_tokens)(\.base_layer)?\.weight$", name) for name in tensors)
 
 
@@ -144,7 +144,7 @@ SIGNS = (
          r"(proj|attn_[qkv]|attn_output|ffn_\w+|w[qkvo123]|head|norm)\.bias$|layernorm\.bias$"),
     Sign("a GPT-2-like model", OTHER_MODEL, r"(^|\.)(wte|wpe|ln_f|gpt_neox|h\.\d+)\."),
     Sign("a state-space model (such as Mamba)", OTHER_MODEL, r"\.mixer\.|ssm_|A_log$"),
-    # --- Not a model's weights at all ---
+    # --- Not a model's weights ---
     Sign("an optimizer's state, not a model", "give the model's own file", r"exp_avg|param_groups|^optimizer\.",
          _no_weights),
 )
@@ -158,14 +158,14 @@ def tensors(
     said: Mapping[str, Any],
     absent: Mapping[str, str],
 ) -> str:
-    """What tensors that are no Llama's are, and what to do; "" where nothing is known.
+    """Returns what tensors that are not a Llama's are, and the remedy; "" where nothing is known.
 
     Args:
       found: stored name -> tensor.
-      config: what they should be.
-      format: whose names they should have.
-      said: the content of config.json, or of what stands for it.
-      absent: tensors that an index names and that are nowhere -> the file that it names.
+      config: the architecture they should have.
+      format: of the expected names.
+      said: the content of config.json, params.json or GGUF's metadata.
+      absent: tensors that an index names and no file has -> the file that it names.
     """
     if not found:
         return "there are no tensors in them: save the model's state_dict()"
@@ -180,7 +180,7 @@ def tensors(
 
 
 def _several(found: Mapping[str, Tensor]) -> str:
-    """Where files hold more than one model."""
+    """Returns the remedy where files hold more than one model, else ""."""
     tables = [name for name in found if re.search(r"(^|\.)(embed_tokens|tok_embeddings)\.weight$", name)]
     if len(tables) < 2:
         return ""
@@ -188,7 +188,7 @@ def _several(found: Mapping[str, Tensor]) -> str:
 
 
 def _other_layers(found: Mapping[str, Tensor], config: ModelConfig, format: params.Format) -> str:
-    """Where the files hold another number of layers than the configuration names."""
+    """Returns the remedy where the files hold another number of layers than the configuration names, else ""."""
     pattern = re.escape(params.TABLE[1].name(format, 0)).replace("0", r"(\d+)", 1)
     layers = {int(match[1]) for name in found if (match := re.fullmatch(pattern, name))}
     if not layers:
@@ -208,7 +208,7 @@ def _other_layers(found: Mapping[str, Tensor], config: ModelConfig, format: para
 
 
 def _headless(found: Mapping[str, Tensor], config: ModelConfig, format: params.Format, said: Mapping[str, Any]) -> str:
-    """Where only the output head is missing."""
+    """Returns the remedy where only the output head is missing, else ""."""
     missing = params.expected(config, format).keys() - found.keys() if config.num_layers <= len(found) else set()
     if missing != {params.head_name(format)}:
         return ""
@@ -234,10 +234,10 @@ METHODS = {
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """Refuses a config.json that says that its weights are quantized, or that they are no language model's.
+    """Refuses a config.json with quantized weights.
 
     Raises:
-      ConfigError: says by what, and what to do.
+      ConfigError: names the method and the remedy.
     """
     said = config.get("quantization_config")
     if said:
@@ -253,7 +253,7 @@ def check_config(config: Mapping[str, Any]) -> None:
 
 
 def gguf(metadata: Mapping[str, Any], found: Mapping[str, Tensor]) -> str:
-    """What a GGUF file is that holds no Llama, and what to do; "" where it may hold one."""
+    """Returns what a GGUF file without a Llama is, and the remedy; "" where it may hold one."""
     return next(_gguf_kinds(metadata, found), "")
 
 

@@ -1,7 +1,7 @@
-"""Folders and files that are no checkpoint: what they are instead, and what to do.
+"""Names folders and files that are not a checkpoint, with the remedy.
 
-Two tables, tried from top to bottom: of the names in a folder, and of the first bytes of a file. docs/checkpoints.md
-lists what each kind is answered with.
+Two tables, tried from top to bottom: names in a folder, and the first bytes of a file. docs/checkpoints.md lists the
+answer to each kind.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class FolderSign(NamedTuple):
     """How a kind of folder is known.
 
     Attributes:
-      what: what it is; {first} is the first name that matches.
+      what: a name for it; {first} is the first name that matches.
       remedy: what to do.
       names: a regular expression for the whole name of something in it.
     """
@@ -84,7 +84,7 @@ FOLDERS = (
 
 
 def folder(path: Path, *, configured: bool = False) -> str:
-    """What a folder is that holds no checkpoint, and what to do; "" where nothing is known.
+    """Returns what a folder without a checkpoint is, and the remedy; "" where nothing is known.
 
     Args:
       path: the folder.
@@ -104,7 +104,7 @@ def folder(path: Path, *, configured: bool = False) -> str:
 
 
 def _adapter(path: Path) -> str:
-    """What a folder of an adapter is told."""
+    """Returns what kind of adapter a folder holds, and the remedy."""
     said: Any = {}
     with system_errors(path), contextlib.suppress(ValueError):
         said = json.loads(path.read_bytes())
@@ -135,7 +135,7 @@ def _inside(path: Path, present: list[str]) -> str:
 
 
 def snapshot(path: Path) -> Path:
-    """The snapshot that the root of a repository in the Hub's cache means: of `refs/main`, or the only one.
+    """Returns the snapshot of a repository in the Hub's cache: that of `refs/main`, or the only one.
 
     Raises:
       CheckpointError: there are several, or none.
@@ -161,7 +161,7 @@ def snapshot(path: Path) -> Path:
 # ---------------------------------------------------------------------------------------------------------------------
 
 TAKE_GGUF = "take a .gguf file of this model, or convert the original with llama.cpp's convert_hf_to_gguf.py"
-# First bytes -> what such a file is, and what to do.
+# First bytes, a name for such a file, the remedy.
 # fmt: off
 MAGIC: tuple[tuple[bytes, str, str], ...] = (
     (b"tjgg", "an older file of llama.cpp (GGJT), which nothing current reads", TAKE_GGUF),
@@ -184,7 +184,7 @@ MAGIC: tuple[tuple[bytes, str, str], ...] = (
     (b"7z\xbc\xaf", "a packed file (7z)", "unpack it with `7z x`, and give what is in it"),
     (b"Rar!", "a packed file (rar)", "unpack it with `unrar x`, and give what is in it"),
 )
-# Endings of files that no reader of ours is for.
+# Endings of files that this library does not read.
 ENDINGS = {
     **dict.fromkeys((".part", ".crdownload", ".incomplete", ".aria2", ".download"),
                     ("an unfinished download, as its name says", "let the download end, or start it again")),
@@ -202,7 +202,7 @@ WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".json", ".ckpt", ".model", ".
 
 
 def first_bytes(path: Path, count: int = 64) -> bytes:
-    """How a file begins.
+    """Returns the first bytes of a file.
 
     Raises:
       UnreadableError: it may not be read.
@@ -212,7 +212,7 @@ def first_bytes(path: Path, count: int = 64) -> bytes:
 
 
 def begins(data: bytes) -> str:
-    """What a file is that begins with such bytes, and what to do; "" where nothing is known."""
+    """Returns what a file with such first bytes is, and the remedy; "" where nothing is known."""
     text = data.lstrip(b"\xef\xbb\xbf \t\r\n")
     for magic, what, remedy in MAGIC:
         if data.startswith(magic) or (magic[:1] == b"<" and text[: len(magic)].lower() == magic.lower()):
@@ -221,7 +221,7 @@ def begins(data: bytes) -> str:
 
 
 def answer(data: bytes) -> str:
-    """What a file of weights is that begins so and is not what its name says; "" where nothing is known."""
+    """Returns what a file with a misleading name is, by its first bytes; "" where nothing is known."""
     for start, what, ending in ((b"PK\3\4", "torch's", "pytorch_model.bin"), (b"GGUF", "a GGUF", "model.gguf")):
         if data.startswith(start):
             return f"its name says otherwise, but it is {what} file: name it like {ending}"
@@ -234,10 +234,10 @@ def answer(data: bytes) -> str:
 
 
 def check_file(path: Path) -> None:
-    """Refuses a file that is no GGUF file, and says what it is.
+    """Refuses a file that is not a GGUF file.
 
     Raises:
-      CheckpointError: what to do.
+      CheckpointError: names its kind and the remedy.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: not a file, nor a folder (a pipe or device); give a file or a folder")
@@ -257,7 +257,7 @@ def check_file(path: Path) -> None:
 
 
 def _parts(path: Path, whole: str) -> str:
-    """The parts of a file, as a shell is to be told: `x.gguf.part*`."""
+    """Returns a shell pattern for the parts of a file: `x.gguf.part*`."""
     return whole + re.sub(
         r"(\d+[-_.]?of[-_.]?\d+|\d+|(?<=[-_.])[a-z]{1,3}|(?<=part)[a-z]{2})$", "*", path.name[len(whole) :]
     )

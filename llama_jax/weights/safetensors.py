@@ -1,8 +1,8 @@
 """safetensors files: tensors that are views of the mapped file, and a writer that makes them piece by piece.
 
 A file is a 64-bit header length, a JSON header (name -> dtype, shape, first and last byte), and the data, without gaps.
-The library of that name reads whole tensors; ours reads the pages that a sharding needs, and writes what is not there
-yet as a whole.
+The library of that name reads whole tensors; ours reads the pages that a sharding needs, and writes tensors
+that never exist as a whole.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ DTYPES = {
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
 }
-# Read, so that it can be said what they are; no Llama has such weights.
+# Read so that the diagnosis can name them; no Llama has such weights.
 OTHER_DTYPES = {
     "U16": np.dtype("<u2"),
     "U32": np.dtype("<u4"),
@@ -107,7 +107,7 @@ def _check_entry(path: Path, name: str, entry: Any) -> _Entry:
     if not all(type(size) is int and size >= 0 for size in shape):
         raise _damaged(path, f"{name!r} has the impossible shape {shape}", FAULTY)
     if first < 0 or last - first != math.prod(shape) * dtype.itemsize:
-        raise _damaged(path, f"{name!r}, {kind} of shape {shape}, cannot lie at bytes {first} to {last}", FAULTY)
+        raise _damaged(path, f"{name!r}, {kind} of shape {shape}, cannot be stored at bytes {first} to {last}", FAULTY)
     return _Entry(first, last, dtype, shape)
 
 

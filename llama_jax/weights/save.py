@@ -10,32 +10,34 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
 from llama_jax.config import ConfigError
+from llama_jax.files import sync
+from llama_jax.progress import SMALL, progress
 from llama_jax.text.differences import differences
-from llama_jax.weights import params, writers
+from llama_jax.weights import params
+from llama_jax.weights.checkpoint import Checkpoint
 from llama_jax.weights.compare import compare_parameter
-from llama_jax.weights.open import DTYPES, Checkpoint, open_checkpoint
-from llama_jax.weights.progress import progress
+from llama_jax.weights.formats import FORMATS
+from llama_jax.weights.formats.base import Options, parse_bytes
+from llama_jax.weights.open import open_checkpoint
+from llama_jax.weights.params import Format
 from llama_jax.weights.replace import check_replaceable, replacing
-from llama_jax.weights.sink import sync
-from llama_jax.weights.source import CheckpointError, Tensor, cast
-from llama_jax.weights.writers import Options, parse_bytes
+from llama_jax.weights.source import CheckpointError, Tensor
 
 if TYPE_CHECKING:
+    from llama_jax.loaded import LoadedLlama
     from llama_jax.ops.weights import Leaf
-    from llama_jax.weights.load import LoadedLlama
 
-Target = Literal["hf", "meta", "gguf", "native"]
-TARGETS: tuple[Target, ...] = get_args(Target)
+TARGETS: tuple[Format, ...] = get_args(Format)
 
 
 @dataclasses.dataclass(frozen=True)
 class ConversionReport:
-    """What a conversion did.
+    """The result of a conversion.
 
     Attributes:
       path: what was written.
@@ -45,7 +47,7 @@ class ConversionReport:
       nbytes: of all its files.
       write_seconds: reading, converting and writing, until the bytes are on the disk.
       verify_seconds: reading it again and comparing it with the source.
-      warnings: what of the source was left out, and what other programs would do differently with the result, in words.
+      warnings: sentences on what was left out, and on other programs that read the result differently.
     """
 
     path: str
@@ -62,7 +64,7 @@ def convert(
     source: str | Path,
     destination: str | Path,
     *,
-    to: Target,
+    to: Format,
     dtype: str | None = None,
     shards: int = 1,
     max_shard_size: int | str = "5GB",
@@ -84,7 +86,7 @@ def convert(
       verify: whether the result is read again and compared with the source, bit for bit.
 
     Raises:
-      CheckpointError: the source cannot be read, or the result is not what it should be.
+      CheckpointError: the source cannot be read, or the result differs from it.
       ConfigError: the format cannot hold this model, or not in so many shards.
       OSError: the destination exists or cannot be written.
       ValueError: an argument is wrong.
@@ -96,7 +98,7 @@ def convert(
 
 
 def save(
-    llama: LoadedLlama, path: str | Path, *, format: Target, overwrite: bool = False, **options: Any
+    llama: LoadedLlama, path: str | Path, *, format: Format, overwrite: bool = False, **options: Any
 ) -> ConversionReport:
     """Writes a loaded model, its weights as they are on the devices.
 
@@ -119,7 +121,7 @@ def export(
     checkpoint: Checkpoint,
     destination: str | Path,
     *,
-    to: Target,
+    to: Format,
     options: Options,
     overwrite: bool = False,
     verify: bool = True,
@@ -129,28 +131,28 @@ def export(
     destination = Path(os.path.expanduser(destination))
     if destination.resolve() in checkpoint.path.resolve().parents:
         raise FileExistsError(f"{destination}: holds the source, {checkpoint.path}; give another destination")
-    with _in_words(checkpoint, destination, to):
+    with _naming_errors(checkpoint, destination, to):
         return _export(checkpoint, destination, to, options, overwrite=overwrite, verify=verify)
 
 
 def _export(
-    checkpoint: Checkpoint, destination: Path, to: Target, options: Options, *, overwrite: bool, verify: bool
+    checkpoint: Checkpoint, destination: Path, to: Format, options: Options, *, overwrite: bool, verify: bool
 ) -> ConversionReport:
-    total = _nbytes(checkpoint, to, options)
+    format = FORMATS[to]
+    total = format.nbytes(checkpoint, options)
     with replacing(destination, overwrite=overwrite) as partial:
         free = shutil.disk_usage(partial.parent).free
         if free < total:
             raise OSError(f"{destination}: needs {total / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free: make room")
         start = time.perf_counter()
-        write = getattr(writers, f"write_{to}")
-        with progress("Converting", total) as advance:
+        with progress("Converting", total, least=SMALL) as advance:
             warnings = [f"left out: {text}" for text in checkpoint.left_out]
-            warnings += write(partial, checkpoint, options, advance) or []
+            warnings += format.write(partial, checkpoint, options, advance)
             files = [p for p in partial.rglob("*") if p.is_file()] if partial.is_dir() else [partial]
             sync(files)
         written = time.perf_counter()
         if verify:
-            with progress("Verifying", total) as advance:
+            with progress("Verifying", total, least=SMALL) as advance:
                 warnings += _verify(checkpoint, partial, options, advance)
         verified = time.perf_counter()
         nbytes = sum(file.stat().st_size for file in files)
@@ -170,16 +172,16 @@ def _check_options(to: str, options: Options) -> None:
 
 
 @contextlib.contextmanager
-def _in_words(checkpoint: Checkpoint, destination: Path, to: str) -> Iterator[None]:
-    """Turns what goes wrong while a checkpoint is written into words that name source, target and remedy.
+def _naming_errors(checkpoint: Checkpoint, destination: Path, to: str) -> Iterator[None]:
+    """Turns errors of writing into messages that name source, target and remedy.
 
     Raises:
-      CheckpointError: with the error that it stands for as its cause.
+      CheckpointError: with the original error as its cause.
     """
     try:
         yield
     except (CheckpointError, ConfigError, OSError, MemoryError):
-        raise  # in words already
+        raise  # they name all that
     except Exception as error:
         if isinstance(error, ValueError) and str(checkpoint.path) in str(error):
             raise
@@ -191,39 +193,24 @@ def _in_words(checkpoint: Checkpoint, destination: Path, to: str) -> Iterator[No
         ) from error
 
 
-def _nbytes(checkpoint: Checkpoint, to: Target, options: Options) -> int:
-    """Bytes of the weights that will be written."""
-    total = 0.0
-    for row, layer in params.parameters(checkpoint.config):
-        count = math.prod(params.stored_shape(row, checkpoint.config, "hf"))
-        width = (DTYPES[options.dtype] if options.dtype else checkpoint.tensor(row, layer).dtype).itemsize
-        if to == "gguf" and options.quantize and len(row.stored) == 2:
-            width = {"q8_0": 34 / 32, "q4_0": 18 / 32}[options.quantize]
-        total += count * width * (2 if to == "meta" and row.ours == "embed" and checkpoint.config.tie_embeddings else 1)
-    return int(total)
-
-
 def _verify(source: Checkpoint, path: Path, options: Options, advance: Callable[[int], None]) -> list[str]:
-    """Reads what was written with the reader that everybody uses, and compares it with the source.
+    """Opens the result as `load` does, and compares it with the source.
 
     Returns:
-      What the tokenizer does differently, in words.
+      Sentences on where the tokenizer differs.
 
     Raises:
       CheckpointError: something differs.
     """
     result = open_checkpoint(path)
+    format = FORMATS[result.format]
     if result.config != source.config:
         raise ConfigError(f"this format cannot hold {source.config}: it would be read as {result.config}")
     for row, layer, tensor in _written(result):
         stored = result.tensor(row, layer) if tensor is None else tensor
 
         def expected(piece: np.ndarray, row: params.ParamSpec = row, stored: Tensor = stored) -> np.ndarray:
-            if options.dtype:
-                piece = cast(piece, DTYPES[options.dtype], stored.name)
-            if options.quantize and len(row.stored) == 2:
-                return _requantized(piece, options.quantize.upper(), stored.name)
-            return piece.astype(stored.dtype, copy=False)
+            return format.stored(piece, row, options, stored.name).astype(stored.dtype, copy=False)
 
         difference = compare_parameter(source, result, row, layer, expected=expected, tensor=tensor)
         if not difference.same_bits:
@@ -238,20 +225,12 @@ def _verify(source: Checkpoint, path: Path, options: Options, advance: Callable[
 def _written(result: Checkpoint) -> Iterator[tuple[params.ParamSpec, int | None, Tensor | None]]:
     for row, layer in params.parameters(result.config):
         yield row, layer, None
-    if result.config.tie_embeddings and (head := result.tensors.get("output.weight")):
+    if result.config.tie_embeddings and (head := result.tensors.get(params.head_name(result.format))):
         yield params.TABLE[0], None, head
 
 
-def _requantized(piece: np.ndarray, kind: str, name: str) -> np.ndarray:
-    """What a quantized file gives back for `piece`."""
-    from llama_jax.weights.dequantize import BLOCK_FORMATS, dequantize
-
-    blocks = writers.gguf_encode(piece, kind, name)
-    return dequantize(blocks.reshape(*blocks.shape[:-1], -1, BLOCK_FORMATS[kind].nbytes), kind)
-
-
 def _of_loaded(llama: LoadedLlama) -> Checkpoint:
-    """The arrays of a model as a checkpoint in our format."""
+    """Returns the arrays of a model as a checkpoint in our format."""
     import jax
 
     from llama_jax.ops.weights import is_leaf, leaf_of, name_of

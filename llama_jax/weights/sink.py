@@ -1,12 +1,10 @@
-"""What every checkpoint writer takes: tensors that are made piece by piece while they are written."""
+"""Tensors that are made piece by piece while a checkpoint is written."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import os
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import IO
 
 import numpy as np
@@ -20,8 +18,8 @@ class Entry:
       name: in the file.
       shape: elements, outermost dimension first.
       dtype: of the stored numbers.
-      pieces: makes the content: C-contiguous arrays that follow each other in the file, `nbytes` bytes in all. No piece
-        is needed once the next is asked for.
+      pieces: makes the content: C-contiguous arrays that follow each other in the file, `nbytes` bytes in all. A
+        piece may be freed once the next is asked for.
     """
 
     name: str
@@ -58,15 +56,5 @@ def write_pieces(file: IO[bytes], entry: Entry, advance: Callable[[int], None]) 
 
 
 def as_bytes(array: np.ndarray) -> memoryview:
-    """The bytes of a C-contiguous array, without a copy (memoryview alone refuses bfloat16)."""
+    """Returns the bytes of a C-contiguous array, without a copy (memoryview alone refuses bfloat16)."""
     return array.reshape(-1).view(np.uint8).data
-
-
-def sync(paths: Iterable[Path]) -> None:
-    """Waits until files and folders are on the disk."""
-    for path in paths:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -1,4 +1,4 @@
-"""What every checkpoint reader returns: named tensors that read only the bytes they are asked for.
+"""Named tensors that read only the requested bytes; every checkpoint reader returns them.
 
 Tensors are in torch orientation, [out, in], outermost dimension first, whatever order the file states.
 """
@@ -26,10 +26,10 @@ class CheckpointError(ValueError):
 
 
 class UnreadableError(CheckpointError, OSError):
-    """A file that is there, and that the system does not let us read; says nothing about what is in it."""
+    """A file that exists and that the system does not let us read; its content is unknown."""
 
 
-# What an error of the system means, where its own words leave that open.
+# The meaning of an error of the system, where its own message leaves that open.
 _SYSTEM = {
     errno.EACCES: "no permission to read it; ask its owner, or `chmod -R u+rX` it",
     errno.EPERM: "no permission to read it; ask its owner, or `chmod -R u+rX` it",
@@ -43,7 +43,7 @@ _SYSTEM = {
 
 
 def unreadable(error: OSError, path: object = None) -> UnreadableError:
-    """An error of the system in words that name the file."""
+    """Returns an error of the system with a message that names the file."""
     path = error.filename if path is None else path
     named = "" if path is None else f"{os.fsdecode(path) if isinstance(path, bytes) else path}: "
     words = _SYSTEM.get(error.errno or 0, f"cannot be read ({error.strerror or error})")
@@ -54,10 +54,10 @@ def unreadable(error: OSError, path: object = None) -> UnreadableError:
 
 @contextlib.contextmanager
 def system_errors(path: object = None) -> Iterator[None]:
-    """Turns errors of the system into words; `path` names the file where the error does not.
+    """Names the file in errors of the system; `path` is used where the error has none.
 
     Raises:
-      UnreadableError: of whatever the system refused.
+      UnreadableError: the system refused something.
     """
     try:
         yield
@@ -68,7 +68,7 @@ def system_errors(path: object = None) -> Iterator[None]:
 
 
 def exists(path: Path) -> bool:
-    """Whether there is such a file or folder.
+    """Returns whether there is such a file or folder.
 
     Raises:
       UnreadableError: the system does not say: a folder above it may not be searched, say.
@@ -83,12 +83,12 @@ def exists(path: Path) -> bool:
 
 
 def link_to_nothing(path: Path) -> str:
-    """Says where a link leads that leads nowhere, as a copy of the Hub's cache without its blobs has them; else ""."""
+    """Returns where a broken link leads, as in a copy of the Hub's cache without its blobs; else ""."""
     return f": it is a link to {os.readlink(path)}, which is not there; copy what it means" if path.is_symlink() else ""
 
 
 def listing(folder: Path) -> list[str]:
-    """Names of what is in a folder, sorted; `Path.glob` finds nothing in a folder that may not be read.
+    """Returns the names in a folder, sorted; `Path.glob` finds nothing in a folder that may not be read.
 
     Raises:
       UnreadableError: it may not be read.
@@ -130,7 +130,7 @@ class Tensor:
 
 
 def cast(x: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """`x` in `dtype`, rounded to nearest.
+    """Returns `x` in `dtype`, rounded to nearest.
 
     Raises:
       CheckpointError: a finite number of `name` became infinite.
@@ -146,7 +146,7 @@ def cast(x: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
 
 
 def common_dtype(dtypes: Iterable[np.dtype]) -> np.dtype:
-    """A dtype that holds the numbers of all: NumPy knows none for float16 and bfloat16."""
+    """Returns a dtype that holds the numbers of all: NumPy knows none for float16 and bfloat16."""
     different = set(dtypes)
     if len(different) == 1:
         return different.pop()
@@ -154,7 +154,7 @@ def common_dtype(dtypes: Iterable[np.dtype]) -> np.dtype:
 
 
 def plain_tensor(name: str, array: np.ndarray) -> Tensor:
-    """A tensor whose numbers are stored as they are: `array`, a view of the mapped file."""
+    """Returns a tensor whose numbers are stored as they are: `array`, a view of the mapped file."""
     return Tensor(name, array.shape, array.dtype, array.nbytes, array.__getitem__)
 
 

@@ -1,4 +1,4 @@
-"""torch's files (`.pth`, `.bin`), read and written without torch, and without running what is in them.
+"""torch's files (`.pth`, `.bin`), read and written without torch, and without running code in them.
 
 Such a file is a zip archive whose members are stored, not compressed: `*/data.pkl` describes a dictionary of tensors,
 and `*/data/N` is storage N, plain numbers that any number of tensors may be views of. `unpickle` reads the former.
@@ -43,7 +43,7 @@ def read_torch_file(path: Path) -> dict[str, Tensor]:
 
     Returns:
       Name -> tensor, in the order of the file, by the strides that it states; `Tensor.read` gives views of the mapped
-      file. Entries that are no tensors are left out, and so is what a trainer keeps beside the model.
+      file. Entries that are not tensors are left out, and so is a trainer's state beside the model.
 
     Raises:
       CheckpointError: not such a file, damaged, cut short, of an unsupported kind, or with code in it.
@@ -63,7 +63,7 @@ def read_torch_file(path: Path) -> dict[str, Tensor]:
 
 
 def _model_in(content: Any) -> Any:
-    """The dictionary of the model, where a trainer saved it among others."""
+    """Returns the dictionary of the model, where a trainer saved it among others."""
     for _ in range(DEPTH):
         found = [key for key in CONTAINERS if isinstance(content, dict) and isinstance(content.get(key), dict)]
         if not found:
@@ -73,7 +73,7 @@ def _model_in(content: Any) -> Any:
 
 
 def _arrays(content: dict[Any, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """Name and array of each tensor; of dictionaries inside each other only where there is none at the top."""
+    """Yields name and array of each tensor; of dictionaries inside each other only where there is none at the top."""
     waiting, seen = [("", content)], {id(content)}  # each once: a hostile file holds one under many names
     while waiting:
         prefix, inner = waiting.pop(0)
@@ -106,36 +106,53 @@ class _Directory(io.FileIO):
 
 
 def _read_zip(path: Path, data: np.ndarray) -> tuple[dict[str, np.ndarray], int]:
-    """Members of the archive, without their common folder: name -> uint8 view of `data`; and the CRC of data.pkl."""
-    if data[:4].tobytes() != b"PK\3\4":
-        if data[:1].tobytes() == b"\x80" or data[257:262].tobytes() == b"ustar":
-            raise CheckpointError(f"{path}: a torch file of the old format, from before version 1.6; {SAVE_AGAIN}")
-        raise CheckpointError(f"{path}: not a torch file; {foreign.answer(data[:64].tobytes()) or DOWNLOAD_AGAIN}")
-    try:
-        with _Directory(path) as file, zipfile.ZipFile(file) as archive:
-            infos, end = archive.infolist(), archive.start_dir
-    except (zipfile.BadZipFile, ValueError, OverflowError, NotImplementedError, OSError, struct.error) as error:
-        raise _damaged(path, f"its zip directory cannot be read ({error})") from error
-
+    """Returns the archive's members, without their common folder, name -> uint8 view of `data`; and data.pkl's CRC."""
+    infos, end = _directory(path, data)
     members: dict[str, np.ndarray] = {}
     before = 0
     for info in sorted(infos, key=lambda info: info.header_offset):
-        name, start = f"member {info.filename[:100]!r}", info.header_offset
-        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.compress_size != info.file_size:
-            raise CheckpointError(f"{path}: {name} is compressed or encrypted, which torch never does; {SAVE_AGAIN}")
-        if start < before or start + _LOCAL.size > end:
-            raise _damaged(path, f"{name} is said to begin at byte {start}, which cannot be")
-        signature, *_, name_length, extra_length = _LOCAL.unpack(data[start : start + _LOCAL.size].tobytes())
-        start += _LOCAL.size + name_length + extra_length
+        start = _content_start(path, data, info, before, end)
         before = start + info.file_size
-        if signature != b"PK\3\4" or before > end or info.filename in members:
-            raise _damaged(path, f"{name} of {info.file_size} bytes is not where its directory says")
+        if info.filename in members:
+            raise _misplaced(path, info)
         members[info.filename] = data[start:before]
     roots = [match[1] for name in members if (match := re.fullmatch(r"([^/]*/|)data\.pkl", name))]
     if len(roots) != 1:
         raise CheckpointError(f"{path}: a zip archive without data.pkl, not a torch file; give a .pth or .bin file")
     crc = next(info.CRC for info in infos if info.filename == f"{roots[0]}data.pkl")
     return {name.removeprefix(roots[0]): member for name, member in members.items() if name.startswith(roots[0])}, crc
+
+
+def _directory(path: Path, data: np.ndarray) -> tuple[list[zipfile.ZipInfo], int]:
+    """Returns what the archive says of its members, and where they end."""
+    if data[:4].tobytes() != b"PK\3\4":
+        if data[:1].tobytes() == b"\x80" or data[257:262].tobytes() == b"ustar":
+            raise CheckpointError(f"{path}: a torch file of the old format, from before version 1.6; {SAVE_AGAIN}")
+        raise CheckpointError(f"{path}: not a torch file; {foreign.answer(data[:64].tobytes()) or DOWNLOAD_AGAIN}")
+    try:
+        with _Directory(path) as file, zipfile.ZipFile(file) as archive:
+            return archive.infolist(), archive.start_dir
+    except (zipfile.BadZipFile, ValueError, OverflowError, NotImplementedError, OSError, struct.error) as error:
+        raise _damaged(path, f"its zip directory cannot be read ({error})") from error
+
+
+def _content_start(path: Path, data: np.ndarray, info: zipfile.ZipInfo, before: int, end: int) -> int:
+    """Returns where a member's content begins, behind its own header; all of it is between `before` and `end`."""
+    name, start = f"member {info.filename[:100]!r}", info.header_offset
+    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.compress_size != info.file_size:
+        raise CheckpointError(f"{path}: {name} is compressed or encrypted, which torch never does; {SAVE_AGAIN}")
+    if start < before or start + _LOCAL.size > end:
+        raise _damaged(path, f"{name} is said to begin at byte {start}, which cannot be")
+    signature, *_, name_length, extra_length = _LOCAL.unpack(data[start : start + _LOCAL.size].tobytes())
+    start += _LOCAL.size + name_length + extra_length
+    if signature != b"PK\3\4" or start + info.file_size > end:
+        raise _misplaced(path, info)
+    return start
+
+
+def _misplaced(path: Path, info: zipfile.ZipInfo) -> CheckpointError:
+    name = f"member {info.filename[:100]!r} of {info.file_size} bytes"
+    return _damaged(path, f"{name} is not where its directory says")
 
 
 def _damaged(path: Path, problem: str) -> CheckpointError:
@@ -160,7 +177,7 @@ def write_torch_file(path: Path, entries: Sequence[Entry], advance: Callable[[in
 
     Args:
       path: of a new file.
-      entries: what it shall hold, in this order; of the dtypes of `STORAGES`.
+      entries: its content, in this order; of the dtypes of `STORAGES`.
       advance: called with the number of bytes just written.
     """
     with _ZipWriter(io.FileIO(path, "xb")) as file:
@@ -174,7 +191,7 @@ def write_torch_file(path: Path, entries: Sequence[Entry], advance: Callable[[in
 
 
 def _pickled(entries: Sequence[Entry]) -> bytes:
-    """What torch pickles for a dictionary of contiguous tensors."""
+    """Returns torch's pickle of a dictionary of contiguous tensors."""
 
     def value(x: Any) -> bytes:  # of plain Python, without the marks at both ends of a pickle
         return pickle.dumps(x, protocol=2)[2:-1]
@@ -195,7 +212,7 @@ def _pickled(entries: Sequence[Entry]) -> bytes:
 
 
 class _ZipWriter(io.BufferedWriter):
-    """A zip archive under way; keeps the CRC-32 of what is written.
+    """A zip archive that is being written; keeps the CRC-32 of its content.
 
     `zipfile` aligns nothing, and copies what it writes.
     """
@@ -216,7 +233,7 @@ class _ZipWriter(io.BufferedWriter):
 
     @contextlib.contextmanager
     def member(self, name: str, size: int) -> Iterator[None]:
-        """Between the member's header and its checksum, which needs its content: the caller writes `size` bytes."""
+        """Writes a member's header before and its checksum after the block, which writes `size` bytes."""
         encoded, start = (ROOT + name).encode(), self.tell()
         sizes = struct.pack("<2H2Q", 1, 16, size, size)
         content = start + _LOCAL.size + len(encoded) + len(sizes) + 4

@@ -32,7 +32,7 @@ STORAGES = {
     "torch BoolStorage": np.dtype("?"),
 }
 UNTYPED = "torch.storage UntypedStorage"
-# Numbers that have no storage class of their own: untyped bytes, and the tensor says what they are.
+# Dtypes without a storage class: untyped bytes, and the tensor names the dtype.
 DTYPES = {
     "torch float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
     "torch float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
@@ -96,7 +96,7 @@ def unpickle(path: Path, members: dict[str, np.ndarray], crc: int) -> Any:
     Args:
       path: for messages.
       members: of the archive: name -> bytes.
-      crc: what the archive says of data.pkl, by which damage is told from a fault of the program that wrote it.
+      crc: of data.pkl in the archive; tells damage from a fault of the program that wrote the file.
 
     Raises:
       CheckpointError: it asks for anything else, or cannot be read.
@@ -111,7 +111,7 @@ class _Global(NamedTuple):
 
 
 class _Storage(NamedTuple):
-    """The bytes of a storage, uint8, and what numbers they are, if the storage says."""
+    """The bytes of a storage, uint8, and their dtype, if the storage has one."""
 
     data: np.ndarray
     dtype: np.dtype | None
@@ -264,7 +264,7 @@ def _expect(value: Any, kind: type) -> Any:
 
 
 def _view(data: np.ndarray, dtype: np.dtype, offset: Any, shape: tuple, strides: tuple) -> np.ndarray:
-    """A view of a storage as torch describes it: offset and strides count numbers, not bytes."""
+    """Returns a view of a storage as torch describes it: offset and strides count numbers, not bytes."""
     if not len(shape) == len(strides) <= MAX_DIMS or any(
         type(n) is not int or not 0 <= n < 2**63 for n in (offset, *shape, *strides)
     ):

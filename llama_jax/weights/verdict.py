@@ -1,8 +1,8 @@
-"""One verdict on what a checkpoint is, where its files disagree: for load, chat, logits, convert, verify, train, plan.
+"""Decides what a checkpoint is where its files disagree: for load, chat, logits, convert, verify, train, plan.
 
-Names lose the prefixes of wrappers. A stored output head is used, whatever the configuration says about tying. What no
-Llama computes with is left out, in so many words. Everything else that is missing or foreign is refused, and `diagnose`
-says what the files are instead.
+Names lose the prefixes of wrappers. A stored output head is used, whatever the configuration says about tying. Tensors
+that a Llama does not compute with are left out, and a warning names them. Everything else that is missing or foreign is
+refused, and `diagnose` names the files' real kind.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Harmless(NamedTuple):
     """A kind of tensor that no result depends on.
 
     Attributes:
-      what: in words, of several.
+      what: a name for several of them.
       names: a regular expression for the whole name.
       test: what else must hold.
       silent: whether it is so common that no warning is due.
@@ -91,12 +91,12 @@ HARMLESS = (
 
 @dataclasses.dataclass(frozen=True)
 class Settled:
-    """What was decided about a checkpoint.
+    """The decision about a checkpoint.
 
     Attributes:
       config: as its tensors have it.
       tensors: stored name -> tensor, without what was left out.
-      left_out: what was, in sentences.
+      left_out: sentences on what was left out.
     """
 
     config: ModelConfig
@@ -115,7 +115,7 @@ def settle(
     left_out: Iterable[str] = (),
     absent: Mapping[str, str] | None = None,
 ) -> Settled:
-    """Decides what a checkpoint is, and says in one warning what is not as its files have it.
+    """Decides what a checkpoint is; one warning says where that differs from its files.
 
     Reads no weights, except where a tied model stores an output head too: then the head and the table, in pieces, until
     they differ.
@@ -123,15 +123,15 @@ def settle(
     Args:
       path: for messages.
       format: whose names the tensors have.
-      config: what the files say.
-      tensors: all that they hold.
+      config: as the files have it.
+      tensors: all of the files'.
       said: the content of config.json, params.json or GGUF's metadata, for the diagnosis.
-      notes: what the reader has to say, in sentences.
-      left_out: what the reader has left out already.
-      absent: tensors that an index names and that are nowhere -> the file that it names.
+      notes: sentences of the reader.
+      left_out: sentences on what the reader has left out already.
+      absent: tensors that an index names and no file has -> the file that it names.
 
     Raises:
-      CheckpointError: tensors are missing, foreign, or not of the configured sizes; says what the files are instead.
+      CheckpointError: tensors are missing, foreign, or not of the configured sizes; names the files' real kind.
     """
     notes, out = list(notes), list(left_out)
     kept = dict(tensors)
@@ -151,7 +151,7 @@ def settle(
 
 
 def _left_out_keys(format: params.Format, said: Mapping[str, Any]) -> tuple[str, ...]:
-    """What of the configuration was not used, in sentences."""
+    """Returns sentences on keys of the configuration that were not used."""
     ignored = config_keys.ignored_keys(format, said)
     return (f"keys of the configuration that no Llama uses: {', '.join(ignored)}",) if ignored else ()
 
@@ -162,7 +162,7 @@ def _left_out_keys(format: params.Format, said: Mapping[str, Any]) -> tuple[str,
 
 
 def unwrapped(tensors: Mapping[str, Tensor], format: params.Format) -> tuple[dict[str, Tensor], list[str]]:
-    """Tensors under the names that they have without wrappers, and what to say about it.
+    """Returns tensors under their names without wrappers, and sentences about that.
 
     Args:
       tensors: stored name -> tensor.
@@ -175,14 +175,14 @@ def unwrapped(tensors: Mapping[str, Tensor], format: params.Format) -> tuple[dic
     if prefix is not None and set(prefix.split(".")) <= {*OUTER, ""}:
         plain = {name: _without(text, prefix, inner, params.head_name(format)) for name, text in plain.items()}
     if len(set(plain.values())) < len(plain) or all(name == text for name, text in plain.items()):
-        return dict(tensors), []  # two would have one name: then they are no wrapper's
+        return dict(tensors), []  # two would have one name: then these are not a wrapper's
     first = next(name for name, text in plain.items() if name != text)
     note = f"its names are those of a wrapped model: {first!r} is read as {plain[first]!r}, and so on"
     return {plain[name]: dataclasses.replace(x, name=plain[name]) for name, x in tensors.items()}, [note]
 
 
 def _without(name: str, prefix: str, inner: str, head: str) -> str:
-    """A name with `inner` in place of a larger module's prefix; the output head stands outside of `inner`."""
+    """Returns a name with `inner` in place of a larger module's prefix; the output head stands outside of `inner`."""
     outer, _, rest = name.rpartition(head)
     if not rest and name.endswith(head) and set(outer.split(".")) <= {*OUTER, ""}:
         return head
@@ -190,7 +190,7 @@ def _without(name: str, prefix: str, inner: str, head: str) -> str:
 
 
 def _without_harmless(config: ModelConfig, tensors: dict[str, Tensor], format: params.Format) -> list[tuple[str, bool]]:
-    """Takes out what no result depends on; for each kind, a sentence and whether it is too common for a warning."""
+    """Removes tensors that no result depends on; returns a sentence for each kind, and whether it needs no warning."""
     if config.num_layers > len(tensors):
         return []  # params.check refuses it
     needed = params.expected(config, format).keys() | {params.head_name(format)}
@@ -205,7 +205,7 @@ def _without_harmless(config: ModelConfig, tensors: dict[str, Tensor], format: p
 
 
 def counted(which: list[str]) -> str:
-    """Names in few words."""
+    """Returns names in short."""
     return repr(which[0]) if len(which) == 1 else f"{len(which)} tensors, first {which[0]!r}"
 
 
@@ -217,7 +217,7 @@ def counted(which: list[str]) -> str:
 def _tied_or_not(
     config: ModelConfig, tensors: dict[str, Tensor], format: params.Format
 ) -> tuple[ModelConfig, list[str]]:
-    """The configuration with the head that is stored, and what to say about it."""
+    """Returns the configuration with the head that is stored, and sentences about it."""
     embed, head = (tensors.get(name) for name in (params.embed_name(format), params.head_name(format)))
     if not config.tie_embeddings or head is None:
         return config, []
@@ -235,7 +235,7 @@ def _tied_or_not(
 
 
 def same_tensor(a: Tensor, b: Tensor, *, across: bool = False) -> bool:
-    """Whether two tensors hold the same numbers, whatever their dtypes.
+    """Returns whether two tensors hold the same numbers, whatever their dtypes.
 
     A sample of rows decides where they differ; only where it agrees, all are read, in pieces of `params.PIECE` bytes.
 
@@ -273,7 +273,7 @@ def _one_place(x: np.ndarray) -> tuple[Any, ...]:
 
 
 def _check_vocabulary(path: Path, config: ModelConfig, tensors: Mapping[str, Tensor], format: params.Format) -> None:
-    """Refuses tables of other sizes, by name: they are what a vocabulary that grew leaves behind."""
+    """Refuses tables of other sizes by name: a grown vocabulary leaves them behind."""
     embed, head = (tensors.get(name) for name in (params.embed_name(format), params.head_name(format)))
     if embed is None or len(embed.shape) != 2 or embed.shape[1:] != (config.embed_dim,):
         return  # params.check says so

@@ -90,7 +90,7 @@ def record(figures: Any, file: Path | None) -> None:
     import jax
 
     from llama_jax.doctor.machine import versions
-    from llama_jax.weights.hub import cache_folder
+    from llama_jax.files import cache_folder
 
     file = file or cache_folder() / "bench.jsonl"
     others = {d.metadata["Name"]: d.version for d in metadata.distributions(name="torch")}

@@ -25,7 +25,7 @@ from llama_jax.ops.weights import name_of
 from llama_jax.weights import params
 
 if TYPE_CHECKING:
-    from llama_jax.weights.load import LoadedLlama
+    from llama_jax.loaded import LoadedLlama
 
 PROMPT = 16  # tokens before a decode measurement
 
@@ -143,7 +143,7 @@ def transformers_generate(llama: LoadedLlama) -> Callable[[list[list[int]], int]
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging
 
-    from llama_jax.config.presets import to_hf_config
+    from llama_jax.config.hf import to_hf_config
 
     logging.set_verbosity_error()
     config = LlamaConfig(**to_hf_config(llama.config, dtype="float32", transformers=5))

@@ -21,6 +21,7 @@ import numpy as np
 from llama_jax import sharding
 from llama_jax.config import ModelConfig
 from llama_jax.config.presets import PRESETS
+from llama_jax.libc import keep_freed_memory
 from llama_jax.train import setup
 from llama_jax.train.optim import adamw
 from llama_jax.train.recipe import Batch, Data, Optimizer, Recipe, Remat, Schedule
@@ -162,7 +163,7 @@ def _serve(connection: Connection, what: str) -> None:
         if what == "transformers":
             run, nbytes = transformers_step(config, tokens), 0
         else:
-            setup.keep_freed_memory()  # as the training loop does
+            keep_freed_memory()  # as the training loop does
             run, nbytes = our_step(_recipe(cast(Remat, what), ROWS), tokens)
         for _ in range(2):
             run()
@@ -215,7 +216,7 @@ def transformers_step(config: ModelConfig, tokens: np.ndarray) -> Callable[[], N
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from llama_jax.config.presets import to_hf_config
+    from llama_jax.config.hf import to_hf_config
 
     model = LlamaForCausalLM(LlamaConfig(**to_hf_config(config, dtype="float32", transformers=5))).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)

@@ -17,11 +17,13 @@ from pathlib import Path
 
 import numpy as np
 
-from llama_jax.config import presets
+from llama_jax.config.hf import to_hf_config
+from llama_jax.config.presets import PRESETS
+from llama_jax.files import sync
 from llama_jax.weights import params
-from llama_jax.weights.open import DTYPES
+from llama_jax.weights.checkpoint import DTYPES
 from llama_jax.weights.safetensors import write_safetensors
-from llama_jax.weights.sink import Entry, sync
+from llama_jax.weights.sink import Entry
 
 PERIOD = 0.02  # seconds between two samples of memory
 
@@ -105,7 +107,7 @@ def _held() -> int:
 
 def write_synthetic(folder: Path, preset: str) -> None:
     """A Hugging Face folder with a released model's shapes and random bfloat16 weights; no tokenizer."""
-    config = presets.PRESETS[preset]
+    config = PRESETS[preset]
     random = np.random.default_rng(0).standard_normal(1 << 23, np.float32).astype(DTYPES["bfloat16"])
 
     def pieces(count: int) -> Callable[[], Iterator[np.ndarray]]:
@@ -117,7 +119,7 @@ def write_synthetic(folder: Path, preset: str) -> None:
     ]
     folder.mkdir(parents=True)
     write_safetensors(folder / "model.safetensors", entries, lambda done: None, metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(presets.to_hf_config(config, dtype="bfloat16")))
+    (folder / "config.json").write_text(json.dumps(to_hf_config(config, dtype="bfloat16")))
     sync(folder.iterdir())
 
 
@@ -129,7 +131,7 @@ def measure(folder: Path, preset: str, *, progress: Callable[[str], None]) -> li
       preset: a key of `PRESETS`.
       progress: called with a word about what is being done.
     """
-    config = presets.PRESETS[preset]
+    config = PRESETS[preset]
     largest = 2 * max(math.prod(shape) for shape in params.expected(config, "hf").values())
     progress(f"writing a synthetic {preset}")
     write_synthetic(folder / "hf", preset)

@@ -9,9 +9,9 @@ import numpy as np
 
 from llama_jax import sharding
 from llama_jax.config import ModelConfig
+from llama_jax.loaded import LoadedLlama
 from llama_jax.model import Llama
 from llama_jax.ops.weights import name_of
-from llama_jax.weights.load import LoadedLlama
 
 STD = 0.2  # sharp: the logits of two tokens differ by whole units, the attention weights by factors
 

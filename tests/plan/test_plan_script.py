@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from llama_jax.config.presets import PRESETS, to_hf_config
+from llama_jax.config.hf import to_hf_config
+from llama_jax.config.presets import PRESETS
 from llama_jax.costs import tuned
 from llama_jax.costs.estimate import Workload, memory
 from llama_jax.costs.machines import machine

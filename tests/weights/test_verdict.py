@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 import llama_jax
 from llama_jax.evaluate.compare import compare
-from llama_jax.weights import writers
+from llama_jax.weights.formats import FORMATS
 from llama_jax.weights.open import open_checkpoint
 from llama_jax.weights.save import convert
 from llama_jax.weights.source import CheckpointError, Tensor, UnreadableError
@@ -298,7 +298,7 @@ def test_writers_end_in_words(plain, tmp_path, monkeypatch, error):
     def broken(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(writers, "write_gguf", broken)
+    monkeypatch.setattr(FORMATS["gguf"], "write", broken)
     with pytest.raises(CheckpointError) as caught:
         convert(plain, tmp_path / "x.gguf", to="gguf")
     message = str(caught.value)

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,20 +27,18 @@ from llama_jax.data.prepare.inputs import Record, changes, digest, listed
 from llama_jax.data.prepare.request import Request, make_tasks, read_tokenizer, tokenizer_id
 from llama_jax.data.prepare.request import make_request as make_request
 from llama_jax.data.prepare.shards import (
+    ROOM,
     Done,
     Encoder,
     ShardWork,
     Task,
-    disk_full,
-    is_full,
     load_from_files,
-    write_whole,
 )
 from llama_jax.data.prepare.system import exists, in_words
 from llama_jax.data.prepare.train_tokenizer import TrainingWork
+from llama_jax.files import disk_full, is_full, locked, write_whole
+from llama_jax.progress import progress
 from llama_jax.text.tokenizer import TOKENIZER_FILES
-
-REPORT_EVERY = 10.0  # seconds between lines where stderr is a file
 
 
 def prepare(
@@ -67,7 +64,7 @@ def prepare(
     def run(work: ShardWork, tasks: Sequence[Task]) -> Iterator[Done]:
         pipes = [task for task in tasks if any(piece.stream for piece in task.pieces)]
         files = [task for task in tasks if task not in pipes]
-        with _progress("Preparing", 0 if pipes else sum(task.nbytes for task in tasks)) as advance:
+        with progress("Preparing", 0 if pipes else sum(task.nbytes for task in tasks)) as advance:
             yield from worker_processes.run(work, pipes, workers=0, advance=advance)  # this process has them open
             yield from worker_processes.run(work, files, workers=processes, advance=advance)
 
@@ -111,7 +108,7 @@ def prepare_with(
             return manifest
     except OSError as error:
         if is_full(error):
-            raise disk_full(out) from error
+            raise disk_full(out, ROOM) from error
         raise in_words(error, out, "write") from error
 
 
@@ -239,14 +236,10 @@ def _only_once(out: Path, request: Request) -> Iterator[None]:
 @contextlib.contextmanager
 def _only_one(out: Path) -> Iterator[None]:
     """Keeps other processes from preparing the same folder."""
-    import filelock
-
     (out / UNFINISHED).mkdir(parents=True, exist_ok=True)
-    try:
-        with filelock.FileLock(out / UNFINISHED / "lock", timeout=0):
-            yield
-    except filelock.Timeout as error:
-        raise FileExistsError(f"{out}: another process is preparing this corpus: wait for it, or end it") from error
+    busy = FileExistsError(f"{out}: another process is preparing this corpus: wait for it, or end it")
+    with locked(out / UNFINISHED / "lock", busy):
+        yield
 
 
 def tokenizer_files(request: Request, scratch: Path, *, workers: int = 1) -> dict[str, bytes]:
@@ -266,7 +259,7 @@ def tokenizer_files(request: Request, scratch: Path, *, workers: int = 1) -> dic
     trained = scratch / f"trained-{request.fingerprint(tokenizer_id(request))[:16]}.model"
     if not trained.exists():
         work = TrainingWork(request.vocab_size, request.reading, request.sample_bytes)
-        with _progress("Training the tokenizer: read", 0) as advance:
+        with progress("Training the tokenizer: read") as advance:
             (model,) = worker_processes.run(work, [request.pieces], workers=workers, advance=advance)
         write_whole(trained, model)
     return {"tokenizer.model": trained.read_bytes()}
@@ -305,37 +298,3 @@ def _is_same(result: Done, task: Task) -> bool:
     if not task.lasting or result.lasting != task.lasting or None in result.digests:
         return False
     return [*map(digest, task.pieces)] == [*result.digests]
-
-
-@contextlib.contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Shows on stderr how much is done: a bar, or a line now and then where stderr is a file; total 0 is unknown."""
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-            TransferSpeedColumn,
-        )
-
-        columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(what, total=total or None)
-            yield lambda done: bar.advance(task, done)
-        return
-    start = last = time.monotonic()
-    so_far = 0
-
-    def advance(done: int) -> None:
-        nonlocal last, so_far
-        so_far += done
-        now = time.monotonic()
-        if now - last >= REPORT_EVERY:
-            last, rate = now, max(so_far, 1) / (now - start)
-            end = f" of {total / 1e6:.0f} MB, {max(0, total - so_far) / rate:.0f} s left" if total else " MB"
-            print(f"{what}: {so_far / 1e6:.0f}{end}, {rate / 1e6:.1f} MB/s", file=sys.stderr, flush=True)
-
-    yield advance

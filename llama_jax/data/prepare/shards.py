@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import functools
 import json
-import os
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,12 +24,12 @@ from llama_jax.data.manifest import (
 from llama_jax.data.prepare.documents import Document, Reading, check_unchanged, read_piece
 from llama_jax.data.prepare.inputs import digest
 from llama_jax.data.prepare.pieces import InputSlice
+from llama_jax.files import disk_full, is_full, sync, write_whole
 from llama_jax.text.tokenizer import Tokenizer, tokenizer_from_files
-from llama_jax.weights.sink import sync
 
 # Tokens that end a document, the first that the vocabulary has; an instruct model's own EOS ends a turn instead.
 END_OF_DOCUMENT = ("</s>", "<|end_of_text|>", "<|endoftext|>")
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+ROOM = "and run the same again, the finished shards are kept; or prepare it in another folder"  # on a full disk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +157,7 @@ class ShardWork:
             for name in names:
                 (unfinished / name).unlink(missing_ok=True)
             if isinstance(error, (OSError, RuntimeError)) and is_full(error):
-                raise disk_full(self.folder) from error
+                raise disk_full(self.folder, ROOM) from error
             raise
         return done
 
@@ -243,32 +240,6 @@ def end_of_document(tokenizer: Tokenizer) -> int:
         if name in tokenizer.control_tokens:
             return tokenizer.control_tokens[name]
     raise ValueError(f"the tokenizer has no token that ends a document: none of {', '.join(names[:-1])}, no eos_token")
-
-
-def write_whole(path: Path, text: str | bytes) -> None:
-    """Writes a small file so that it is there whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(text.encode() if isinstance(text, str) else text)
-    sync([partial])
-    partial.rename(path)
-    sync([path.parent])
-
-
-def is_full(error: Exception) -> bool:
-    """Tells whether an error means that the disk is full; Riegeli's, below ArrayRecord, say so in words."""
-    if isinstance(error, OSError) and error.errno in FULL:
-        return True
-    return any(os.strerror(number) in str(error) for number in FULL)
-
-
-def disk_full(folder: Path) -> OSError:
-    """Makes the error that says so."""
-    free = shutil.disk_usage(folder).free
-    return OSError(
-        f"{folder}: the disk is full ({free / 1e9:.1f} GB free): make room and run the same again, the finished shards"
-        " are kept; or prepare it in another folder. If there is room, it is a quota or a limit on the size of files"
-        " (`ulimit -f`): raise it"
-    )
 
 
 def _one_line(source: str) -> str:

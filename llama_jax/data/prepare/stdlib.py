@@ -18,7 +18,7 @@ from llama_jax.data.manifest import MANIFEST
 from llama_jax.data.prepare.pieces import InputSlice
 from llama_jax.data.prepare.prepare import prepare
 from llama_jax.data.prepare.request import Request
-from llama_jax.weights.hub import cache_folder
+from llama_jax.files import cache_folder, locked
 
 VOCAB_SIZE = 4096
 HELD_OUT = 0.04  # of the bytes, at least
@@ -50,14 +50,12 @@ def stdlib_corpus(
     Raises:
         ValueError: This Python has no source code of its standard library.
     """
-    import filelock
-
     train, validation = split(find_sources())
     key = "\n".join([f"{VERSION} {vocab_size}", *(f"{piece.name} {piece.version}" for piece in train + validation)])
     parent = cache_folder() / "data" if folder is None else Path(os.path.expanduser(folder))
     folder = parent / f"stdlib-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(folder / "lock"):  # of several processes of a run, one prepares
+    with locked(folder / "lock"):  # of several processes of a run, one prepares
         request = Request(train, SHARD_BYTES, vocab_size=vocab_size)
         prepare(request, folder / "train", workers=workers)
         request = Request(validation, SHARD_BYTES, tokenizer=folder / "train")

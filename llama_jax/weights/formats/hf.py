@@ -1,4 +1,4 @@
-"""Reads Hugging Face folders: `config.json` beside weights in safetensors files or torch's older `.bin` files.
+"""Hugging Face's format: a folder with `config.json` beside weights in safetensors files or torch's older `.bin` files.
 
 With many files, an index (`model.safetensors.index.json`) says which tensor is in which.
 """
@@ -6,23 +6,18 @@ With many files, an index (`model.safetensors.index.json`) says which tensor is 
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llama_jax.weights import foreign, params, verdict
-from llama_jax.weights.safetensors import read_safetensors
-from llama_jax.weights.source import (
-    DOWNLOAD_AGAIN,
-    CheckpointError,
-    Tensor,
-    exists,
-    link_to_nothing,
-    listing,
-    system_errors,
-)
+from llama_jax.config.hf import from_hf_config, to_hf_config
+from llama_jax.weights import diagnose, foreign, params, verdict
+from llama_jax.weights.checkpoint import Checkpoint
+from llama_jax.weights.formats import base
+from llama_jax.weights.safetensors import read_safetensors, write_safetensors
+from llama_jax.weights.sink import Entry
+from llama_jax.weights.source import CheckpointError, Tensor, listing
 from llama_jax.weights.torch_file import read_torch_file
 
 
@@ -48,7 +43,86 @@ OTHER_FILES = re.compile(
 TORCH_ENDINGS = (".bin", ".pth", ".pt")
 
 
-@dataclasses.dataclass(frozen=True)
+class _HuggingFace(base.FormatObject):
+    """transformers' format: a folder with config.json, safetensors files (or torch's), the tokenizer."""
+
+    name = "hf"
+
+    def find(self, folder: Path, present: list[str]) -> Path | None:
+        """Returns a folder with a config.json and weights."""
+        return folder if "config.json" in present and has_weights(present) else None
+
+    def open(self, path: Path) -> Checkpoint:
+        folder = read_hf(path)
+        diagnose.check_config(folder.config)
+        config = from_hf_config(folder.config)
+        settled = verdict.settle(
+            path, "hf", config, folder.tensors,
+            said=folder.config, notes=folder.notes, left_out=folder.left_out, absent=folder.absent,
+        )  # fmt: skip
+        return base.folder_checkpoint(path, "hf", settled)
+
+    def write(self, path: Path, checkpoint: Checkpoint, options: base.Options, advance: base.Advance) -> list[str]:
+        """Writes a folder, with an index where there are several files; returns what transformers does otherwise."""
+        path.mkdir()
+        files: list[list[Entry]] = [[]]
+        for row, layer in params.parameters(checkpoint.config):
+            entry = base.parameter_entry(checkpoint, row, layer, "hf", options)
+            if files[-1] and sum(e.nbytes for e in files[-1]) + entry.nbytes > options.max_shard_size:
+                files.append([])
+            files[-1].append(entry)
+        home = {}
+        for i, entries in enumerate(files, start=1):
+            file = SAFETENSORS.single if len(files) == 1 else f"model-{i:05}-of-{len(files):05}.safetensors"
+            write_safetensors(path / file, entries, advance, metadata={"format": "pt"})
+            home |= {entry.name: file for entry in entries}
+        if len(files) > 1:
+            index = {"metadata": {"total_size": sum(e.nbytes for file in files for e in file)}, "weight_map": home}
+            base.write_files(path, {SAFETENSORS.index: base.to_json(SAFETENSORS.index, index)})
+        return write_texts(path, checkpoint, options)
+
+
+HF = _HuggingFace()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files beside the weights
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def hf_texts(checkpoint: Checkpoint, dtype: str) -> dict[str, bytes]:
+    """Returns the files beside weights of that dtype in a Hugging Face folder, or in ours: name -> content."""
+    ids = _special_ids(checkpoint)
+    config = base.to_json("config.json", to_hf_config(checkpoint.config, dtype=dtype) | ids)
+    generation = base.to_json("generation_config.json", dict(checkpoint.generation) or ids)
+    return {"config.json": config, "generation_config.json": generation, **checkpoint.tokenizer_files()}
+
+
+def write_texts(folder: Path, checkpoint: Checkpoint, options: base.Options) -> list[str]:
+    """Writes `hf_texts`, and returns what transformers would do differently with the tokenizer."""
+    from llama_jax.text.export import hf_warnings
+
+    files, warnings = base.tokenizer_files(checkpoint)
+    checkpoint = dataclasses.replace(checkpoint, tokenizer_files=lambda: files)
+    base.write_files(folder, hf_texts(checkpoint, options.dtype or str(checkpoint.dtype)))
+    return [*warnings, *hf_warnings(files)]
+
+
+def _special_ids(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Returns bos_token_id and eos_token_id: those of the checkpoint, else those of its tokenizer."""
+    tokenizer, said = checkpoint.tokenizer, checkpoint.generation
+    bos = said.get("bos_token_id", tokenizer.bos_id if tokenizer else None)
+    stops = list(tokenizer.stop_ids) if tokenizer else []
+    eos = said.get("eos_token_id", stops[0] if len(stops) == 1 else stops or None)
+    return {"bos_token_id": bos, "eos_token_id": eos}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading a folder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
 class HFFolder:
     """An open Hugging Face checkpoint.
 
@@ -58,72 +132,84 @@ class HFFolder:
       tensors: name -> tensor, over all files of the folder; shapes are [out, in].
       notes: where the files disagree, and what was taken, in sentences.
       left_out: what is there and was not taken, in sentences.
-      absent: tensors that the index names and that are nowhere -> the file that it names.
+      absent: tensors that the index names and that no file has -> the file that it names.
     """
 
     path: Path
     config: dict[str, Any]
-    tensors: dict[str, Tensor]
-    notes: tuple[str, ...] = ()
-    left_out: tuple[str, ...] = ()
+    tensors: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
+    left_out: list[str] = dataclasses.field(default_factory=list)
     absent: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-def read_hf(folder: str | Path, *, strict: bool = True) -> HFFolder:
+def read_hf(path: str | Path) -> HFFolder:
     """Opens a Hugging Face folder. Tensor data is read later, by `Tensor.read`.
 
     Args:
-      folder: holds config.json and model.safetensors, or files named by model.safetensors.index.json, or else
-        any *.safetensors files, which are then read together; where it has none, pytorch_model.bin likewise.
-      strict: whether a tensor that two files hold, or that is not where the index says, is an error. If not, what does
-        no harm is taken, and `notes`, `left_out` and `absent` say so.
+      path: holds config.json and model.safetensors, or files named by model.safetensors.index.json, or else any
+        *.safetensors files, which are then read together; where it has none, pytorch_model.bin likewise.
+
+    Returns:
+      The folder. A tensor that two files hold, or that is not where the index says, is named in `notes`, `left_out` and
+      `absent` where it does no harm.
 
     Raises:
-      CheckpointError: a file is missing, damaged, cut short or in a format that is not supported.
+      CheckpointError: a file is missing, damaged, cut short or in a format that is not supported, or two files hold one
+        tensor with different numbers.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder")
-    config = read_json(folder / "config.json", "a Hugging Face folder describes its model there")
-    present = listing(folder)
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such folder")
+    folder = HFFolder(path, base.read_json(path / "config.json", "a Hugging Face folder describes its model there"))
+    present = listing(path)
     kind = _kind(present)
-    listed = _listed_tensors(folder, kind, present)
-    left_out = ["an adapter beside the weights, which is not merged into them"] * ("adapter_config.json" in present)
-    gone = {file for file in set(listed.values()) if file not in present}
-    needed = sorted(gone if strict else {file for name, file in listed.items() if file in gone and _is_parameter(name)})
-    if needed:
-        raise CheckpointError(f"{folder}: lacks {', '.join(needed)}, named in {kind.index}; fetch the missing files")
-    tensors: dict[str, Tensor] = {}
+    listed = _listed_tensors(path, kind, present)
+    if "adapter_config.json" in present:
+        folder.left_out.append("an adapter beside the weights, which is not merged into them")
+    missing = {file for file in listed.values() if file not in present}
+    if needed := sorted({file for name, file in listed.items() if file in missing and _is_parameter(name)}):
+        raise CheckpointError(f"{path}: lacks {', '.join(needed)}, named in {kind.index}; fetch the missing files")
+    files = sorted(set(listed.values()) - missing) or _unlisted_files(path, kind, present)
+    home = _read_files(folder, kind, files, listed)
+    _compare_with_index(folder, kind, home, listed)
+    folder.tensors, said = verdict.unwrapped(folder.tensors, "hf")
+    folder.notes += said
+    folder.left_out = list(dict.fromkeys(folder.left_out))
+    return folder
+
+
+def _read_files(folder: HFFolder, kind: _Kind, files: list[str], listed: dict[str, str]) -> dict[str, str]:
+    """Adds the tensors of all files to the folder; returns name -> the file that each was taken from."""
     home: dict[str, str] = {}
-    for file in sorted(set(listed.values()) - gone) or _unlisted_files(folder, kind, present):
-        for name, tensor in kind.read(folder / file).items():
-            if name in tensors:
-                if strict:
-                    raise CheckpointError(f"{folder}: {name!r} is in {home[name]} and in {file}; keep one of the two")
-                left_out.append(_second_copy(folder, name, (tensors[name], home[name]), (tensor, file), listed))
+    for file in files:
+        for name, tensor in kind.read(folder.path / file).items():
+            if name in home:
+                first = (folder.tensors[name], home[name])
+                folder.left_out.append(_second_copy(folder.path, name, first, (tensor, file), listed))
                 if listed.get(name) != file:
                     continue
-            tensors[name], home[name] = tensor, file
+            folder.tensors[name], home[name] = tensor, file
+    return home
+
+
+def _compare_with_index(folder: HFFolder, kind: _Kind, home: dict[str, str], listed: dict[str, str]) -> None:
+    """Notes where the index names another file than a tensor's own, or a tensor that no file has."""
     wrong = {name: file for name, file in listed.items() if home.get(name) != file}
-    if wrong and strict:
-        name, file = next(iter(wrong.items()))
-        raise CheckpointError(f"{folder / file}: lacks {name!r}, which {kind.index} says is in it; fetch both again")
-    absent = {name: file for name, file in wrong.items() if name not in home}
-    moved = [name for name in wrong if name in home]
-    notes = [f"{kind.index} is wrong about the file of {verdict.counted(moved)}"] if moved else []
-    if nowhere := [name for name in absent if not _is_parameter(name) or name == params.head_name("hf")]:
-        left_out.append(f"entries of {kind.index} that no file has: {verdict.counted(nowhere)}")
-    tensors, said = verdict.unwrapped(tensors, "hf")
-    return HFFolder(folder, config, tensors, (*notes, *said), tuple(dict.fromkeys(left_out)), absent)
+    folder.absent = {name: file for name, file in wrong.items() if name not in home}
+    if moved := [name for name in wrong if name in home]:
+        folder.notes.append(f"{kind.index} is wrong about the file of {verdict.counted(moved)}")
+    if nowhere := [name for name in folder.absent if not _is_parameter(name) or name == params.head_name("hf")]:
+        folder.left_out.append(f"entries of {kind.index} that no file has: {verdict.counted(nowhere)}")
 
 
 def _second_copy(
     folder: Path, name: str, first: tuple[Tensor, str], second: tuple[Tensor, str], listed: dict[str, str]
 ) -> str:
-    """What to say of a tensor that two files hold.
+    """Returns a sentence about a tensor that two files hold.
 
     Raises:
-      CheckpointError: they are not the same, and no index says which one is meant.
+      CheckpointError: they differ, and no index says which one is meant.
     """
     (one, file), (other, other_file) = first, second
     dropped = file if listed.get(name) == other_file else other_file
@@ -138,43 +224,12 @@ def _second_copy(
 
 
 def _is_parameter(name: str) -> bool:
-    """Whether a Llama has a parameter of that name."""
+    """Returns whether a Llama has a parameter of that name."""
     return re.sub(r"\.\d+\.", ".{}.", name, count=1) in {row.hf for row in params.TABLE}
 
 
-def read_json(path: Path, purpose: str) -> dict[str, Any]:
-    """Reads a JSON object; `purpose` says, where the file is missing, what it is for.
-
-    Raises:
-      CheckpointError: no such file, or not a JSON object.
-    """
-    if not exists(path):
-        if answer := link_to_nothing(path):
-            raise CheckpointError(f"{path}: no such file{answer}")
-        raise CheckpointError(f"{path}: no such file; {purpose}: put it there, or give the folder that holds it")
-    with system_errors(path):
-        data = path.read_bytes()
-    try:
-        content = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is not JSON ({error}); {_why_no_json(data, error)}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: is not a JSON object, but a {type(content).__name__}: put the right file there")
-    return content
-
-
-def _why_no_json(data: bytes, error: Exception) -> str:
-    """What such a file is told: damage is shown where it ends too early, or holds bytes that no text has."""
-    if answer := foreign.begins(data[:64]):
-        return answer
-    early = isinstance(error, json.JSONDecodeError) and error.pos >= len(error.doc.rstrip())
-    if early or b"\0" in data or isinstance(error, UnicodeDecodeError):
-        return DOWNLOAD_AGAIN
-    return "correct it there"
-
-
 def has_weights(present: list[str]) -> bool:
-    """Whether a folder with such files holds weights in Hugging Face's spelling."""
+    """Returns whether a folder with such files holds weights in Hugging Face's spelling."""
     indexed = SAFETENSORS.index in present or TORCH.index in present
     return indexed or any(name.endswith((".safetensors", *TORCH_ENDINGS)) for name in _weight_files(present))
 
@@ -184,7 +239,7 @@ def _weight_files(present: list[str]) -> list[str]:
 
 
 def _kind(present: list[str]) -> _Kind:
-    """safetensors, unless there are only torch's files (a folder may have both: the same weights)."""
+    """Returns safetensors, unless there are only torch's files (a folder may have both: the same weights)."""
     files = _weight_files(present)
     if SAFETENSORS.index in present or any(name.endswith(".safetensors") for name in files):
         return SAFETENSORS
@@ -192,11 +247,11 @@ def _kind(present: list[str]) -> _Kind:
 
 
 def _listed_tensors(folder: Path, kind: _Kind, present: list[str]) -> dict[str, str]:
-    """The index's map, tensor name -> file name; empty where there is no index or no need for one."""
+    """Returns the index's map, tensor name -> file name; empty without an index, or where one file has all."""
     path = folder / kind.index
     if kind.single in present or kind.index not in present:
         return {}
-    listed = read_json(path, "").get("weight_map")
+    listed = base.read_json(path, "").get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise CheckpointError(f"{path}: has no weight_map: it is not the index of these weights; remove or replace it")
     for name, file in listed.items():
@@ -206,7 +261,7 @@ def _listed_tensors(folder: Path, kind: _Kind, present: list[str]) -> dict[str, 
 
 
 def _unlisted_files(folder: Path, kind: _Kind, present: list[str]) -> list[str]:
-    """Names of the weight files of a folder without an index."""
+    """Returns the names of the weight files of a folder without an index."""
     if kind.single in present:
         return [kind.single]
     named = [name for name in _weight_files(present) if name.endswith(kind.suffix)]

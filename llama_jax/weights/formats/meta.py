@@ -1,7 +1,7 @@
-"""Reads Meta's folders: `params.json` beside `consolidated.NN.pth`, one file for each model-parallel rank.
+"""Meta's format: `params.json` beside `consolidated.NN.pth`, one file for each model-parallel rank.
 
 Every rank holds a slice of each matrix; the slices are read as one tensor, and only those that are needed.
-`checklist.chk` is not looked at: `md5sum -c checklist.chk` compares every byte of the folder with it.
+`checklist.chk` is not read: `md5sum -c checklist.chk` compares every byte of the folder with it.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.config import ModelConfig
-from llama_jax.config.presets import from_meta_params
-from llama_jax.weights import verdict
-from llama_jax.weights.formats.hf import read_json
+from llama_jax.config import ConfigError, ModelConfig, RopeScaling
+from llama_jax.config.meta import from_meta_params, meta_warnings, to_meta_extra, to_meta_params
+from llama_jax.weights import params, verdict
+from llama_jax.weights.checkpoint import Checkpoint
+from llama_jax.weights.formats import base
+from llama_jax.weights.formats.hf import has_weights
 from llama_jax.weights.params import NO_PARAMETERS, TABLE
 from llama_jax.weights.source import CheckpointError, Index, Tensor, exists, listing
-from llama_jax.weights.torch_file import read_torch_file
+from llama_jax.weights.torch_file import read_torch_file, write_torch_file
 
 EXTRA = "llama_jax.json"
 EMBED, OUTPUT = "tok_embeddings.weight", "output.weight"
@@ -30,6 +32,101 @@ ROWS = {row.meta: row for row in TABLE}
 Rank = dict[str, Tensor]  # name -> this rank's slice
 
 
+class _Meta(base.FormatObject):
+    """Meta's own format: params.json, consolidated.NN.pth, the tokenizer; llama_jax.json for the rest."""
+
+    name = "meta"
+
+    def find(self, folder: Path, present: list[str]) -> Path | None:
+        """Returns a folder with params.json, unless config.json describes weights in it."""
+        ranks = any(re.fullmatch(r"consolidated.*\.pth", name) for name in present)
+        theirs = "config.json" not in present or (ranks and not has_weights(present))
+        return folder if "params.json" in present and theirs else None
+
+    def open(self, path: Path) -> Checkpoint:
+        folder = read_meta(path)
+        settled = verdict.settle(path, "meta", folder.config, folder.tensors, said=folder.params, notes=folder.notes)
+        return base.folder_checkpoint(path, "meta", settled)
+
+    def nbytes(self, checkpoint: Checkpoint, options: base.Options) -> int:
+        """Returns the bytes of weights that `write` makes: a tied table is stored twice."""
+        table = base.parameter_entry(checkpoint, TABLE[0], None, "meta", options).nbytes
+        return super().nbytes(checkpoint, options) + table * checkpoint.config.tie_embeddings
+
+    def write(self, path: Path, checkpoint: Checkpoint, options: base.Options, advance: base.Advance) -> list[str]:
+        """Writes a folder with one file a rank; returns what Meta's own code would do differently.
+
+        Raises:
+          ConfigError: the model cannot be divided into so many shards.
+        """
+        from llama_jax.text.export import meta_files
+
+        config, ranks = checkpoint.config, options.shards
+        _check_divides(config, ranks)
+        path.mkdir()
+        for rank in range(ranks):
+            entries = []
+            for row, layer in params.parameters(config):
+                axis = split_axis(row, config)
+                part = (0, 0, 1) if axis is None else (axis, rank, ranks)
+                entries.append(base.parameter_entry(checkpoint, row, layer, "meta", options, part=part))
+            if config.tie_embeddings:  # Meta's code has no tied head: its files hold the matrix twice
+                head = base.parameter_entry(checkpoint, TABLE[0], None, "meta", options, part=(0, rank, ranks))
+                entries.append(dataclasses.replace(head, name=OUTPUT))
+            write_torch_file(path / f"consolidated.{rank:02}.pth", entries, advance)
+        said = {"params.json": to_meta_params(config), EXTRA: to_meta_extra(config)}
+        said |= {"generation_config.json": checkpoint.generation}
+        files, left_out = base.tokenizer_files(checkpoint)
+        files, warnings = meta_files(files)
+        base.write_files(path, {name: base.to_json(name, content) for name, content in said.items() if content} | files)
+        return [*meta_warnings(config), *left_out, *(warnings if checkpoint.tokenizer else [])]
+
+
+META = _Meta()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How ranks share a parameter
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def split_axis(row: params.ParamSpec, config: ModelConfig, shape: tuple[int, ...] | None = None) -> int | None:
+    """Returns the stored axis of a parameter that ranks split; None where each holds all of it, as of the norms.
+
+    Args:
+      row: which parameter.
+      config: of the model.
+      shape: of a rank's slice of a file; None is what Meta wrote for models like this one.
+    """
+    if shape is not None and len(shape) != len(row.stored):
+        return None  # params.check refuses it
+    if row.meta != EMBED:
+        return next((axis for axis, letters in enumerate(row.stored) if letters != "D"), None)
+    if shape is None:
+        return embed_axis(config)
+    return 0 if shape[1] == config.embed_dim else 1
+
+
+def embed_axis(config: ModelConfig) -> int:
+    """Returns the axis of [V, D] that Meta's ranks split: D up to Code Llama, V from Llama 3 on."""
+    return 1 if not isinstance(config.rope_scaling, RopeScaling) and config.rope_theta in (10_000, 1_000_000) else 0
+
+
+def _check_divides(config: ModelConfig, ranks: int) -> None:
+    """Raises ConfigError where ranks cannot share the model evenly."""
+    sizes = {"num_kv_heads": config.num_kv_heads, "mlp_dim": config.mlp_dim, "vocab_size": config.vocab_size}
+    if embed_axis(config) == 1:
+        sizes["embed_dim"] = config.embed_dim
+    if whole := [f"{name} ({size})" for name, size in sizes.items() if size % ranks]:
+        fit = [n for n in (1, 2, 3, 4, 6, 8, 12, 16) if not any(size % n for size in sizes.values())]
+        raise ConfigError(f"--shards {ranks} does not divide {' and '.join(whole)}: choose one of {fit}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading a folder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 @dataclasses.dataclass(frozen=True)
 class MetaFolder:
     """An open Meta checkpoint.
@@ -37,10 +134,10 @@ class MetaFolder:
     Attributes:
       path: the folder.
       params: the content of params.json.
-      extra: the content of llama_jax.json, what params.json cannot say; {} where there is none.
+      extra: the content of llama_jax.json, which params.json cannot hold; {} without that file.
       config: the architecture that both and the tensors describe.
       tensors: name -> whole tensor, over all ranks; shapes are [out, in].
-      notes: what was not as the files have it, in sentences.
+      notes: where the result differs from the files, in sentences.
     """
 
     path: Path
@@ -54,7 +151,7 @@ class MetaFolder:
 def read_meta(folder: str | Path) -> MetaFolder:
     """Opens a Meta folder with any number of ranks. Tensor data is read later, by `Tensor.read`.
 
-    Key and value heads that lie there twice, because there are more ranks than heads (405B on 16), are taken once. A
+    Key and value heads that are stored twice, because there are more ranks than heads (405B on 16), are taken once. A
     model that Meta released as tied (3.2 1B and 3B) is tied if both its tables begin alike.
 
     Args:
@@ -65,9 +162,9 @@ def read_meta(folder: str | Path) -> MetaFolder:
       ConfigError: params.json describes a model that is not supported.
     """
     folder = Path(folder)
-    params = read_json(folder / "params.json", "a Meta folder describes its model there")
-    extra = read_json(folder / EXTRA, "") if exists(folder / EXTRA) else {}
-    config = from_meta_params(params, vocab_size=1, extra=extra)  # 1 stands for unknown
+    said = base.read_json(folder / "params.json", "a Meta folder describes its model there")
+    extra = base.read_json(folder / EXTRA, "") if exists(folder / EXTRA) else {}
+    config = from_meta_params(said, vocab_size=1, extra=extra)  # 1 stands for unknown
     files = _files(folder)
     opened = [verdict.unwrapped(read_torch_file(path), "meta") for path in files]
     ranks, notes = [rank for rank, _ in opened], opened[0][1]
@@ -82,7 +179,8 @@ def read_meta(folder: str | Path) -> MetaFolder:
         slices = [rank[name] for rank in ranks]
         if twice and _pattern(name) in (WK, WV):
             slices = slices[::2]
-        axis = _split_axis(first, config)
+        row = ROWS.get(_pattern(name))
+        axis = split_axis(row, config, first.shape) if row else None
         tensors[name] = first if axis is None or len(slices) == 1 else _concatenate(slices, axis)
     embed, output = tensors.get(EMBED), tensors.get(OUTPUT)
     if embed and len(embed.shape) == 2:  # if not, names.check refuses it
@@ -91,11 +189,11 @@ def read_meta(folder: str | Path) -> MetaFolder:
         guessed = "tie_embeddings" not in extra  # params.json cannot say it: the shape of 3.2 1B and 3B does
         if config.tie_embeddings and guessed and output and not _alike(embed, output):
             config = config.replace(tie_embeddings=False)
-    return MetaFolder(folder, params, extra, config, tensors, tuple(notes))
+    return MetaFolder(folder, said, extra, config, tensors, tuple(notes))
 
 
 def _files(folder: Path) -> list[Path]:
-    """The weight files in the order of their ranks."""
+    """Returns the weight files in the order of their ranks."""
     numbers = {}
     present = listing(folder)
     for name in present:
@@ -139,7 +237,7 @@ def _check_ranks(files: list[Path], ranks: list[Rank], config: ModelConfig) -> N
 
 
 def _has_kv_heads_twice(ranks: list[Rank], config: ModelConfig) -> bool:
-    """Whether each rank has one key and value head, and two ranks after each other the same one.
+    """Returns whether each rank has one key and value head, and two ranks after each other the same one.
 
     Where params.json counts them once, that is certain. Where it counts them twice, as the 405B's on 16 ranks does, the
     numbers of three layers decide.
@@ -159,24 +257,14 @@ def _has_kv_heads_twice(ranks: list[Rank], config: ModelConfig) -> bool:
 
 
 def _alike(embed: Tensor, output: Tensor) -> bool:
-    """Whether two tables agree in 256 of their rows; `verdict` compares all."""
+    """Returns whether two tables agree in 256 of their rows; `verdict` compares all."""
     rows = (slice(None, None, max(1, embed.shape[0] // 256)),)
     return embed.shape == output.shape and np.array_equal(embed.read(rows), output.read(rows))
 
 
 def _pattern(name: str) -> str:
-    """A name of the table: "layers.{}.ffn_norm.weight"."""
+    """Returns a name of the table: "layers.{}.ffn_norm.weight"."""
     return re.sub(r"^layers\.\d+\.", "layers.{}.", name)
-
-
-def _split_axis(tensor: Tensor, config: ModelConfig) -> int | None:
-    """The axis that ranks split; None where they hold the same, or `names.check` will refuse the tensor."""
-    row = ROWS.get(_pattern(tensor.name))
-    if row is None or len(row.stored) != len(tensor.shape):
-        return None
-    if row.meta == EMBED:  # D up to Code Llama, V from Llama 3 on
-        return 0 if tensor.shape[1] == config.embed_dim else 1
-    return next((axis for axis, letters in enumerate(row.stored) if letters != "D"), None)
 
 
 def _concatenate(slices: Sequence[Tensor], axis: int) -> Tensor:

@@ -1,9 +1,10 @@
-"""Programs of several processes: compiled by all before any of them runs, and found by all at the next start."""
+"""Every private name of JAX that this package uses, in one place: what to look at when JAX changes."""
 
 from __future__ import annotations
 
 import inspect
 import logging
+import os
 from typing import Any
 
 import jax
@@ -11,6 +12,34 @@ import jax
 log = logging.getLogger("llama_jax")
 
 _PARAMETERS = ["cache_key", "compile_time_secs", "module_name", "backend", "executable", "host_callbacks"]
+
+
+def backends_are_initialized() -> bool:
+    """Returns whether a device has been used already."""
+    from jax._src import xla_bridge
+
+    return xla_bridge.backends_are_initialized()
+
+
+def cluster_types() -> list[Any]:
+    """Returns the launchers that JAX knows, in the order in which it asks them."""
+    from jax._src.clusters import ClusterEnv
+
+    return ClusterEnv._cluster_types
+
+
+def on_cloud_tpu() -> bool:
+    """Returns whether this machine is a Cloud TPU VM."""
+    from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
+
+    return running_in_cloud_tpu_vm
+
+
+def open_mpi_address() -> str:
+    """Returns "host:port" of process 0, as Open MPI 4 gives it."""
+    from jax._src.clusters.ompi_cluster import OmpiCluster
+
+    return OmpiCluster.get_coordinator_address(None, os.environ.get("JAX_COORDINATOR_PORT"))
 
 
 def cache_on_every_process() -> None:
