@@ -83,7 +83,7 @@ class Corpus:
         self.lengths, self.nbytes = Column(indices, TOKENS), Column(indices, BYTES)
         self._starts = list(itertools.accumulate((shard.documents for shard in manifest.shards), initial=0))
         self._dtype = np.dtype(manifest.token_dtype).newbyteorder("<")
-        self._readers: dict[int, Any] = {}
+        self._readers: dict[tuple[int, str], Any] = {}
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -100,32 +100,40 @@ class Corpus:
         """The folder's name, for messages."""
         return self.path.name
 
-    def read(self, ids: Sequence[int] | np.ndarray) -> list[np.ndarray]:
+    @property
+    def columns(self) -> dict[str, np.dtype]:
+        """What it has of each token beside its id: name -> dtype."""
+        return {column.name: np.dtype(column.dtype) for column in self.manifest.columns}
+
+    def read(self, ids: Sequence[int] | np.ndarray, column: str | None = None) -> list[np.ndarray]:
         """Reads documents.
 
         Args:
             ids: Their numbers, in any order.
+            column: Which of `columns`; None reads the token ids.
 
         Returns:
-            The token ids of each, int32 [tokens].
+            The token ids of each, int32 [tokens], or the column's numbers, one for each token.
 
         Raises:
             ValueError: A shard is damaged.
         """
+        dtype = self._dtype if column is None else self.columns[column].newbyteorder("<")
+        suffix = "array_record" if column is None else f"{column}.array_record"
         ids = np.asarray(ids, np.int64).reshape(-1)
         lengths = self.lengths[ids]
         documents: list[np.ndarray] = [np.empty(0, np.int32)] * len(ids)
         shards = np.searchsorted(self._starts, ids, side="right") - 1
         for shard in np.unique(shards).tolist():
             places = np.flatnonzero(shards == shard).tolist()
-            records = self._records(shard, [int(ids[place]) - self._starts[shard] for place in places])
+            records = self._records(shard, suffix, [int(ids[place]) - self._starts[shard] for place in places])
             for place, record in zip(places, records, strict=True):
-                if len(record) != lengths[place] * self._dtype.itemsize:
+                if len(record) != lengths[place] * dtype.itemsize:
                     raise ValueError(
-                        f"{self._file(shard, 'array_record')}: document {ids[place]} has {len(record)} bytes, the index"
-                        f" says {lengths[place]} tokens of {self.manifest.token_dtype}: {AGAIN}"
+                        f"{self._file(shard, suffix)}: document {ids[place]} has {len(record)} bytes, the index"
+                        f" says {lengths[place]} tokens of {dtype.name}: {AGAIN}"
                     )
-                documents[place] = np.frombuffer(record, self._dtype).astype(np.int32)
+                documents[place] = np.frombuffer(record, dtype).astype(np.int32 if column is None else dtype.name)
         return documents
 
     def source(self, document: int) -> str:
@@ -153,16 +161,16 @@ class Corpus:
     def _file(self, shard: int, suffix: str) -> Path:
         return self.path / f"{self.manifest.shards[shard].name}.{suffix}"
 
-    def _records(self, shard: int, records: list[int]) -> Sequence[bytes]:
+    def _records(self, shard: int, suffix: str, records: list[int]) -> Sequence[bytes]:
         try:
-            return self._reader(shard).read(records)
+            return self._reader(shard, suffix).read(records)
         except (RuntimeError, IndexError) as error:
-            raise ValueError(f"{self._file(shard, 'array_record')}: is damaged ({error}): {AGAIN}") from error
+            raise ValueError(f"{self._file(shard, suffix)}: is damaged ({error}): {AGAIN}") from error
 
-    def _reader(self, shard: int) -> Any:
+    def _reader(self, shard: int, suffix: str) -> Any:
         with self._lock:
-            if shard not in self._readers:
-                file = self._file(shard, "array_record")
+            if (shard, suffix) not in self._readers:
+                file = self._file(shard, suffix)
                 with naming(file), open(file, "rb"):  # the library takes a file that it may not read for an empty one
                     reader = array_record().ArrayRecordReader(str(file), READ_OPTIONS)
                 expected = self.manifest.shards[shard].documents
@@ -170,10 +178,10 @@ class Corpus:
                     raise ValueError(
                         f"{file}: has {reader.num_records()} documents, the manifest says {expected}: {AGAIN}"
                     )
-                self._readers[shard] = reader
+                self._readers[shard, suffix] = reader
                 if len(self._readers) > OPEN_SHARDS:
                     del self._readers[next(iter(self._readers))]
-            return self._readers[shard]
+            return self._readers[shard, suffix]
 
 
 def open_corpus(path: str | Path) -> Corpus:
@@ -189,6 +197,9 @@ def open_corpus(path: str | Path) -> Corpus:
     path = Path(os.path.expanduser(path))
     manifest = read_manifest(path)
     indices = [_open_index(path, shard) for shard in manifest.shards]
+    for column in manifest.columns:
+        for shard, size in zip(manifest.shards, column.record_bytes, strict=True):
+            _check_size(path / f"{shard.name}.{column.name}.array_record", size)
     return Corpus(path, manifest, indices)
 
 
@@ -239,17 +250,22 @@ def _open_index(path: Path, shard: Shard) -> np.ndarray:
     sizes = {f"{shard.name}.index": shard.documents * 2 * INDEX_DTYPE.itemsize}
     sizes[f"{shard.name}.array_record"] = shard.record_bytes
     for name, expected in sizes.items():
-        try:
-            with naming(path / name):
-                size = (path / name).stat().st_size
-        except FileNotFoundError as error:
-            raise ValueError(f"{path / name}: is missing: copy the whole folder again, or {AGAIN}") from error
-        if size != expected:
-            raise ValueError(
-                f"{path / name}: has {size} bytes, not {expected}: it is truncated or another corpus's; copy the whole"
-                f" folder again, or {AGAIN}"
-            )
+        _check_size(path / name, expected)
     if not shard.documents:  # a memory map cannot be empty
         return np.empty((0, 2), INDEX_DTYPE)
     with naming(path / f"{shard.name}.index"):
         return np.memmap(path / f"{shard.name}.index", INDEX_DTYPE, mode="r", shape=(shard.documents, 2))
+
+
+def _check_size(file: Path, expected: int) -> None:
+    """Raises ValueError where a file is missing, or has not so many bytes."""
+    try:
+        with naming(file):
+            size = file.stat().st_size
+    except FileNotFoundError as error:
+        raise ValueError(f"{file}: is missing: copy the whole folder again, or {AGAIN}") from error
+    if size != expected:
+        raise ValueError(
+            f"{file}: has {size} bytes, not {expected}: it is truncated or another corpus's; copy the whole folder again,"
+            f" or {AGAIN}"
+        )

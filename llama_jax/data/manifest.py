@@ -4,6 +4,7 @@
     00000-of-00004.array_record    one record a document: its token ids, little endian
     00000-of-00004.index           uint32 [documents, 2], little endian: tokens and bytes of each document
     00000-of-00004.sources         one line a document: where it came from
+    00000-of-00004.loss_mask.array_record    a column (format 2): one record a document, one number for each token
     inputs.json                    what it was prepared from (`data.inputs`); training does not need it
     tokenizer.model, ...           the tokenizer's files
 
@@ -24,7 +25,7 @@ import numpy as np
 from llama_jax.data.prepare.system import exists, naming
 from llama_jax.text.tokenizer import TOKENIZER_FILES, VOCABULARY_FILES
 
-FORMAT = 1
+FORMATS = (1, 2)  # without and with columns: what has none is written as ever
 MANIFEST = "manifest.json"
 INPUTS = "inputs.json"
 UNFINISHED = "unfinished"  # a folder in the corpus's own while it is being prepared
@@ -76,6 +77,23 @@ class Shard:
 
 
 @dataclasses.dataclass(frozen=True)
+class TokenColumn:
+    """What a corpus has of each token beside its id.
+
+    Attributes:
+      name: such as `loss_mask`, in the names of its files.
+      dtype: of its numbers: uint8, int32 or float32.
+      record_bytes: size of each shard's file.
+      content: SHA-256 of all numbers in order, in hexadecimal.
+    """
+
+    name: str
+    dtype: str
+    record_bytes: tuple[int, ...]
+    content: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Manifest:
     """What a corpus is.
 
@@ -93,8 +111,8 @@ class Manifest:
         skipped: What was left out, such as `{"empty": 3}` documents.
         reference: Bits per byte that something else needs for the texts, by its name.
         fingerprint: Of the input and the options that it was prepared from.
-        format: Version of this layout.
         barren: The inputs, as they were given, that gave no document.
+        columns: What there is of each token beside its id.
     """
 
     vocab_size: int
@@ -110,8 +128,8 @@ class Manifest:
     skipped: Mapping[str, int] = dataclasses.field(default_factory=dict)
     reference: Mapping[str, float] = dataclasses.field(default_factory=dict)
     fingerprint: str = ""
-    format: int = FORMAT
     barren: tuple[str, ...] = ()
+    columns: tuple[TokenColumn, ...] = ()
 
     @property
     def content(self) -> str:
@@ -121,11 +139,16 @@ class Manifest:
         content = ""
         for shard in self.shards:
             content = content_of_both(content, shard.content, shard.documents)
+        for column in self.columns:
+            content = hashlib.sha256(f"{content} {column.name} {column.content}".encode()).hexdigest()
         return content
 
     def to_json(self) -> str:
         """Writes the manifest as JSON."""
-        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+        values = dataclasses.asdict(self)
+        barren, columns = values.pop("barren"), values.pop("columns")
+        more = {"columns": columns} if columns else {}
+        return json.dumps({**values, "format": FORMATS[bool(columns)], "barren": barren, **more}, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes, source: str) -> Manifest:
@@ -140,11 +163,15 @@ class Manifest:
         """
         try:
             values: dict[str, Any] = json.loads(text)
-            version = values.get("format")
-            if version != FORMAT:
-                raise ValueError(f"format {version!r}, this llama_jax reads format {FORMAT}")
-            shards, barren = (tuple(values.get(name, ())) for name in ("shards", "barren"))
-            manifest = cls(**{**values, "shards": tuple(Shard(**shard) for shard in shards), "barren": barren})
+            version = values.pop("format", None)
+            if version not in FORMATS:
+                raise ValueError(f"format {version!r}, this llama_jax reads formats {' and '.join(map(str, FORMATS))}")
+            shards, barren, columns = (tuple(values.get(name, ())) for name in ("shards", "barren", "columns"))
+            parts = {
+                "shards": tuple(Shard(**shard) for shard in shards), "barren": barren,
+                "columns": tuple(TokenColumn(**{**x, "record_bytes": tuple(x["record_bytes"])}) for x in columns),
+            }  # fmt: skip
+            manifest = cls(**{**values, **parts})
             for field in ("documents", "tokens", "bytes"):
                 total = sum(getattr(shard, field) for shard in manifest.shards)
                 if total != getattr(manifest, field):
@@ -188,10 +215,12 @@ def shard_files(name: str) -> list[str]:
 
 def is_corpus_file(name: str) -> bool:
     """Tells whether a file's name is one that a corpus has."""
-    numbers = name.partition(".")[0].split("-of-")
+    shard, *suffixes = name.split(".")
+    numbers = shard.split("-of-")
     is_shard = len(numbers) == 2 and all(number.isdecimal() for number in numbers)
+    is_column = len(suffixes) == 2 and suffixes[0].isidentifier() and suffixes[1] == "array_record"
     return name in (MANIFEST, INPUTS, UNFINISHED, *TOKENIZER_FILES) or (
-        is_shard and name in shard_files("-of-".join(numbers))
+        is_shard and (name in shard_files(shard) or is_column)
     )
 
 

@@ -34,6 +34,7 @@ from llama_jax.sharding import whole_weights
 from llama_jax.train import resume, setup
 from llama_jax.train.choose import choose, in_words
 from llama_jax.train.guard import check_output, memory_in_words, only_one
+from llama_jax.train.objective import objective_of
 from llama_jax.train.optim import adamw, learning_rate
 from llama_jax.train.outcome import Outcome
 from llama_jax.train.profile import tracing, window
@@ -102,6 +103,7 @@ class _Run:
             )
         setup.check_numbers(recipe)
         self.total, self.window = recipe.total_steps, window(recipe.profile)
+        self.objective = objective_of(recipe)
         self.optimizer, self.schedule = adamw(recipe.optimizer), learning_rate(recipe.optimizer.schedule)
         self.corpora = setup.open_corpora(recipe)
         self.batches = setup.batch_schedule(recipe.batch)
@@ -219,8 +221,9 @@ class _Run:
             return None
         recipe = self.recipe
         return Validator(
-            self.corpora.validation, seq_len=recipe.batch.seq_len, documents=recipe.validation.documents, mesh=self.mesh
-        )
+            self.corpora.validation, objective=self.objective, seq_len=recipe.batch.seq_len,
+            documents=recipe.validation.documents, mesh=self.mesh,
+        )  # fmt: skip
 
     def _writer(self) -> LoadedLlama | None:
         """What writes the samples, without weights; checks what it will be asked."""
@@ -261,7 +264,7 @@ class _Run:
             sharding = jax.NamedSharding(self.mesh, jax.P(None, *spec.spec(("batch", "seq"), microbatch)))
             loader = Loader(
                 self.plan, self.batches, first_row=self.rows, sharding=sharding, threads=recipe.data.threads,
-                prefetch=recipe.data.prefetch,
+                prefetch=recipe.data.prefetch, columns=self.objective.columns,
             )  # fmt: skip
             # Elsewhere the host prepares the next step while the devices compute this one.
             synchronous = self.mesh.devices.flat[0].platform == "cpu"
@@ -372,7 +375,7 @@ class _Run:
         shape = part.batch["tokens"].shape
         if shape not in self._programs:
             start = time.perf_counter()
-            step = compiled(self.optimizer, self.schedule, self.recipe.optimizer.z_weight)
+            step = compiled(self.optimizer, self.schedule, self.objective)
             lowered = step.lower(self.state, part.batch, self._stop_flags())
             self._programs[shape] = distributed.compile_together(lowered, self.recipe.compiler_options)
             M, B, T = shape

@@ -140,6 +140,8 @@ class Recipe:
     """What a step trains on."""
     optimizer: Optimizer
     """How it updates."""
+    objective: str = "pretrain"
+    """What is minimised: pretrain, the loss of every token that follows another."""
     checkpoints: Checkpoints = Checkpoints()
     """What it saves."""
     validation: Validation = Validation()

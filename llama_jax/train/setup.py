@@ -21,14 +21,15 @@ from llama_jax.config import ModelConfig
 from llama_jax.costs import machines
 from llama_jax.costs.machines import Machine
 from llama_jax.data.corpus import Corpus, changed_facts, check_tokenizer, open_corpus
-from llama_jax.data.rows.loader import BatchSchedule, BatchStage
+from llama_jax.data.rows.loader import ARRAYS, BatchSchedule, BatchStage
 from llama_jax.data.rows.plan import WINDOW, RowPlan
 from llama_jax.model import Llama, random_keys
 from llama_jax.text.differences import differences
+from llama_jax.train.objective import objective_of
 from llama_jax.train.optim import adamw, learning_rate
 from llama_jax.train.recipe import Batch, Recipe
 from llama_jax.train.state import TrainState, new_state
-from llama_jax.train.step import BATCH_ARRAYS, compiled
+from llama_jax.train.step import compiled
 
 if TYPE_CHECKING:
     from llama_jax.weights.checkpoint import Checkpoint
@@ -248,8 +249,9 @@ def abstract_step(recipe: Recipe) -> tuple[Any, tuple[Any, ...]]:
     spec = state.model.rules.spec(("batch", "seq"), shape[1:])
     batch = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=jax.NamedSharding(mesh, jax.P(None, *spec)))
     stop = jax.ShapeDtypeStruct((mesh.size,), jnp.bool_, sharding=jax.NamedSharding(mesh, jax.P(mesh.axis_names)))
-    program = compiled(optimizer, learning_rate(recipe.optimizer.schedule), recipe.optimizer.z_weight)
-    return program, (state, dict.fromkeys(BATCH_ARRAYS, batch), stop)
+    objective = objective_of(recipe)
+    program = compiled(optimizer, learning_rate(recipe.optimizer.schedule), objective)
+    return program, (state, dict.fromkeys((*ARRAYS, *objective.columns), batch), stop)
 
 
 def _mesh_in_use() -> Any:

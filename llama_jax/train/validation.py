@@ -15,7 +15,7 @@ from llama_jax.data.rows.plan import SequentialPlan
 from llama_jax.model import Llama
 from llama_jax.sharding import pad_batch
 from llama_jax.text.tokenizer import Tokenizer
-from llama_jax.train.step import validation_step
+from llama_jax.train.objective import Objective
 
 ROWS = 8  # of a batch, or as many as the mesh has parts
 READ = 256  # documents at a time
@@ -26,6 +26,7 @@ class Validator:
 
     Args:
       corpora: what is held out.
+      objective: whose sums are taken.
       seq_len: tokens in a sequence; a longer document is cut, and a few that would fit are, to fill the rows.
       documents: how many of each corpus; 0 is all.
       mesh: the devices.
@@ -36,8 +37,10 @@ class Validator:
     """
 
     def __init__(
-        self, corpora: Sequence[Corpus], *, seq_len: int, documents: int, mesh: jax.sharding.Mesh, rows: int = ROWS
-    ):
+        self, corpora: Sequence[Corpus], *, objective: Objective, seq_len: int, documents: int,
+        mesh: jax.sharding.Mesh, rows: int = ROWS,
+    ):  # fmt: skip
+        self._columns = objective.columns
         self._corpora, self._seq_len, self._documents, self._mesh = corpora, seq_len, documents, mesh
         self._plans = [self._plan(corpus) for corpus in corpora]
         self._bytes = [
@@ -47,7 +50,7 @@ class Validator:
             self._rows = pad_batch(rows)
 
         def sums(model: Llama, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            loss = validation_step(model, {name: x[0] for name, x in batch.items()})
+            loss = objective.sums(model, {name: x[0] for name, x in batch.items()})
             return loss.nll, loss.tokens
 
         self._sums, self._program = jax.jit(sums), None
@@ -81,7 +84,7 @@ class Validator:
         with jax.set_mesh(self._mesh):
             sharding = model.rules.sharding(("batch", "seq"), (self._rows, self._seq_len))
             sharding = jax.NamedSharding(sharding.mesh, jax.P(None, *sharding.spec))
-            with Loader(plan, schedule, stop_row=len(plan), sharding=sharding) as loader:
+            with Loader(plan, schedule, stop_row=len(plan), sharding=sharding, columns=self._columns) as loader:
                 for step in loader:
                     if self._program is None:  # all batches have one shape
                         self._program = distributed.compile_together(self._sums.lower(model, step.batch))

@@ -5,6 +5,8 @@
     positions      int32 [M, B, T]    from 0 in each piece of a document
     segment_ids    int32 [M, B, T]    from 1, one a piece; a query sees its own segment only; 0 is padding, without loss
 
+A column of the corpora, such as `loss_mask`, is an array more, of its own dtype: its number for each target; 0 is padding.
+
 The state of a run is the number of rows it has consumed: a loader that starts there, with any number of processes and
 any mesh, goes on with the same rows.
 """
@@ -27,7 +29,8 @@ from jax.sharding import NamedSharding
 
 from llama_jax.data.rows.plan import PackedRow, RowPlan, SequentialPlan
 
-NAMES = ("tokens", "targets", "positions", "segment_ids")
+ARRAYS = ("tokens", "targets", "positions", "segment_ids")  # of every batch; columns come beside them
+Document = tuple[np.ndarray, ...]  # tokens, and the columns that are asked for
 CACHED_TOKENS = 2**25  # of long documents, 128 MB
 
 
@@ -115,7 +118,7 @@ class Step(NamedTuple):
     Attributes:
       first_row: of the plan.
       rows: how many; the next step starts at `first_row + rows`.
-      batch: tokens, targets, positions and segment_ids, int32 [M, B, T], on the mesh.
+      batch: ARRAYS and columns, [M, B, T] each, on the mesh.
       wait_seconds: how long the caller was kept waiting for data.
     """
 
@@ -131,31 +134,37 @@ class RowReader:
     It keeps documents that are longer than a row, in the order of their use: many rows are pieces of them.
     """
 
-    def __init__(self, plan: RowPlan | SequentialPlan, *, cached_tokens: int = CACHED_TOKENS) -> None:
+    def __init__(
+        self, plan: RowPlan | SequentialPlan, columns: Sequence[str] = (), *, cached_tokens: int = CACHED_TOKENS
+    ) -> None:
         self._plan, self._room = plan, cached_tokens
-        self._long: collections.OrderedDict[tuple[int, int], np.ndarray] = collections.OrderedDict()
+        self._dtypes = {name: _dtype_of(plan, name) for name in columns}
+        self._long: collections.OrderedDict[tuple[int, int], Document] = collections.OrderedDict()
         self._lock = threading.Lock()
 
     def __call__(self, rows: Iterable[int]) -> dict[str, np.ndarray]:
-        """The four arrays of some rows, int32 [rows, T]."""
+        """The arrays of some rows, [rows, T], int32 but for columns."""
         planned = [self._plan.row(row) for row in rows]
         documents = self._documents(planned)
-        arrays = {name: np.zeros((len(planned), self._plan.seq_len), np.int32) for name in NAMES}
-        tokens, targets, positions, segment_ids = (arrays[name] for name in NAMES)
+        shape = len(planned), self._plan.seq_len
+        arrays = {name: np.zeros(shape, self._dtypes.get(name, np.int32)) for name in (*ARRAYS, *self._dtypes)}
+        tokens, targets, positions, segment_ids = (arrays[name] for name in ARRAYS)
         for r, row in enumerate(planned):
             end = 0
             for segment, (document, start, stop) in enumerate(row.pieces, 1):
                 first, end = end, end + stop - start
-                ids = documents[row.corpus, document]
+                ids, *columns = documents[row.corpus, document]
                 tokens[r, first:end] = ids[start:stop]
                 targets[r, first:end] = ids[start + 1 : stop + 1]
                 positions[r, first:end] = np.arange(stop - start)
                 segment_ids[r, first:end] = segment
+                for name, values in zip(self._dtypes, columns, strict=True):
+                    arrays[name][r, first:end] = values[start + 1 : stop + 1]
         return arrays
 
-    def _documents(self, rows: Sequence[PackedRow]) -> dict[tuple[int, int], np.ndarray]:
+    def _documents(self, rows: Sequence[PackedRow]) -> dict[tuple[int, int], Document]:
         """The documents of some rows, by corpus and number, each read once."""
-        found: dict[tuple[int, int], np.ndarray] = {}
+        found: dict[tuple[int, int], Document] = {}
         missing: dict[int, list[int]] = {}
         with self._lock:
             for key in dict.fromkeys((row.corpus, piece.document) for row in rows for piece in row.pieces):
@@ -165,19 +174,32 @@ class RowReader:
                 else:
                     missing.setdefault(key[0], []).append(key[1])
         for corpus, ids in missing.items():
-            for document, tokens in zip(ids, self._plan.corpora[corpus].read(ids), strict=True):
-                found[corpus, document] = tokens
-                if len(tokens) > self._plan.seq_len + 1:
-                    self._keep((corpus, document), tokens)
+            opened = self._plan.corpora[corpus]
+            columns = [opened.read(ids), *(opened.read(ids, name) for name in self._dtypes)]
+            for document, *arrays in zip(ids, *columns, strict=True):
+                found[corpus, document] = tuple(arrays)
+                if len(arrays[0]) > self._plan.seq_len + 1:
+                    self._keep((corpus, document), tuple(arrays))
         return found
 
-    def _keep(self, key: tuple[int, int], tokens: np.ndarray) -> None:
+    def _keep(self, key: tuple[int, int], document: Document) -> None:
         with self._lock:
             if key not in self._long:
-                self._long[key] = tokens
-                self._room -= len(tokens)
+                self._long[key] = document
+                self._room -= len(document[0])
             while self._room < 0 and len(self._long) > 1:
-                self._room += len(self._long.popitem(last=False)[1])
+                self._room += len(self._long.popitem(last=False)[1][0])
+
+
+def _dtype_of(plan: RowPlan | SequentialPlan, column: str) -> np.dtype:
+    """A dtype that holds the numbers of a column in all corpora."""
+    for corpus in plan.corpora:
+        if column not in corpus.columns:
+            raise ValueError(
+                f"{corpus.path}: has no column {column!r}, which the objective needs; it has"
+                f" {', '.join(corpus.columns) or 'tokens alone'}: prepare it again for this objective"
+            )
+    return np.result_type(*(corpus.columns[column] for corpus in plan.corpora))
 
 
 class _Layout:
@@ -249,9 +271,11 @@ class Loader:
       sharding: of an array [M, B, T]; M is not divided.
       threads: that read.
       prefetch: steps that are read ahead, in the memory of the host.
+      columns: of the corpora, to be in each batch beside the tokens.
 
     Raises:
-      ValueError: plan and schedule differ in seq_len, or a batch does not divide among the devices.
+      ValueError: plan and schedule differ in seq_len, a batch does not divide among the devices, or a corpus lacks a
+        column.
     """
 
     def __init__(
@@ -264,6 +288,7 @@ class Loader:
         sharding: NamedSharding,
         threads: int = 2,
         prefetch: int = 4,
+        columns: Sequence[str] = (),
     ) -> None:
         import grain
 
@@ -271,7 +296,7 @@ class Loader:
             raise ValueError(f"rows of {plan.seq_len} tokens, but the batch schedule is for {schedule.seq_len}")
         runs = schedule.runs(first_row)
         self._layouts = {run.stage: _Layout(schedule, run.stage, sharding) for run in runs}
-        source = _Source(RowReader(plan), runs, self._layouts, stop_row)
+        source = _Source(RowReader(plan, columns), runs, self._layouts, stop_row)
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, prefetch))
         self._closed = False
         self._steps = iter(grain.MapDataset.source(source).to_iter_dataset(options))

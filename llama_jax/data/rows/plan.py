@@ -16,7 +16,7 @@ import itertools
 import math
 import os
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent import futures
 from typing import Any, Protocol
 
@@ -51,8 +51,13 @@ class Corpus(Protocol):
         """Tokens of each document."""
         ...
 
-    def read(self, documents: Sequence[int], /) -> list[np.ndarray]:
-        """The token ids of documents, int32 [tokens] each."""
+    @property
+    def columns(self) -> Mapping[str, np.dtype]:
+        """What it has of each token beside its id: name -> dtype."""
+        ...
+
+    def read(self, documents: Sequence[int], column: str | None = None, /) -> list[np.ndarray]:
+        """The token ids of documents, int32 [tokens] each, or the numbers of a column."""
         ...
 
     def source(self, document: int, /) -> str:

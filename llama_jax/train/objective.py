@@ -1,0 +1,90 @@
+"""What a run minimises: an objective turns a model and a batch into sums. Pretraining is the first.
+
+Another objective is a class with the methods of `Objective` and an entry in OBJECTIVES; recipes name it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax.model import Llama
+from llama_jax.train.losses import Loss, cross_entropy
+from llama_jax.train.recipe import Recipe
+
+BatchArrays = Mapping[str, jax.Array]  # `data.rows.loader.ARRAYS`, and the columns that the objective asks for
+
+
+class Objective(Protocol):
+    """A loss over batches, in sums, so that microbatches and devices add up."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of the corpora that its batches have beside the tokens."""
+        ...
+
+    def count(self, batch: BatchArrays) -> jax.Array:
+        """Returns what the sums of a whole step are divided by, float32, from its arrays [M, B, T]."""
+        ...
+
+    def sums(self, model: Llama, batch: BatchArrays) -> Loss:
+        """Returns the sums of one microbatch, its arrays [B, T]."""
+        ...
+
+    def minimised(self, sums: Loss) -> jax.Array:
+        """Returns the sum whose gradient is taken."""
+        ...
+
+    def metrics(self, sums: Loss, count: jax.Array) -> dict[str, jax.Array]:
+        """Returns what a step reports of its sums: at least `loss`, and `tokens` that counted."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrain:
+    """The mean loss of every token that follows another in its document.
+
+    Attributes:
+      z_weight: of the z-loss.
+    """
+
+    z_weight: float = 0.0
+    columns: tuple[str, ...] = ()
+
+    def count(self, batch: BatchArrays) -> jax.Array:
+        """Tokens that are predicted: all but padding."""
+        return (batch["segment_ids"] > 0).sum(dtype=jnp.float32)
+
+    def sums(self, model: Llama, batch: BatchArrays) -> Loss:
+        """The cross-entropy of each document by itself."""
+        segments_BT = batch["segment_ids"]
+        x_BTD, _ = model.hidden(batch["tokens"], positions_BT=batch["positions"], segment_ids_BT=segments_BT)
+        return cross_entropy(model, x_BTD, batch["targets"], segments_BT > 0, z_weight=self.z_weight)
+
+    def minimised(self, sums: Loss) -> jax.Array:
+        """Negative log-likelihood and z-loss."""
+        return sums.nll + self.z_weight * sums.z
+
+    def metrics(self, sums: Loss, count: jax.Array) -> dict[str, jax.Array]:
+        """`loss` in nats a token, without the z-loss, and `tokens`."""
+        return {"loss": sums.nll / count, "tokens": sums.tokens}
+
+
+OBJECTIVES: dict[str, Callable[[Recipe], Objective]] = {
+    "pretrain": lambda recipe: Pretrain(recipe.optimizer.z_weight),
+}
+
+
+def objective_of(recipe: Recipe) -> Objective:
+    """Returns the objective that a recipe names.
+
+    Raises:
+      ValueError: there is none of that name.
+    """
+    if recipe.objective not in OBJECTIVES:
+        raise ValueError(f"objective {recipe.objective!r} is unknown; there are {', '.join(OBJECTIVES)}")
+    return OBJECTIVES[recipe.objective](recipe)

@@ -1,0 +1,35 @@
+"""Which parameters a run trains: a model is split in those that change and those that are frozen, and joined to be used.
+
+Both halves have the structure of the model, with None where the other one has the array. A frozen parameter has no
+gradient and no moments, and a checkpoint of the run does not hold it: it is read from where it came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from llama_jax.ops.weights import name_of
+
+
+def split(model: Any, trains: Callable[[str], bool]) -> tuple[Any, Any]:
+    """Returns the parameters that train and those that are frozen.
+
+    Args:
+      model: parameters, abstract or not.
+      trains: whether the parameter of that name (`ops.weights.name_of`) trains.
+    """
+
+    def half(kept: bool) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, w: w if trains(name_of(path)) == kept else None, model)
+
+    return half(True), half(False)
+
+
+def join(trainable: Any, frozen: Any) -> Any:
+    """Returns the model of both halves; `frozen` is None where everything trains."""
+    if frozen is None:
+        return trainable
+    return jax.tree.map(lambda a, b: b if a is None else a, trainable, frozen, is_leaf=lambda x: x is None)
