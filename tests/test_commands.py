@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from llama_jax.commands import COMMANDS
-from tests.test_scripts import ROOT, SHORT, environment, model  # noqa: F401
+from tests.processes import ROOT, SHORT
 
 MAIN = "import sys; from llama_jax.commands import main; sys.argv[0] = 'llama-jax'; "
 
@@ -61,7 +61,7 @@ def test_completion():
     assert done.stdout.splitlines() == ["prepare-data", "hf meta gguf native", "--record"]
 
 
-def test_a_benchmark_is_recorded(model, environment, tmp_path):  # noqa: F811
+def test_a_benchmark_is_recorded(model, environment, tmp_path):
     sizes = ("--batch", "1", "--new-tokens", "2", "--prefill-tokens", "8", "--repeats", "1")
     command = [sys.executable, ROOT / "scripts/bench.py", "--model", model, *sizes, "--json"]
     for _ in range(2):
@@ -76,7 +76,7 @@ def test_a_benchmark_is_recorded(model, environment, tmp_path):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory, environment):  # noqa: F811
+def wheel(tmp_path_factory, environment):
     """Runs `llama-jax` of a wheel of this package, installed beside the environment's other packages."""
     source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -97,7 +97,7 @@ def wheel(tmp_path_factory, environment):  # noqa: F811
     return run
 
 
-def test_a_wheel(wheel, model, tmp_path):  # noqa: F811
+def test_a_wheel(wheel, model, tmp_path):
     version = next(line for line in (ROOT / "pyproject.toml").read_text().splitlines() if line.startswith("version"))
     assert wheel("--version")[0] == f"llama-jax {version.split(chr(34))[1]}\n"
     assert "--prompts-file" in wheel("generate", "--help")[0]

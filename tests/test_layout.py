@@ -34,7 +34,7 @@ NEVER = {
     "text": ("distributed",),  # which imports jax
 }
 EXCEPT = {("train.loop", "infer.generate")}  # samples during a run
-ONLY_IN = {"flax": ("model", "ops.linear"), "orbax": ("checkpoint",)}
+ONLY_IN = {"flax": ("model", "ops.weights"), "orbax": ("checkpoint",)}
 FUNCTIONS_ONLY = ("rich", "filelock")  # level 0 may import these inside functions
 LAZY = ("torch", "transformers", "grain", "fastapi")  # no core dependencies: imported inside functions
 
@@ -156,7 +156,7 @@ def test_imports_only_go_down(path):
         ("text.bpe", "if TYPE_CHECKING:\n    import jax", "text knows no JAX"),
         ("text.bpe", "from llama_jax.sharding import make_mesh", "llama_jax.sharding.make_mesh goes up"),
         ("text.bpe", "from llama_jax.distributed import x", "never imported here"),
-        ("infer.decode", "from flax import nnx", "flax.nnx only in model, ops.linear"),
+        ("infer.decode", "from flax import nnx", "flax.nnx only in model, ops.weights"),
         ("weights.save", "def f():\n    import orbax.checkpoint", "orbax.checkpoint only in checkpoint"),
         ("weights.hf", "import torch", "torch must be imported inside a function"),
         ("evaluate.lm", "if True:\n    from transformers import x", "transformers.x must be imported inside"),
@@ -175,7 +175,7 @@ def test_planted_violations_are_caught(module, source, words):
         ("weights.load", "def f():\n    from llama_jax.model import Llama\n    import torch"),
         ("train.loop", "from llama_jax.infer.generate import generate"),
         ("caches.full", "from llama_jax.sharding import ShardingRules\nfrom llama_jax.ops.norm import rms_norm"),
-        ("ops.linear", "from flax import nnx"),
+        ("ops.weights", "from flax import nnx"),
         ("progress", "def f():\n    from rich.progress import Progress"),
         ("checkpoint", "import orbax.checkpoint as ocp"),
         ("config.presets", "from __future__ import annotations\nimport math\nfrom llama_jax.config import ConfigError"),

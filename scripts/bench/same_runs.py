@@ -225,7 +225,7 @@ def both(llama: Any) -> Any:
 FORMATS = ("hf", "meta", "gguf", "native")
 
 
-def converted(inputs: Path, work: Path, to: str, source: str = "gqa") -> Path:
+def converted(inputs: Path, work: Path, to: Any, source: str = "gqa") -> Path:
     import llama_jax
 
     if to == "hf":

@@ -304,7 +304,8 @@ def test_ctrl_c(tmp_path, within):
                 return [np.zeros(50, np.int32) for _ in documents]
 
         sharding = NamedSharding(Mesh(jax.devices()[:1], ("fsdp",)), PartitionSpec())
-        loader = Loader(RowPlan([Slow()], seq_len=49, seed=0), BatchSchedule(49, (BatchStage(0, 2),)), sharding=sharding)
+        plan = RowPlan([Slow()], seq_len=49, seed=0)
+        loader = Loader(plan, BatchSchedule(49, (BatchStage(0, 2),)), sharding=sharding)
         for step in loader:
             if step.first_row == 4:
                 print("reading", flush=True)
