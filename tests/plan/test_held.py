@@ -34,15 +34,9 @@ def test_parameters_moments_and_cache(mesh):
     optimizer = adamw(Optimizer(Schedule(peak=1e-3, steps=10)))
     axes = ("data", "fsdp", "context", "tensor_kv", "tensor_q")
     for name, config in PRESETS.items():
-        sizes = sharding.parse_mesh(mesh)
-        kinds = {
-            "config": config,
-            "machine": machines.machine("v5p-256"),
-            "batch": BATCH,
-            "seq_len": SEQ,
-            "mesh": sizes,
-        }
-        ways = estimate.Workload(mode="train", **kinds).ways
+        facts = {"batch": BATCH, "seq_len": SEQ, "mesh": sharding.parse_mesh(mesh)}
+        training = estimate.Workload(config, machines.machine("v5p-256"), "train", **facts)
+        ways = training.ways
         device_mesh = AbstractMesh(tuple(ways[axis] for axis in axes), axes, axis_types=(AxisType.Explicit,) * 5)
         with jax.sharding.use_abstract_mesh(device_mesh):
             model = Llama(config, dtype="bfloat16", param_dtype="float32", stacked=True, rngs=None)
