@@ -19,7 +19,7 @@ from llama_jax.plan import report
 from llama_jax.plan.make import by_arithmetic, check
 from llama_jax.plan.request import of_recipe
 from llama_jax.sharding import undivided_batch, whole_sequences
-from llama_jax.train import loop, setup
+from llama_jax.train import build, loop
 from llama_jax.train.loop import train
 from llama_jax.train.optim import learning_rate
 from llama_jax.train.recipe import Batch, Data, Optimizer, Recipe, Schedule, Stage
@@ -65,10 +65,10 @@ def test_batches_and_lengths(mesh, batch, words):
     assert bool(candidates.enumerate(job, mesh=sizes, remat="full", microbatches=M)) == (not words)
     if not words:
         check(job)
-        assert setup.mesh_of_recipe(wanted, wanted.model).size == 8
+        assert build.mesh_of_recipe(wanted, wanted.model).size == 8
         return
     refusals = []
-    for refuse in (lambda: check(job), lambda: setup.mesh_of_recipe(wanted, wanted.model)):
+    for refuse in (lambda: check(job), lambda: build.mesh_of_recipe(wanted, wanted.model)):
         with pytest.raises(ValueError, match="does not divide") as refused:
             refuse()
         refusals.append(str(refused.value))
@@ -79,7 +79,7 @@ def test_every_stage_of_a_run_divides():
     """The stage at half the length has 4 x 2 rows of 33."""
     stages = (Stage(1000, 4, split=2),)
     wanted = recipe("fsdp=4,context=2", seq_len=66, stages=stages)
-    for refuse in (lambda: setup.mesh_of_recipe(wanted, wanted.model), lambda: of_recipe(wanted, "v5litepod-8")):
+    for refuse in (lambda: build.mesh_of_recipe(wanted, wanted.model), lambda: of_recipe(wanted, "v5litepod-8")):
         with pytest.raises(ValueError, match="a sequence of 33 tokens does not divide by context=2: make it 32 or 34"):
             refuse()
 

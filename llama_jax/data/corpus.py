@@ -266,6 +266,6 @@ def _check_size(file: Path, expected: int) -> None:
         raise ValueError(f"{file}: is missing: copy the whole folder again, or {AGAIN}") from error
     if size != expected:
         raise ValueError(
-            f"{file}: has {size} bytes, not {expected}: it is truncated or another corpus's; copy the whole folder again,"
-            f" or {AGAIN}"
+            f"{file}: has {size} bytes, not {expected}: it is truncated or another corpus's; copy the whole folder"
+            f" again, or {AGAIN}"
         )

@@ -21,7 +21,7 @@ from llama_jax.model.layers import REMAT, listed
 from llama_jax.ops.weights import einsum
 from llama_jax.plan import program
 from llama_jax.plan.program import Lowered
-from llama_jax.train import setup
+from llama_jax.train import build
 from llama_jax.train.losses import TOKENS
 from llama_jax.train.step import attached, handles
 
@@ -30,7 +30,7 @@ def lower_floor(job: Workload, mesh: jax.sharding.Mesh) -> Lowered:
     """The floor program of a job; of training that of one microbatch."""
     with jax.set_mesh(mesh):
         if job.mode == "train":
-            model = setup.make_model(program.recipe_of(job), job.config)
+            model = build.make_model(program.recipe_of(job), job.config)
         else:
             model = program.serving_model(job)
         rows, T = job.batch // job.microbatches, 1 if job.mode == "decode" else job.seq_len

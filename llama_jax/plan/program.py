@@ -15,7 +15,7 @@ from llama_jax.costs.estimate import Workload
 from llama_jax.infer.decode import DecodeState, Programs
 from llama_jax.infer.sampling import Sampling
 from llama_jax.model import Llama, flatten_heads
-from llama_jax.train import setup
+from llama_jax.train import build
 from llama_jax.train.recipe import Batch, Data, Optimizer, Recipe, Schedule
 
 STOP_IDS = 2  # of Llama 3's chats
@@ -67,7 +67,7 @@ def lower(job: Workload, mesh: jax.sharding.Mesh) -> Lowered:
 
 
 def _training(job: Workload) -> Lowered:
-    program, args = setup.abstract_step(recipe_of(job))
+    program, args = build.abstract_step(recipe_of(job))
     state = args[0]
     return lowered(program.lower(*args), args, state.model, optimizer=state.opt_state)
 

@@ -16,9 +16,9 @@ from llama_jax.costs import candidates, tuned
 from llama_jax.costs.estimate import Mode, Workload
 from llama_jax.costs.machines import CHIPS, Machine, machine
 from llama_jax.plan.make import check, mesh_of_machine
+from llama_jax.train.checks import check_divides, check_numbers
 from llama_jax.train.choose import choose
 from llama_jax.train.recipe import Recipe
-from llama_jax.train.setup import check_divides, check_numbers
 
 BATCH = 8  # of decode and prefill
 LENGTH = 4096  # of a sequence or a cache, if the model has so many

@@ -23,15 +23,12 @@ from llama_jax.checkpoint.run import RunCheckpoints
 from llama_jax.compilation_cache import use_compilation_cache
 from llama_jax.config import ModelConfig
 from llama_jax.costs import mfu as metrics
-from llama_jax.data.prepare.system import naming
 from llama_jax.data.rows.loader import Loader, Step
 from llama_jax.data.rows.plan import sources
 from llama_jax.distributed.agreement import fingerprint
-from llama_jax.infer.generate import Sampling, encode_prompt, generate, with_model
 from llama_jax.libc import keep_freed_memory
-from llama_jax.loaded import LoadedLlama
 from llama_jax.sharding import whole_weights
-from llama_jax.train import resume, setup
+from llama_jax.train import build, checks, corpora, resume
 from llama_jax.train.choose import choose, in_words
 from llama_jax.train.guard import check_output, memory_in_words, only_one
 from llama_jax.train.objective import objective_of
@@ -39,7 +36,8 @@ from llama_jax.train.optim import adamw, learning_rate
 from llama_jax.train.outcome import Outcome
 from llama_jax.train.profile import tracing, window
 from llama_jax.train.recipe import Recipe
-from llama_jax.train.report import SAMPLES, Reporter, count, draw_curves, finite_or_none, read_metrics
+from llama_jax.train.report import Reporter, count, draw_curves, finite_or_none, read_metrics
+from llama_jax.train.samples import Samples
 from llama_jax.train.state import TrainState, describe, from_named_arrays, named_arrays, new_state
 from llama_jax.train.step import compiled
 from llama_jax.train.stop import StopRequest, on_request
@@ -69,7 +67,7 @@ def train(recipe: Recipe, *, name: str = "run") -> Outcome:
       OSError: a file cannot be read or written; the last good checkpoint is intact.
     """
     with on_request() as request, memory_in_words(), contextlib.ExitStack() as guards:
-        run = _Run(recipe, local_folder(recipe.output or f"runs/{name}"), request, guards)
+        run = TrainingRun(recipe, local_folder(recipe.output or f"runs/{name}"), request, guards)
         with contextlib.closing(run):
             return run.go()
 
@@ -83,7 +81,9 @@ class _Pending:
     results: dict[str, jax.Array]
 
 
-class _Run:
+class TrainingRun:
+    """One run: what it reads, what it has made, and where it stands."""
+
     def __init__(self, recipe: Recipe, output: Path, request: StopRequest, guards: contextlib.ExitStack):
         self.recipe, self.output, self.request = recipe, output, request
         self.start = time.monotonic()
@@ -101,26 +101,26 @@ class _Run:
                 f"{output} holds a run, saved at step {steps[-1]}: go on with it by --resume auto, or give another"
                 " --output"
             )
-        setup.check_numbers(recipe)
+        checks.check_numbers(recipe)
         self.total, self.window = recipe.total_steps, window(recipe.profile)
         self.objective = objective_of(recipe)
         self.optimizer, self.schedule = adamw(recipe.optimizer), learning_rate(recipe.optimizer.schedule)
-        self.corpora = setup.open_corpora(recipe)
-        self.batches = setup.batch_schedule(recipe.batch)
-        self.plan = setup.row_plan(recipe, self.corpora)
-        initial = None if steps else setup.open_initial(recipe, self.corpora)
+        self.corpora = corpora.open_corpora(recipe)
+        self.batches = checks.batch_schedule(recipe.batch)
+        self.plan = corpora.row_plan(recipe, self.corpora)
+        initial = None if steps else build.open_initial(recipe, self.corpora)
         self.config = self._config(initial)
         self._agree_on_files(initial, steps)
-        setup.check_sizes(recipe, self.config, self.corpora)
-        self.machine = setup.machine_here()
+        checks.check_sizes(recipe, self.config, self.corpora)
+        self.machine = build.machine_here()
         self.recipe = recipe = choose(recipe, self.config, self.machine)
         distributed.agree(resume.of_all_processes(recipe))  # a process may have been given less memory
-        self.batches = setup.batch_schedule(recipe.batch)
-        self.mesh = setup.mesh_of_recipe(recipe, self.config)
+        self.batches = checks.batch_schedule(recipe.batch)
+        self.mesh = build.mesh_of_recipe(recipe, self.config)
         if self.mesh.devices.flat[0].platform == "cpu":
             keep_freed_memory()
         self.validation = self._validator()
-        self.writer = self._writer()
+        self.samples = Samples(recipe, self.config, self.corpora.train[0].tokenizer(), self.mesh, output)
         self.files = self._files()
         if distributed.is_main():
             guards.enter_context(only_one(output))
@@ -155,7 +155,7 @@ class _Run:
         if distributed.process_count() == 1:
             return
         newest = self.checkpoints.folder / str(steps[-1]) if steps else None
-        train, validation = map(setup.facts_of, (self.corpora.train, self.corpora.validation))
+        train, validation = map(corpora.facts_of, (self.corpora.train, self.corpora.validation))
         distributed.agree(
             {
                 "data": {"train": train, "validation": validation},
@@ -168,25 +168,25 @@ class _Run:
     def _new(self, initial: Checkpoint | None) -> TrainState:
         with jax.set_mesh(self.mesh):
             if initial:
-                model = setup.read_initial(self.recipe, initial, self.mesh)
+                model = build.read_initial(self.recipe, initial, self.mesh)
                 init = jax.jit(lambda model: new_state(model, self.optimizer), donate_argnums=0)
                 return distributed.compile_together(init.lower(model))(model)
 
             def new() -> TrainState:
-                model = setup.make_model(self.recipe, self.config, seed=self.recipe.seed)
+                model = build.make_model(self.recipe, self.config, seed=self.recipe.seed)
                 return new_state(model, self.optimizer)
 
             return distributed.compile_together(jax.jit(new).lower())()
 
     def _restored(self, step: int) -> TrainState:
         progress = self.checkpoints.progress(step)
-        if changed := setup.changed_reads(progress["reads"], self.recipe, self.corpora):
+        if changed := corpora.changed_reads(progress["reads"], self.recipe, self.corpora):
             raise ValueError(
                 f"{self.output}: its {progress['rows']} rows were counted with {'; '.join(changed)}: give the same, or"
                 f" begin a new run from its weights: --output NEW --init-from {self.output}"
             )
         with jax.set_mesh(self.mesh):
-            abstract = setup.abstract_state(self.recipe, self.config, self.optimizer)
+            abstract = build.abstract_state(self.recipe, self.config, self.optimizer)
         try:
             self.checkpoints.check(step, named_arrays(abstract))
             before = resume.recorded(self.checkpoints.folder / str(step), RECIPE)
@@ -224,24 +224,6 @@ class _Run:
             self.corpora.validation, objective=self.objective, seq_len=recipe.batch.seq_len,
             documents=recipe.validation.documents, mesh=self.mesh,
         )  # fmt: skip
-
-    def _writer(self) -> LoadedLlama | None:
-        """What writes the samples, without weights; checks what it will be asked."""
-        options = self.recipe.samples
-        if not options.prompts:
-            return None
-        with jax.set_mesh(self.mesh):
-            abstract = setup.make_model(self.recipe, self.config)
-        writer = LoadedLlama(self.config, abstract, self.corpora.train[0].tokenizer(), self.mesh)
-        Sampling(temperature=options.temperature)
-        for prompt in options.prompts:
-            length = len(encode_prompt(writer, prompt, where=f"samples.prompts {prompt!r}")) + options.new_tokens
-            if length > self.config.max_seq_len:
-                raise ValueError(
-                    f"samples: {prompt!r:.60} and {options.new_tokens} new tokens are {length}, more than the model's"
-                    f" max_seq_len ({self.config.max_seq_len}): lower --samples.new-tokens"
-                )
-        return writer
 
     def _files(self) -> dict[str, bytes]:
         """What makes a checkpoint of ours a model that `load` takes."""
@@ -437,35 +419,17 @@ class _Run:
             self.reporter.say(f"step {self.step}: validating")
             self.validated = found = self.validation(self.state.model)
             self.validated_step = self.step
-        if self.writer and (last or self._due(recipe.samples.every)):
-            self._sample()
+        if recipe.samples.prompts and (last or self._due(recipe.samples.every)):
+            self.samples(self.state.model, self.step, self.reporter.say)
         self._clock += time.perf_counter() - start
         return found
-
-    def _sample(self) -> None:
-        """Continues the prompts, from the weights as they lie."""
-        options, model = self.recipe.samples, self.state.model
-        prompts = [prompt.rstrip(" ") or prompt for prompt in options.prompts]  # spaces belong to the word after
-        completions = generate(
-            with_model(self.writer, model), prompts, max_new_tokens=options.new_tokens,
-            temperature=options.temperature, seed=self.recipe.seed,
-        )  # fmt: skip
-        texts = [completion.text for completion in completions]
-        for prompt, text in zip(prompts, texts, strict=True):
-            shown = prompt + text.rstrip() if text.strip() else repr(prompt + text)
-            self.reporter.say(f"step {self.step}, a sample:\n{shown}")
-        if distributed.is_main():
-            path = self.output / SAMPLES
-            with naming(path, "write"), path.open("a", encoding="utf-8") as file:
-                for prompt, text in zip(prompts, texts, strict=True):
-                    file.write(json.dumps({"step": self.step, "prompt": prompt, "text": text}) + "\n")
 
     def _save(self) -> None:
         progress = {
             "step": self.step,
             "rows": self.rows,
             "tokens": self.rows * self.recipe.batch.seq_len,
-            "reads": setup.what_is_read(self.recipe, self.corpora),
+            "reads": corpora.what_is_read(self.recipe, self.corpora),
             "last": {name: finite_or_none(self.last[name]) for name in ("loss", "skipped") if name in self.last},
             "validated": {name: finite_or_none(value) for name, value in self.validated.items()},
             "validated_step": self.validated_step,
@@ -479,7 +443,7 @@ class _Run:
             progress,
             self.files,
             loss=loss,
-            of=setup.measured_on(self.recipe, self.corpora),
+            of=corpora.measured_on(self.recipe, self.corpora),
         )
         self.reporter.say(f"step {self.step}: saving {self.output / CHECKPOINTS / str(self.step)}")
 

@@ -26,7 +26,7 @@ MAY_CHANGE = (
     # What is saved, measured and shown, and when.
     "checkpoints", "validation", "data.validation", "samples", "tensorboard", "wandb", "profile", "output", "resume",
     "non_finite_limit", "allow_changes",
-    # Compared by what the corpora hold, not by where they are; never allowed to differ (`setup.what_is_read`).
+    # Compared by what the corpora hold, not by where they are; never allowed to differ (`corpora.what_is_read`).
     "data.train", "data.weights", "seed", "batch.seq_len",
 )  # fmt: skip
 SAID = ("optimizer.schedule", "batch.sequences", "batch.stages")

@@ -1,4 +1,4 @@
-"""Which parameters a run trains: a model is split in those that change and those that are frozen, and joined to be used.
+"""Which parameters a run trains: a model is split into those that change and those that are frozen, and joined for use.
 
 Both halves have the structure of the model, with None where the other one has the array. A frozen parameter has no
 gradient and no moments, and a checkpoint of the run does not hold it: it is read from where it came from.

@@ -201,15 +201,15 @@ def training_memory(args: Args, say: Say) -> tuple[Any, str]:
 
 
 def loader(args: Args, say: Say) -> tuple[Any, str]:
-    from llama_jax.train import setup
+    from llama_jax.train.corpora import open_corpora, row_plan
     from scripts.bench import data, train
 
     recipe = runpy.run_path(str(ROOT / "configs" / "pretrain_tiny_cpu.py"))["recipe"]()
     say("the tiny recipe's step")
     step = train.speed(recipe, repeats=max(args.repeats, 10))
     say("the loader")
-    corpora = setup.open_corpora(recipe)
-    read = data.loader_speed(setup.row_plan(recipe, corpora), rows=recipe.batch.sequences)
+    corpora = open_corpora(recipe)
+    read = data.loader_speed(row_plan(recipe, corpora), rows=recipe.batch.sequences)
     packing = {length: data.packing_efficiency(corpora.train[0], length) for length in (256, 2048, 8192)}
     text = (
         f"loader {read:,.0f} tokens/s, the recipe's step {step:,.0f}: {read / step:.0f} times as many\n"

@@ -22,7 +22,7 @@ from llama_jax import sharding
 from llama_jax.config import ModelConfig
 from llama_jax.config.presets import PRESETS
 from llama_jax.libc import keep_freed_memory
-from llama_jax.train import setup
+from llama_jax.train import build
 from llama_jax.train.optim import adamw
 from llama_jax.train.recipe import Batch, Data, Optimizer, Recipe, Remat, Schedule
 from llama_jax.train.state import new_state
@@ -101,7 +101,7 @@ def memory(
         for policy in ("none", "matmuls", "attention", "full"):
             for M in microbatches:
                 progress(f"nothing: compiling remat {policy}, {M} microbatches")
-                program, args = setup.abstract_step(_recipe(policy, rows, M))
+                program, args = build.abstract_step(_recipe(policy, rows, M))
                 found.setdefault(policy, {})[M] = _temporary_bytes(program.lower(*args).compile())
     return found
 
@@ -183,10 +183,10 @@ def our_step(recipe: Recipe, tokens: np.ndarray) -> tuple[Callable[[], None], in
       tokens: int [B, T + 1].
     """
     with jax.set_mesh(sharding.make_mesh(recipe.model)):
-        program, (like, batch, stop) = setup.abstract_step(recipe)
+        program, (like, batch, stop) = build.abstract_step(recipe)
         program = program.lower(like, batch, stop).compile()
         optimizer = adamw(recipe.optimizer)
-        state = jax.jit(lambda: new_state(setup.make_model(recipe, recipe.model, seed=0), optimizer))()
+        state = jax.jit(lambda: new_state(build.make_model(recipe, recipe.model, seed=0), optimizer))()
         rows, length = tokens[:, 1:].shape
         values = {
             "tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": np.ones((rows, length)),

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from llama_jax.config.presets import PRESETS
-from llama_jax.train import setup
+from llama_jax.train import build
 from tests.aot import machines
 
 pytestmark = pytest.mark.tpu_compiler
@@ -49,7 +49,7 @@ def test_the_step_of_the_8b_recipe_fits_on_v5e_16():
     recipe = runpy.run_path(str(path))["recipe"]()
     recipe = dataclasses.replace(recipe, batch=dataclasses.replace(recipe.batch, microbatches=128))
     with jax.set_mesh(machines.mesh_of(recipe.model, "fsdp=16", devices)):
-        step, args = setup.abstract_step(recipe)
+        step, args = build.abstract_step(recipe)
         compiled = step.lower(*args).compile()
     memory = compiled.memory_analysis()
     peak = memory.peak_memory_in_bytes / 1e9

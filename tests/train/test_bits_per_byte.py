@@ -16,6 +16,7 @@ from llama_jax.data.prepare.prepare import make_request, prepare
 from llama_jax.data.prepare.train_tokenizer import train_tokenizer
 from llama_jax.data.rows.loader import RowReader
 from llama_jax.data.rows.plan import SequentialPlan
+from llama_jax.train.objective import Pretrain
 from llama_jax.train.validation import Validator
 from tests.builders import tiny_config
 from tests.data.test_prepare import make_texts, write_lines
@@ -46,7 +47,7 @@ def uniform():
 
 
 def measured(llama, *corpora, documents=0) -> dict[str, float]:
-    return Validator(corpora, seq_len=32, documents=documents, mesh=llama.mesh)(llama.model)
+    return Validator(corpora, objective=Pretrain(), seq_len=32, documents=documents, mesh=llama.mesh)(llama.model)
 
 
 @pytest.mark.parametrize("bos", [True, False])

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from llama_jax.train import setup
+from llama_jax.train import build, checks
 from llama_jax.train.recipe import Recipe
 from tests.processes import ROOT
 from tests.test_sharding import abstract_mesh
@@ -64,7 +64,7 @@ def test_recipes_are_those_of_the_papers(name):
 
 def test_the_stages_of_405b():
     """4M tokens at 4096 up to 252M, 8M at 8192 up to 2.87T, then 16M; 15.6T tokens in 1,200,000 steps."""
-    batches = setup.batch_schedule(read("pretrain_llama3_405b").batch)
+    batches = checks.batch_schedule(read("pretrain_llama3_405b").batch)
     sizes = [(stage.from_tokens, *batches.shape(stage)[1:]) for stage in batches.stages]
     assert sizes == [(0, 1024, 4096), (252 * M, 1024, 8192), (2_870 * B, 2048, 8192)]
 
@@ -94,7 +94,7 @@ def test_large_recipes_trace_on_sixteen_devices(name, mesh):
     batch = dataclasses.replace(recipe.batch, sequences=32, microbatches=2, stages=())
     recipe = dataclasses.replace(recipe, batch=batch, dtype="bfloat16", attention="splash")
     with abstract_mesh(recipe.model, mesh):
-        program, args = setup.abstract_step(recipe)
+        program, args = build.abstract_step(recipe)
         traced = program.trace(*args)
     state, _ = traced.out_info
     held = 0

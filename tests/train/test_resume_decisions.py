@@ -55,7 +55,7 @@ def recipe(corpora, tmp_path) -> Recipe:
 def quick(monkeypatch):
     """One device and no picture: a start takes a quarter of the time."""
     monkeypatch.setattr(loop, "draw_curves", lambda output: None)
-    monkeypatch.setattr(loop.setup, "mesh_of_recipe", lambda recipe, config: sharding.make_mesh(config))
+    monkeypatch.setattr(loop.build, "mesh_of_recipe", lambda recipe, config: sharding.make_mesh(config))
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import pytest
 
 from llama_jax.data.prepare.prepare import make_request, prepare
 from llama_jax.data.prepare.train_tokenizer import train_tokenizer
+from llama_jax.train.corpora import changed_reads, open_corpora, what_is_read
 from llama_jax.train.recipe import Batch, Data, Optimizer, Recipe, Schedule
-from llama_jax.train.setup import changed_reads, open_corpora, what_is_read
 from tests.builders import tiny_config
 from tests.data.test_prepare import make_texts
 

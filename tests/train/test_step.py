@@ -11,6 +11,7 @@ from llama_jax import sharding
 from llama_jax.model import Llama
 from llama_jax.model.layers import REMAT
 from llama_jax.train.losses import cross_entropy
+from llama_jax.train.objective import Pretrain
 from llama_jax.train.optim import adamw, learning_rate
 from llama_jax.train.recipe import Optimizer, Schedule
 from llama_jax.train.state import TrainState, new_state
@@ -79,7 +80,7 @@ def torch_losses(model: torch.nn.Module) -> list[tuple[float, float]]:
 
 def our_losses(model: Llama, mesh: jax.sharding.Mesh, *, M: int) -> tuple[list[tuple[float, float]], TrainState]:
     optimizer = adamw(OPTIONS)
-    program = compiled(optimizer, learning_rate(OPTIONS.schedule))
+    program = compiled(optimizer, learning_rate(OPTIONS.schedule), Pretrain())
     found = []
     with jax.set_mesh(mesh):
         state = jax.jit(lambda model: new_state(model, optimizer))(model)
@@ -151,7 +152,8 @@ def test_what_is_not_finite_changes_nothing(checkpoint):
     optimizer, schedule = adamw(OPTIONS), learning_rate(OPTIONS.schedule)
     with jax.set_mesh(mesh):
         state = jax.jit(lambda model: new_state(model, optimizer))(model)
-        program = jax.jit(lambda s, b: train_step(s, b, np.zeros(1, bool), optimizer=optimizer, schedule=schedule))
+        options = {"optimizer": optimizer, "schedule": schedule, "objective": Pretrain()}
+        program = jax.jit(lambda s, b: train_step(s, b, np.zeros(1, bool), **options))
         good = placed(packed_batch(0), model, mesh, M=1)
         bad = good | {"tokens": good["tokens"] + 10_000}  # outside the vocabulary: NaN
         state, first = program(state, good)

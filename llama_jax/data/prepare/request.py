@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from llama_jax.data.manifest import FORMAT, tokenizer_sha256
+from llama_jax.data.manifest import FORMATS, tokenizer_sha256
 from llama_jax.data.prepare.documents import InvalidUtf8, Reading
 from llama_jax.data.prepare.pieces import Format, InputSlice, cut_pieces, find_pieces, group_pieces
 from llama_jax.data.prepare.shards import Task
@@ -80,7 +80,7 @@ class Request:
             ]
             for piece in self.pieces
         ]
-        return _hash(FORMAT, pieces, self.shard_bytes, dataclasses.astuple(self.reading), self.bos, *more)
+        return _hash(FORMATS[0], pieces, self.shard_bytes, dataclasses.astuple(self.reading), self.bos, *more)
 
 
 def make_request(

@@ -5,7 +5,8 @@
     positions      int32 [M, B, T]    from 0 in each piece of a document
     segment_ids    int32 [M, B, T]    from 1, one a piece; a query sees its own segment only; 0 is padding, without loss
 
-A column of the corpora, such as `loss_mask`, is an array more, of its own dtype: its number for each target; 0 is padding.
+A column of the corpora, such as `loss_mask`, is one more array, of its own dtype: its number for each target, 0 for
+padding.
 
 The state of a run is the number of rows it has consumed: a loader that starts there, with any number of processes and
 any mesh, goes on with the same rows.

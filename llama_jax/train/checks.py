@@ -1,0 +1,80 @@
+"""Whether the numbers of a recipe go together, before anything is opened or made."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from llama_jax import sharding
+from llama_jax.config import ModelConfig
+from llama_jax.data.corpus import check_tokenizer
+from llama_jax.data.rows.loader import BatchSchedule, BatchStage
+from llama_jax.train.corpora import Corpora
+from llama_jax.train.recipe import Batch, Recipe
+
+if TYPE_CHECKING:
+    pass
+
+log = logging.getLogger("llama_jax")
+
+
+def check_numbers(recipe: Recipe) -> None:
+    """Raises ValueError for a number that is too small, by its option's name."""
+    batch, schedule = recipe.batch, recipe.optimizer.schedule
+    least = {
+        "steps": (recipe.steps, 0),
+        "non_finite_limit": (recipe.non_finite_limit, 1),
+        "batch.seq_len": (batch.seq_len, 1),
+        "batch.sequences": (batch.sequences, 1),
+        "batch.microbatches": (batch.microbatches, 0),
+        **{f"batch.stages.{i}.sequences": (stage.sequences, 1) for i, stage in enumerate(batch.stages)},
+        **{f"batch.stages.{i}.split": (stage.split, 1) for i, stage in enumerate(batch.stages)},
+        "optimizer.schedule.decay_steps": (schedule.decay_steps, 0),
+        "data.threads": (recipe.data.threads, 1),
+        "data.prefetch": (recipe.data.prefetch, 1),
+        "checkpoints.every": (recipe.checkpoints.every, 0),
+        "checkpoints.keep_last": (recipe.checkpoints.keep_last, 1),
+        "checkpoints.keep_every": (recipe.checkpoints.keep_every, 0),
+        "checkpoints.keep_best": (recipe.checkpoints.keep_best, 0),
+        "validation.every": (recipe.validation.every, 0),
+        "validation.documents": (recipe.validation.documents, 0),
+        "samples.every": (recipe.samples.every, 0),
+        "samples.new_tokens": (recipe.samples.new_tokens, 1),
+    }
+    for name, (value, smallest) in least.items():
+        if value < smallest:
+            raise ValueError(f"{name} must be at least {smallest}, got {value}")
+
+
+def check_sizes(recipe: Recipe, config: ModelConfig, corpora: Corpora) -> None:
+    """Raises ValueError where model, corpora and batch do not fit each other."""
+    check_tokenizer(corpora.train[0], vocab_size=config.vocab_size)
+    if recipe.batch.seq_len > config.max_seq_len:
+        raise ValueError(
+            f"batch.seq_len ({recipe.batch.seq_len}) is more than the model's max_seq_len ({config.max_seq_len}): lower"
+            " it, or raise --model.max-seq-len"
+        )
+
+
+def batch_schedule(batch: Batch) -> BatchSchedule:
+    """How many rows each step takes.
+
+    Raises:
+      ValueError: sizes do not divide.
+    """
+    start, stages = 0, []
+    for stage in batch.stages:  # as many of the plan's rows in a microbatch as later
+        microbatches = max(1, batch.microbatches * stage.sequences // batch.sequences)
+        stages.append(BatchStage(start, stage.sequences, stage.split, microbatches))
+        start = stage.until_tokens
+    stages.append(BatchStage(start, batch.sequences, 1, max(1, batch.microbatches)))
+    return BatchSchedule(batch.seq_len, tuple(stages))
+
+
+def check_divides(recipe: Recipe, sizes: Mapping[str, int]) -> None:
+    """Raises ValueError where a stage of the run does not divide on a mesh of these sizes."""
+    for stage in batch_schedule(recipe.batch).stages:
+        rows, seq_len = stage.rows * stage.split, recipe.batch.seq_len // stage.split
+        if why := sharding.undivided_batch(sizes, rows=rows, seq_len=seq_len, microbatches=stage.microbatches):
+            raise ValueError(why)
