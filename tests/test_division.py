@@ -96,7 +96,7 @@ def test_weights_stay_whole_and_all_say_so(tmp_path, capsys, monkeypatch):
     write_corpus(tmp_path / "corpus", random_documents(40))
     options = {"data": Data(train=(str(tmp_path / "corpus"),)), "model": UNEVEN, "tensorboard": False}
     wanted = recipe("fsdp=4,tensor=2", seq_len=32)
-    monkeypatch.setattr(loop._Run, "go", loop._Run._introduce)  # what comes after would only take time
+    monkeypatch.setattr(loop.TrainingRun, "go", loop.TrainingRun._introduce)  # what comes after would only take time
     train(dataclasses.replace(wanted, **options, output=str(tmp_path / "run")))
     assert capsys.readouterr().err.count(WHOLE) == 1
 

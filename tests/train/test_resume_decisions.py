@@ -116,7 +116,7 @@ def test_the_best_checkpoint_stays_over_restarts(recipe, losses):
 
 def test_killed_between_validation_and_save(recipe, losses, monkeypatch):
     """At the best of all steps; the save of the step before may not have come to its end."""
-    save = loop._Run._save
+    save = loop.TrainingRun._save
 
     def die(run: Any) -> None:
         if run.step == 3:
@@ -124,7 +124,7 @@ def test_killed_between_validation_and_save(recipe, losses, monkeypatch):
         save(run)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "_save", die)
+        patch.setattr(loop.TrainingRun, "_save", die)
         with pytest.raises(Killed):
             train(recipe)
     assert 3 not in kept(recipe)
@@ -166,13 +166,13 @@ def test_a_run_of_an_older_version(recipe, losses, caplog, monkeypatch):
 def test_a_save_that_was_owed_is_owed_after_a_restart(recipe, monkeypatch):
     """Due at step 3, where the latest step was not finite, as after step 4: it comes at 5, with the next good one."""
     plain = changed(recipe, checkpoints=Checkpoints(every=3, keep_last=9), data__validation=(), steps=7)
-    report = loop._Run._report
+    report = loop.TrainingRun._report
 
     def bad_at_3_and_4(run: Any, pending: Any) -> None:
         report(run, pending)
         run.last["skipped_in_a_row"] = {3: 1, 4: 2}.get(pending.step, 0)
 
-    monkeypatch.setattr(loop._Run, "_report", bad_at_3_and_4)
+    monkeypatch.setattr(loop.TrainingRun, "_report", bad_at_3_and_4)
     train(plain)
     assert kept(plain) == [5, 6, 7]
     stopped = changed(plain, output=plain.output + "2")
