@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 
     from llama_jax.config import ModelConfig
     from llama_jax.model import Llama
+    from llama_jax.text.base import Tokenizer
     from llama_jax.text.chat import ChatFormat
-    from llama_jax.text.tokenizer import Tokenizer
     from llama_jax.weights.checkpoint import Checkpoint
 
 

@@ -14,7 +14,8 @@ import numpy as np
 from llama_jax.data.manifest import AGAIN, INDEX_DTYPE, Shard, array_record, read_manifest
 from llama_jax.data.manifest import Manifest as Manifest
 from llama_jax.data.prepare.system import naming
-from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
+from llama_jax.text.base import Tokenizer
+from llama_jax.text.open import load_tokenizer
 
 TOKENS, BYTES = 0, 1  # columns of the index
 READ_OPTIONS = "readahead_buffer_size:0"  # a read fetches its records only

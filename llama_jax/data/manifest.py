@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from llama_jax.data.prepare.system import exists, naming
-from llama_jax.text.tokenizer import TOKENIZER_FILES, VOCABULARY_FILES
+from llama_jax.text.base import TOKENIZER_FILES, VOCABULARY_FILES
 
 FORMATS = (1, 2)  # without and with columns: what has none is written as ever
 MANIFEST = "manifest.json"
@@ -199,7 +199,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def tokenizer_sha256(files: Mapping[str, bytes]) -> tuple[str, str]:
-    """Returns name and SHA-256 of the vocabulary among a tokenizer's files (`text.tokenizer.read_files`)."""
+    """Returns name and SHA-256 of the vocabulary among a tokenizer's files (`text.open.read_files`)."""
     name = next((name for name in VOCABULARY_FILES if name in files), None)
     if name is None:
         raise ValueError(

@@ -14,7 +14,7 @@ from llama_jax import distributed, sharding
 from llama_jax.progress import SMALL, progress
 from llama_jax.text.chat import ChatError, TemplateChat, guessed_format
 from llama_jax.text.differences import differences
-from llama_jax.text.export import sample_texts
+from llama_jax.text.samples import sample_texts
 from llama_jax.weights import params
 from llama_jax.weights.checkpoint import Checkpoint
 from llama_jax.weights.compare import Difference, compare_parameter

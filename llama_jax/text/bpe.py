@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from llama_jax.text.added import from_library, library_tokens, merge_added
+from llama_jax.text.base import BaseTokenizer, valid
 from llama_jax.text.facts import AddedToken, Facts
 from llama_jax.text.pre_tokenizers import LLAMA3_REGEX
-from llama_jax.text.tokenizer import BaseTokenizer, valid
 
 # GPT-2's printable stand-ins for bytes: itself where Latin-1 prints it, else 256 and up.
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]

@@ -6,16 +6,16 @@ mapping with `role` and `content`; a content is a string or a list of `{"type": 
 
 from __future__ import annotations
 
-import datetime
-import functools
 import json
 import re
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from llama_jax.text.tokenizer import Tokenizer, any_of, spellings
+from llama_jax.text.base import Tokenizer, any_of, spellings
+from llama_jax.text.template import ChatError as ChatError
+from llama_jax.text.template import ChatTemplateError as ChatTemplateError
+from llama_jax.text.template import render
 
 Message = Mapping[str, Any]
 Tools = Sequence[Any] | None
@@ -23,17 +23,8 @@ Tools = Sequence[Any] | None
 # What separates turns in formats that spell it as ordinary text; typed in a message, it would forge a turn.
 _MARKER = re.compile(r"\[/?INST\]|<</?SYS>>|<\|[\w ]+\|>")
 _LLAMA2_MARKERS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
-_TEMPLATE_SECONDS = 5.0  # of processor time; a thousand messages take a thousandth of that
 _DEADLINE, _TICK = "template deadline", "template tick"  # no template can spell a name with a space
 _ROLES = ("system", "user", "assistant", "tool", "ipython", "function", "developer")
-
-
-class ChatError(ValueError):
-    """A conversation that the chat format cannot hold."""
-
-
-class ChatTemplateError(ChatError):
-    """The checkpoint's chat template failed or refused the conversation."""
 
 
 class ChatFormat(Protocol):
@@ -290,7 +281,7 @@ class TemplateChat:
 
         def rendered(hide: Callable[[str, str], str]) -> str:
             hidden = _map_strings(hide, data)
-            return _render(source, **constants, **hidden, add_generation_prompt=add_generation_prompt)
+            return render(source, **constants, **hidden, add_generation_prompt=add_generation_prompt)
 
         # Hide control strings only, so that a template that looks at the text sees almost all of it. If it
         # joins pieces of text to a control string all the same, hide all that control strings are made of.
@@ -342,74 +333,6 @@ class _Mask:
     def show(self, text: str) -> str:
         """Undoes both."""
         return self._codes.sub(lambda match: self._shown[match[0]], text)
-
-
-def _render(source: str, **variables: Any) -> str:
-    """Renders a chat template; whatever goes wrong in it is a `ChatTemplateError`."""
-    try:
-        return _compile(source).render({_DEADLINE: time.thread_time() + _TEMPLATE_SECONDS}, **variables)
-    except Exception as error:  # of Jinja, of the sandbox, or whatever the template's expressions raise
-        kind, line = type(error).__name__, getattr(error, "lineno", None)
-        where = f" in line {line}" if line else ""
-        raise ChatTemplateError(f"the chat template failed with {kind}{where}: {error}") from error
-
-
-@functools.lru_cache(maxsize=8)
-def _compile(source: str) -> Any:
-    """Compiles a chat template in the environment that transformers gives it."""
-    import jinja2
-    from jinja2 import ext, nodes, sandbox
-
-    class GenerationTag(ext.Extension):
-        """`{% generation %}` marks the assistant's text for training masks; here it only groups."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Any) -> nodes.Node:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
-
-        def _body(self, caller: Callable[[], str]) -> str:
-            return caller()
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(x: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    @jinja2.pass_context
-    def tick(context: Any, _: Any = None) -> bool:
-        if time.thread_time() > context[_DEADLINE]:
-            raise TimeoutError(f"it still ran after {_TEMPLATE_SECONDS} seconds")
-        return True
-
-    class Sandbox(sandbox.ImmutableSandboxedEnvironment):
-        # Jinja bounds a range, but not the product of nested ones: every turn of a loop and every call, such as a
-        # macro's of itself, looks at the clock.
-        def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
-            for loop in source.find_all(nodes.For):
-                ticks = nodes.Filter(nodes.Const(None), _TICK, [], [], None, None, lineno=loop.lineno)
-                if loop.test is None:
-                    loop.body.insert(0, nodes.ExprStmt(ticks, lineno=loop.lineno))
-                else:
-                    loop.test = nodes.And(ticks, loop.test, lineno=loop.lineno)
-            return super()._generate(source, *args, **kwargs)
-
-        def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
-            tick(context)
-            return super().call(context, obj, *args, **kwargs)
-
-        def unsafe_undefined(self, obj: Any, attribute: str) -> Any:  # Jinja's own prints as nothing
-            raise jinja2.exceptions.SecurityError(f"a template may not reach for {attribute!r}")
-
-    extensions = [GenerationTag, ext.loopcontrols]
-    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-    environment.filters |= {"tojson": tojson, _TICK: tick}
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment.from_string(source)
 
 
 def _map_strings(change: Callable[[str, str], str], value: Any, key: str = "") -> Any:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from llama_jax.text.export import sample_texts
-from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.text.base import Tokenizer
+from llama_jax.text.samples import sample_texts
 
 # Before and after an added token, which may take spaces, or want a word to end there.
 _AROUND = (("a ", " b"), (" ", ""), ("a", "b"), ("", "  c"))

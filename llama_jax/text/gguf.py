@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from llama_jax.text.added import STOP_TOKENS
+from llama_jax.text.base import BaseTokenizer
 from llama_jax.text.bpe import CHAR_TO_BYTE, BPETokenizer, byte_level_backend
 from llama_jax.text.facts import AddedToken, Facts
 from llama_jax.text.pre_tokenizers import PRE_TOKENIZERS
@@ -24,7 +25,6 @@ from llama_jax.text.spm import (
     Spec,
     write_model,
 )
-from llama_jax.text.tokenizer import BaseTokenizer
 
 # tokenizer.ggml.model -> the kind of SentencePiece model; "gpt2" is byte-level BPE, and of others there is no Llama.
 _SENTENCEPIECE = {"llama": ModelType.BPE, "t5": ModelType.UNIGRAM}

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from llama_jax.text.added import is_control_like, merge_added
+from llama_jax.text.base import BaseTokenizer
 from llama_jax.text.facts import AddedToken, Facts
-from llama_jax.text.tokenizer import BaseTokenizer
 
 # Token types: GGUF's numbers are SentencePiece's own.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)

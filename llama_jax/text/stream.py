@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from llama_jax.text.tokenizer import Tokenizer
+    from llama_jax.text.base import Tokenizer
 
 
 class StreamDecoder:

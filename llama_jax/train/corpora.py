@@ -39,7 +39,7 @@ class Corpora:
     @property
     def tokenizer_files(self) -> dict[str, bytes]:
         """The tokenizer's files, the same in all corpora."""
-        from llama_jax.text.tokenizer import read_files
+        from llama_jax.text.open import read_files
 
         return read_files(self.train[0].path)
 

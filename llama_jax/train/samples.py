@@ -14,7 +14,7 @@ from llama_jax.data.prepare.system import naming
 from llama_jax.infer.generate import Sampling, encode_prompt, generate, with_model
 from llama_jax.loaded import LoadedLlama
 from llama_jax.model import Llama
-from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.text.base import Tokenizer
 from llama_jax.train.build import make_model
 from llama_jax.train.recipe import Recipe
 from llama_jax.train.report import SAMPLES

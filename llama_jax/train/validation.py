@@ -14,7 +14,7 @@ from llama_jax.data.rows.loader import BatchSchedule, BatchStage, Loader
 from llama_jax.data.rows.plan import SequentialPlan
 from llama_jax.model import Llama
 from llama_jax.sharding import pad_batch
-from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.text.base import Tokenizer
 from llama_jax.train.objective import Objective
 
 ROWS = 8  # of a batch, or as many as the mesh has parts

@@ -16,7 +16,7 @@ from llama_jax.weights import params
 from llama_jax.weights.source import CheckpointError, Tensor
 
 if TYPE_CHECKING:
-    from llama_jax.text.tokenizer import Tokenizer
+    from llama_jax.text.base import Tokenizer
 
 DTYPES = {
     "float32": np.dtype(np.float32),

@@ -14,6 +14,7 @@ from llama_jax.plan import compiler, hlo, program
 from llama_jax.plan.make import by_arithmetic, cost_plan
 from llama_jax.sharding import parse_mesh
 from llama_jax.train import step
+from tests.plan import moves
 
 pytestmark = pytest.mark.tpu_compiler
 
@@ -62,7 +63,7 @@ def test_decoding_is_its_products_and_moves_no_weight(row):
     plan = cost_plan(row.job, say=print)
     assert plan.fits
     assert plan.compiled
-    assert hlo.large_moves(plan.compiled.text) == []
+    assert moves.large_moves(plan.compiled.text) == []
     print(f"{row.machine}: {plan.estimated_cycles / plan.floor_cycles:.3f} of the floor's cycles")
     assert plan.estimated_cycles <= 1.25 * plan.floor_cycles
 

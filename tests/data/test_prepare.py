@@ -22,8 +22,8 @@ from llama_jax.data.manifest import MANIFEST, UNFINISHED
 from llama_jax.data.prepare import stdlib, workers
 from llama_jax.data.prepare.prepare import make_request, prepare
 from llama_jax.data.prepare.train_tokenizer import train_tokenizer
+from llama_jax.text.facts import Facts
 from llama_jax.text.spm import SentencePieceTokenizer
-from llama_jax.text.tokenizer import Facts
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare_data.py"
 WORDS = ["def", "return", "self", "naïve", "三つ目", "\n    ", "\t", " = ", "(x, y):\n", "1234", "🦙"]

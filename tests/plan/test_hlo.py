@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from llama_jax.plan import hlo
+from tests.plan import moves
 
 # x @ w in a scan of 5 steps for a v5e; the counter starts at 0 and ends at a constant.
 SCAN = """\
@@ -155,12 +156,12 @@ def test_attention_kernels_are_listed():
     kernel = '%put.3 = bf16[8,2]{1,0} custom-call(%p), custom_call_target="tpu_custom_call", config={\n  "body": "x"\n}'
     text = COLLECTIVES.replace("  %done", f"  {kernel}\n  %done")
     assert hlo.kernels(text) == [("put", ((64, 512),), 1)]
-    assert hlo.collectives(text) == hlo.collectives(COLLECTIVES)
+    assert moves.collectives(text) == moves.collectives(COLLECTIVES)
 
 
 def test_bytes_of_collectives():
     size = 64 * 512 * 2
-    assert hlo.collectives(COLLECTIVES) == {
+    assert moves.collectives(COLLECTIVES) == {
         "all-reduce": 2 * size * 3 // 4,
         "all-gather": 3 * size,
         "reduce-scatter": size * 3 // 4,
@@ -178,31 +179,31 @@ def test_bytes_moved_leave_out_what_is_in_vmem():
 
 
 def test_asynchronous_copies_into_vmem_are_no_moves():
-    assert hlo.large_moves(SCAN, 1) == []
+    assert moves.large_moves(SCAN, 1) == []
 
 
 def test_a_copy_of_a_weight_before_the_loop_is_a_move():
     copied = SCAN.replace("  %tuple.18", "  %copy.1 = bf16[5,256,256]{1,2,0} copy(%param.3)\n  %tuple.18", 1)
     copied = copied.replace("%copy-done.1, %param.3)", "%copy-done.1, %copy.1)")
     assert copied.count("%copy.1)") == 1
-    (move,) = hlo.large_moves(copied, 5 * 256 * 256 * 2)
+    (move,) = moves.large_moves(copied, 5 * 256 * 256 * 2)
     assert move.startswith("copy copy.1 = bf16[5,256,256]{1,2,0} (655360 bytes)")
-    assert hlo.large_moves(copied, 5 * 256 * 256 * 2 + 1) == []
+    assert moves.large_moves(copied, 5 * 256 * 256 * 2 + 1) == []
 
 
 def test_moves_within_the_loop():
     """Of a weight that comes through the loop's tuple, plainly and in a fusion that does nothing else."""
     line = "  %fusion.13"
     plain = SCAN.replace(line, "  %turned = bf16[5,256,256]{2,1,0} transpose(%w), dimensions={0,2,1}\n" + line)
-    assert [move.split()[:2] for move in hlo.large_moves(plain)] == []  # 0.6 MB
-    assert [move.split()[:2] for move in hlo.large_moves(plain, 2**19)] == [["transpose", "turned"]]
+    assert [move.split()[:2] for move in moves.large_moves(plain)] == []  # 0.6 MB
+    assert [move.split()[:2] for move in moves.large_moves(plain, 2**19)] == [["transpose", "turned"]]
     fused = SCAN.replace(line, "  %one = bf16[256,256]{1,0} fusion(%w, %step), kind=kLoop, calls=%fused_slice\n" + line)
-    assert [move.split()[:2] for move in hlo.large_moves(fused, 1)] == [["fusion", "one"]]
+    assert [move.split()[:2] for move in moves.large_moves(fused, 1)] == [["fusion", "one"]]
 
 
 def test_a_copy_of_activations_is_no_move():
     text = SCAN.replace("  ROOT %tuple.16", "  %copy.9 = bf16[64,256]{0,1} copy(%fusion.13)\n  ROOT %tuple.16")
-    assert hlo.large_moves(text, 1) == []
+    assert moves.large_moves(text, 1) == []
 
 
 def test_sizes_of_types():

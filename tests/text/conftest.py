@@ -7,7 +7,7 @@ import sentencepiece
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from llama_jax.text.tokenizer import load_tokenizer, tokenizer_from_gguf
+from llama_jax.text.open import load_tokenizer, tokenizer_from_gguf
 from llama_jax.weights.gguf_file import read_gguf
 from tests.material import llama3_tokenizer, smollm2_gguf
 from tests.text.helpers import CORPUS, llama3_merges, llama3_vocabulary, load, sp_backend, write_folder

@@ -12,7 +12,8 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
+from llama_jax.text.base import Tokenizer
+from llama_jax.text.open import load_tokenizer
 from tests.material import llama3_tokenizer
 
 CORPUS = """The capital of France is Paris, and the quick brown fox jumps over the lazy dog 12 345 times.

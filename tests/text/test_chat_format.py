@@ -7,6 +7,7 @@ import tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import llama_jax
+from llama_jax.text.base import spellings
 from llama_jax.text.chat import (
     ChatError,
     ChatTemplateError,
@@ -16,7 +17,6 @@ from llama_jax.text.chat import (
     TemplateChat,
     chat_format,
 )
-from llama_jax.text.tokenizer import spellings
 from tests.text.helpers import load, smollm2_oracle, sp_backend, write_folder
 
 # The public templates of Llama 2, 3 and 3.1 in compact form, ChatML, and two that try out what Jinja offers.
@@ -435,7 +435,7 @@ def test_bad_templates(smollm2, template, message):
     ids=["nested", "filtered", "recursive", "in a filter", "macro"],
 )
 def test_a_template_that_hardly_ends(smollm2, monkeypatch, template):
-    monkeypatch.setattr("llama_jax.text.chat._TEMPLATE_SECONDS", 0.2)
+    monkeypatch.setattr("llama_jax.text.template.SECONDS", 0.2)
     tokenizer = without_template(smollm2)
     tokenizer.chat_template = template.replace("R", "range(100000)")
     with pytest.raises(ChatTemplateError, match="TimeoutError: it still ran after 0.2 seconds"):

@@ -10,7 +10,8 @@ from transformers import AutoTokenizer
 
 from llama_jax.text import export
 from llama_jax.text.chat import CodeLlama70BChat, Llama2Chat, Llama3Chat, chat_format
-from llama_jax.text.tokenizer import load_tokenizer, tokenizer_from_gguf
+from llama_jax.text.open import load_tokenizer, read_files, tokenizer_from_gguf
+from llama_jax.text.samples import sample_texts
 from tests.material import llama3_tokenizer
 from tests.text.helpers import CORPUS, load, random_texts, smollm2_oracle, write_folder
 from tests.text.test_tokenizer import LLAMA3_GOLDEN
@@ -37,7 +38,7 @@ def transformers_tokenizer(folder, files):
 def texts_of_text(sp, tokenizer, count, seed):
     """Random texts in which the model sees no piece that is a control token to us, and runs of spaces."""
     control = set(tokenizer.control_tokens.values())
-    texts = [*random_texts(count, seed), *export.sample_texts(), *(" " * n + "x" + " " * n for n in range(40))]
+    texts = [*random_texts(count, seed), *sample_texts(), *(" " * n + "x" + " " * n for n in range(40))]
     # Typed in a text, these are control tokens to transformers.
     texts = [text for text in texts if not any(name in text for name in ("<s>", "</s>", "<unk>", "▁<PRE>"))]
     return [text for text in texts if control.isdisjoint(sp.encode(text))]
@@ -93,7 +94,7 @@ def test_scores_order_the_merges_not_ids(sp, sp_metadata, tmp_path):
 @pytest.mark.parametrize("form", ["legacy", "metaspace"])
 def test_tokenizer_json_without_its_sentencepiece_model(sp, sp_folders, tmp_path, form):
     """The order of merges stands in for the scores."""
-    files, warnings = export.meta_files(export.read_files(sp_folders[form]))
+    files, warnings = export.meta_files(read_files(sp_folders[form]))
     assert (warnings, sorted(files)) == ([], ["tokenizer.json", "tokenizer.model", "tokenizer_config.json"])
     rebuilt = load(write_folder(tmp_path, {"tokenizer.model": files["tokenizer.model"]}))
     for text in texts_of_text(sp, rebuilt, 1000, seed=12):
@@ -128,7 +129,7 @@ def test_llama3_in_every_format(llama3, llama3_files, llama3_parts, tmp_path):
     hf = transformers_tokenizer(tmp_path, llama3_files)
     metadata = export.gguf_metadata(llama3_files, 128_256)
     gguf, ours = tokenizer_from_gguf(metadata), load(tmp_path)
-    for text in [*LLAMA3_GOLDEN, *random_texts(1000, seed=13), *export.sample_texts()]:
+    for text in [*LLAMA3_GOLDEN, *random_texts(1000, seed=13), *sample_texts()]:
         ids = llama3.encode(text)
         assert hf.encode(text, add_special_tokens=False, split_special_tokens=True) == ids, text
         assert hf.decode(ids) == ours.decode(ids) == text
@@ -165,7 +166,7 @@ def test_only_llama3s_tokenizer_json_becomes_a_tiktoken_file(llama3_files):
 def test_smollm2_from_gguf_and_back(smollm2_metadata, tmp_path):
     files = export.hf_files_from_gguf(smollm2_metadata)
     hf, oracle = transformers_tokenizer(tmp_path, files), smollm2_oracle(smollm2_metadata)
-    for text in [*random_texts(500, seed=14), *export.sample_texts()]:
+    for text in [*random_texts(500, seed=14), *sample_texts()]:
         assert hf.encode(text) == oracle.encode(text), text
         assert hf.decode(hf.encode(text)) == oracle.decode(oracle.encode(text))
     for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
@@ -209,12 +210,12 @@ def test_chat_templates_give_the_ids_of_the_formatters(sp_model, llama3_files, l
 
 
 def test_a_checkpoint_without_tokenizer_and_llama1s_folders(sp_model, tmp_path):
-    assert (export.read_files(tmp_path), export.hf_files({}), export.hf_files_from_gguf({})) == ({}, {}, {})
+    assert (read_files(tmp_path), export.hf_files({}), export.hf_files_from_gguf({})) == ({}, {}, {})
     assert export.meta_files({}) == ({}, [])
     assert tokenizer_from_gguf(export.gguf_metadata({}, 8)) is None
     write_folder(tmp_path, {"tokenizer.model": sp_model})
     folder = write_folder(tmp_path / "7B", {"params.json": {}})
-    assert export.read_files(folder) == {"tokenizer.model": sp_model}
+    assert read_files(folder) == {"tokenizer.model": sp_model}
     assert load(folder).encode("The") == load(tmp_path).encode("The")
     write_folder(folder, {"tokenizer.model": llama3_tokenizer().read_bytes()})
     assert load(folder).vocab_size == 128_256
@@ -271,7 +272,7 @@ def test_sentencepiece_models_of_other_kinds(options, tmp_path):
     ours = [load(write_folder(tmp_path / "hf", files)), tokenizer_from_gguf(metadata)]
     again = export.hf_files_from_gguf(metadata)
     ours += [load(write_folder(tmp_path / "again", again))]
-    texts = [*random_texts(300, seed=21), *export.sample_texts()]
+    texts = [*random_texts(300, seed=21), *sample_texts()]
     for text in (text for text in texts if not any(name in text for name in ("<s>", "</s>", "<unk>"))):
         for tokenizer in ours:
             assert tokenizer.encode(text) == sp.encode(text), (text, options)
@@ -304,7 +305,7 @@ def test_tokenizers_that_no_gguf_file_can_hold(smollm2_metadata, change, message
 
 
 def test_a_damaged_model_beside_tokenizer_json(sp_folders, sp):
-    files = export.read_files(sp_folders["legacy"]) | {"tokenizer.model": b"\x00garbage"}
+    files = read_files(sp_folders["legacy"]) | {"tokenizer.model": b"\x00garbage"}
     with pytest.raises(ValueError, match="tokenizer.model is neither"):
         export.gguf_metadata(files, sp.vocab_size())
 

@@ -4,7 +4,7 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, models, pre_tokenizers
 
-from llama_jax.text.tokenizer import load_tokenizer, tokenizer_from_gguf
+from llama_jax.text.open import load_tokenizer, tokenizer_from_gguf
 from tests.text.helpers import CORPUS, load, random_texts, smollm2_oracle, write_folder
 
 LLAMA3_GOLDEN = {

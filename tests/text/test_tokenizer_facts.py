@@ -4,8 +4,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from llama_jax.text.chat import chat_format
-from llama_jax.text.export import gguf_metadata, hf_files, read_files
-from llama_jax.text.tokenizer import tokenizer_from_gguf
+from llama_jax.text.export import gguf_metadata, hf_files
+from llama_jax.text.open import read_files, tokenizer_from_gguf
 from tests.text import makers
 from tests.text.helpers import load, write_folder
 

@@ -11,8 +11,8 @@ from transformers import AutoTokenizer
 from llama_jax.text.added import _TURN_TOKENS
 from llama_jax.text.differences import differences
 from llama_jax.text.export import gguf_metadata, hf_files, with_named_ids
+from llama_jax.text.open import read_files, tokenizer_from_files, tokenizer_from_gguf
 from llama_jax.text.samples import sample_texts
-from llama_jax.text.tokenizer import read_files, tokenizer_from_files, tokenizer_from_gguf
 from tests.text import makers
 from tests.text.helpers import load, random_texts, write_folder
 

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 import llama_jax
 from llama_jax.config import ConfigError, ModelConfig, RopeScaling
-from llama_jax.text.export import sample_texts
+from llama_jax.text.samples import sample_texts
 from llama_jax.weights.open import open_checkpoint
 from llama_jax.weights.replace import replacing
 from llama_jax.weights.save import convert

@@ -38,7 +38,7 @@ from llama_jax.data.prepare.system import exists, in_words
 from llama_jax.data.prepare.train_tokenizer import TrainingWork
 from llama_jax.files import disk_full, is_full, locked, write_whole
 from llama_jax.progress import progress
-from llama_jax.text.tokenizer import TOKENIZER_FILES
+from llama_jax.text.base import TOKENIZER_FILES
 
 
 def prepare(

@@ -18,7 +18,8 @@ from llama_jax.data.prepare.shards import Task
 from llama_jax.data.prepare.system import exists, naming
 from llama_jax.data.prepare.train_tokenizer import SAMPLE_BYTES
 from llama_jax.data.prepare.walk import Notes
-from llama_jax.text.tokenizer import VOCABULARY_FILES, read_files
+from llama_jax.text.base import VOCABULARY_FILES
+from llama_jax.text.open import read_files
 
 log = logging.getLogger("llama_jax")
 

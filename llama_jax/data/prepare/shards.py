@@ -25,7 +25,8 @@ from llama_jax.data.prepare.documents import Document, Reading, check_unchanged,
 from llama_jax.data.prepare.inputs import digest
 from llama_jax.data.prepare.pieces import InputSlice
 from llama_jax.files import disk_full, is_full, sync, write_whole
-from llama_jax.text.tokenizer import Tokenizer, tokenizer_from_files
+from llama_jax.text.base import Tokenizer
+from llama_jax.text.open import tokenizer_from_files
 
 # Tokens that end a document, the first that the vocabulary has; an instruct model's own EOS ends a turn instead.
 END_OF_DOCUMENT = ("</s>", "<|end_of_text|>", "<|endoftext|>")

@@ -146,8 +146,8 @@ def parameter_entry(
 
 def folder_checkpoint(path: Path, format: params.Format, settled: Settled) -> Checkpoint:
     """Returns a checkpoint whose tokenizer is stored beside its weights."""
-    from llama_jax.text.export import hf_files, read_files, with_named_ids
-    from llama_jax.text.tokenizer import load_tokenizer
+    from llama_jax.text.export import hf_files, with_named_ids
+    from llama_jax.text.open import load_tokenizer, read_files
 
     generation, tokenizer = path / "generation_config.json", load_tokenizer(path)
     return Checkpoint(

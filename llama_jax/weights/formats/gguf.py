@@ -40,7 +40,7 @@ class _GGUF(base.FormatObject):
 
     def open(self, path: Path) -> Checkpoint:
         from llama_jax.text.export import hf_files_from_gguf
-        from llama_jax.text.tokenizer import tokenizer_from_gguf
+        from llama_jax.text.open import tokenizer_from_gguf
 
         file = read_gguf(path)
         if answer := diagnose.gguf(file.metadata, file.tensors):
