@@ -23,7 +23,6 @@ Tools = Sequence[Any] | None
 # What separates turns in formats that spell it as ordinary text; typed in a message, it would forge a turn.
 _MARKER = re.compile(r"\[/?INST\]|<</?SYS>>|<\|[\w ]+\|>")
 _LLAMA2_MARKERS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
-_DEADLINE, _TICK = "template deadline", "template tick"  # no template can spell a name with a space
 _ROLES = ("system", "user", "assistant", "tool", "ipython", "function", "developer")
 
 

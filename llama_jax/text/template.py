@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+_DEADLINE, _TICK = "template deadline", "template tick"  # no template can spell a name with a space
 SECONDS = 5.0  # of processor time; a thousand messages take a thousandth of that
 
 
