@@ -26,7 +26,7 @@ from llama_jax.data.prepare.system import naming
 from llama_jax.data.rows.loader import Loader, Step
 from llama_jax.data.rows.plan import sources
 from llama_jax.distributed.agreement import fingerprint
-from llama_jax.infer.generate import Sampling, encode_prompt, generate, with_model
+from llama_jax.infer.generate import Sampling, encode_prompt, generate
 from llama_jax.sharding import whole_weights
 from llama_jax.train import resume, setup
 from llama_jax.train.choose import choose, in_words
@@ -439,10 +439,11 @@ class _Run:
 
     def _sample(self) -> None:
         """Continues the prompts, from the weights as they lie."""
-        options, model = self.recipe.samples, self.state.model
+        assert self.writer is not None
+        options, writer = self.recipe.samples, dataclasses.replace(self.writer, model=self.state.model)
         prompts = [prompt.rstrip(" ") or prompt for prompt in options.prompts]  # spaces belong to the word after
         completions = generate(
-            with_model(self.writer, model), prompts, max_new_tokens=options.new_tokens,
+            writer, prompts, max_new_tokens=options.new_tokens,
             temperature=options.temperature, seed=self.recipe.seed,
         )  # fmt: skip
         texts = [completion.text for completion in completions]
