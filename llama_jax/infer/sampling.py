@@ -135,8 +135,9 @@ def sample(logits_BV: jax.Array, rows: RowSampling, position_B: jax.Array, runni
 
     def drawn() -> jax.Array:
         divisor_B1 = jnp.where(rows.temperature_B > 0, rows.temperature_B, 1)[:, None]
-        weights_BV = kept_weights(logits_BV / divisor_B1, rows, drawing_B)
-        return jnp.where(drawing_B, draw(weights_BV, rows.seed_B, position_B), greedy_B)
+        weights_BV, kept_BV = keep(logits_BV / divisor_B1, rows, drawing_B)
+        token_B = draw(jnp.where(kept_BV, weights_BV, 0), rows.seed_B, position_B)
+        return jnp.where(drawing_B, token_B, greedy_B)
 
     return jax.lax.cond(any_row(drawing_B), drawn, lambda: greedy_B)
 
@@ -158,8 +159,8 @@ def greedy(logits_BV: jax.Array) -> jax.Array:
     return jnp.where(top_BV, ids_V, V).min(axis=-1)
 
 
-def kept_weights(logits_BV: jax.Array, rows: RowSampling, drawing_B: jax.Array) -> jax.Array:
-    """Returns each token's probability over that of the most likely one, 0 where top_k, top_p or min_p removes it.
+def keep(logits_BV: jax.Array, rows: RowSampling, drawing_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns each token's probability over that of the most likely one, and whether top_k, top_p and min_p keep it.
 
     Args:
       logits_BV: float32, divided by the temperature.
@@ -192,7 +193,7 @@ def kept_weights(logits_BV: jax.Array, rows: RowSampling, drawing_B: jax.Array) 
     )
     top_p_B = jax.lax.cond(any_row(drawing_B & (rows.top_p_B < 1)), with_top_p, lambda _: none_B, total_B)
     least_B = jnp.maximum(least_B, jnp.maximum(top_k_B, top_p_B))
-    return jnp.where(keys_BV >= least_B[:, None], weights_BV, 0)
+    return weights_BV, keys_BV >= least_B[:, None]
 
 
 def draw(weights_BV: jax.Array, seed_B: jax.Array, position_B: jax.Array) -> jax.Array:
