@@ -145,13 +145,10 @@ def insert(state: DecodeState, row: jax.Array, prefilled: DecodeState) -> Decode
     """Returns the state with the only row of another one, whose cache has as many slots or fewer, as row `row`.
 
     Args:
-      state: the rows; donated. It samples if `prefilled` does.
+      state: the rows; donated.
       row: int32 scalar.
-      prefilled: a state of one row.
+      prefilled: a state of one row; both sample or neither, with as much room for stop ids.
     """
-    width = state.stop_BN.shape[1] - prefilled.stop_BN.shape[1]
-    stop_1N = jnp.pad(prefilled.stop_BN, ((0, 0), (0, width)), constant_values=NO_TOKEN)
-
     def put(old, new):
         rows = jax.typeof(old).sharding.spec[0]
         here = jnp.arange(old.shape[0], out_sharding=jax.P(rows)).reshape(-1, *(1 for _ in old.shape[1:])) == row
@@ -160,8 +157,7 @@ def insert(state: DecodeState, row: jax.Array, prefilled: DecodeState) -> Decode
         return jnp.where(here, new, old)
 
     cache = insert_row(state.cache, row, prefilled.cache)
-    rest = dataclasses.replace(state, cache=())
-    other = dataclasses.replace(prefilled, cache=(), stop_BN=stop_1N)
+    rest, other = (dataclasses.replace(of, cache=()) for of in (state, prefilled))
     return dataclasses.replace(jax.tree.map(put, rest, other), cache=cache)
 
 

@@ -162,6 +162,8 @@ class Engine:
             state = self._sampling(state, ())
         elif prefilled.sampling is None and state.sampling is not None:
             prefilled = self._sampling(prefilled, ())
+        widest = max(of.stop_BN.shape[1] for of in (state, prefilled))
+        state, prefilled = (_with_room(of, widest) for of in (state, prefilled))
         return _insert(state, np.int32(row), prefilled)
 
     def release(self, state: DecodeState, row: int) -> DecodeState:
@@ -225,6 +227,15 @@ class Engine:
 def bucket(length: int, least: int = MIN_BUCKET) -> int:
     """The next power of two: prompts of all lengths share a few compiled programs."""
     return max(least, 1 << (length - 1).bit_length())
+
+
+def _with_room(state: DecodeState, stops: int) -> DecodeState:
+    """The state with so many stop ids a row."""
+    missing = stops - state.stop_BN.shape[1]
+    if not missing:
+        return state
+    stop_BN = jnp.pad(state.stop_BN, ((0, 0), (0, missing)), constant_values=NO_TOKEN)
+    return dataclasses.replace(state, stop_BN=stop_BN)
 
 
 def _on_leaves(function: Any) -> Any:
