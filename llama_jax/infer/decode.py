@@ -128,9 +128,7 @@ def decode(
     return state, tokens_BC, logprobs_BC
 
 
-def sample_last(
-    model: Llama, state: DecodeState, halt_B: jax.Array
-) -> tuple[DecodeState, jax.Array, jax.Array]:
+def sample_last(model: Llama, state: DecodeState, halt_B: jax.Array) -> tuple[DecodeState, jax.Array, jax.Array]:
     """Samples the last token of each row, which the blocks need not see: as `decode` of one step, [B, 1]."""
     state, _, token_B, logprob_B = _emit(model, release(state, halt_B))
     return state, token_B[:, None], logprob_B[:, None]
@@ -149,6 +147,7 @@ def insert(state: DecodeState, row: jax.Array, prefilled: DecodeState) -> Decode
       row: int32 scalar.
       prefilled: a state of one row; both sample or neither, with as much room for stop ids.
     """
+
     def put(old, new):
         rows = jax.typeof(old).sharding.spec[0]
         here = jnp.arange(old.shape[0], out_sharding=jax.P(rows)).reshape(-1, *(1 for _ in old.shape[1:])) == row

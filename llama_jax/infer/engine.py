@@ -45,7 +45,7 @@ class Request:
 
     ids: Sequence[int]
     max_new_tokens: int
-    sampling: Sampling = Sampling()
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
     stop_ids: Collection[int] = ()
     held: Sequence[int] = ()
 
@@ -135,12 +135,12 @@ class Engine:
             remaining_B[i] = min(request.max_new_tokens, 2**31 - 1)
             tokens_BT[i, : len(request.ids)] = request.ids
             stop_BN[i, : len(request.stop_ids)] = sorted(request.stop_ids)
-        x_B1D, cache = _prefill(
+        x_B1D, filled = _prefill(
             self._leaves, self._put(tokens_BT, "seq"), self._put(start_B), self._put(length_B), cache,
             structure=self._structure, size=size, span=min(size, bucket(max(request.length for request in requests))),
         )  # fmt: skip
         state = DecodeState(
-            cache=cache,
+            cache=filled,
             x_B1D=x_B1D,
             position_B=self._put(start_B + length_B - 1),
             remaining_B=self._put(remaining_B),
@@ -216,9 +216,10 @@ class Engine:
         others = state.finish_B.shape[0] - len(requests)
         samplings = [*(request.sampling for request in requests), *[Sampling()] * others]
         seen = [*([*request.held, *request.ids] for request in requests), *[()] * others]
-        rows = row_sampling(samplings, seen, self._model.config.vocab_size)
-        placed = jax.tree.map(lambda x: self._put(x, *["sampled"] * (x.ndim - 1)), rows)
-        return dataclasses.replace(state, sampling=placed)
+        rows = row_sampling(
+            samplings, seen, self._model.config.vocab_size, put=lambda x: self._put(x, *["sampled"] * (x.ndim - 1))
+        )
+        return dataclasses.replace(state, sampling=rows)
 
     def _put(self, x: np.ndarray, *axes: str) -> jax.Array:
         return distributed.put(x, self._model.rules.sharding(("batch", *axes), x.shape))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 
 from llama_jax.caches import KVCache, num_slots
 from llama_jax.infer.decode import CHUNK, FINISH_REASONS, RUNNING, DecodeState
-from llama_jax.infer.engine import Engine, Request, bucket
+from llama_jax.infer.engine import Chunk, Engine, Request, bucket
 from llama_jax.infer.sampling import Sampling
 from llama_jax.sharding import pad_batch
 from llama_jax.text.stream import StopStrings, StreamDecoder
@@ -54,10 +54,10 @@ def generate(
     *,
     max_new_tokens: int | Sequence[int] = 128,
     temperature: float | Sequence[float] = 0.0,
-    top_k: int | None | Sequence[int | None] = None,
-    top_p: float | None | Sequence[float | None] = None,
-    min_p: float | None | Sequence[float | None] = None,
-    repetition_penalty: float | None | Sequence[float | None] = None,
+    top_k: int | Sequence[int | None] | None = None,
+    top_p: float | Sequence[float | None] | None = None,
+    min_p: float | Sequence[float | None] | None = None,
+    repetition_penalty: float | Sequence[float | None] | None = None,
     seed: int | Sequence[int] = 0,
     stop: str | Sequence[str] | Sequence[Sequence[str]] = (),
     logprobs: bool = False,
@@ -92,19 +92,11 @@ def generate(
     """
     if isinstance(prompts, str):
         raise ValueError("prompts must be a list of prompts, not one string: write [prompt]")
-    count = len(prompts)
-    seeds = [(seed + i) % 2**32 for i in range(count)] if isinstance(seed, int) and 0 <= seed < 2**32 else seed
-    options = [temperature, top_k, top_p, min_p, repetition_penalty, seeds]
-    names = [field.name for field in dataclasses.fields(Sampling)]
-    columns = [_one_per_prompt(name, value, count) for name, value in zip(names, options, strict=True)]
-    samplings = [Sampling(*values) for values in zip(*columns, strict=True)]
-    budgets = _one_per_prompt("max_new_tokens", max_new_tokens, count)
-    if budgets and min(budgets) < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {min(budgets)}")
+    options = temperature, top_k, top_p, min_p, repetition_penalty, seed
+    samplings, budgets = _samplings(options, len(prompts)), _budgets(max_new_tokens, len(prompts))
     if not prompts:
         return []
-    shared = isinstance(stop, str) or all(isinstance(text, str) for text in stop)
-    stops = [[stop] if isinstance(stop, str) else list(stop)] * count if shared else _one_per_prompt("stop", stop, count)
+    stops = _stops(stop, len(prompts))
     ids = [encode_prompt(llama, prompt, where=f"prompt {i}") for i, prompt in enumerate(prompts)]
     rows = [
         RowText(llama, stop, goes_on=isinstance(prompt, (str, ContinuedText)))
@@ -127,7 +119,31 @@ def generate(
     return [row.completion(reason, logprobs) for row, reason in zip(rows, run.finish_reasons(), strict=False)]
 
 
-def _one_per_prompt(name: str, value: Any, count: int) -> list[Any]:
+def _samplings(options: Sequence[Any], count: int) -> list[Sampling]:
+    """How each prompt's tokens are chosen; one seed counts up over the prompts."""
+    *options, seed = options
+    if isinstance(seed, int):
+        seed = [(Sampling(seed=seed).seed + i) % 2**32 for i in range(count)]
+    names = [field.name for field in dataclasses.fields(Sampling)]
+    columns = [_each(name, value, count) for name, value in zip(names, [*options, seed], strict=True)]
+    return [Sampling(*values) for values in zip(*columns, strict=True)]
+
+
+def _budgets(max_new_tokens: int | Sequence[int], count: int) -> list[int]:
+    budgets = _each("max_new_tokens", max_new_tokens, count)
+    if min(budgets, default=1) < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {min(budgets)}")
+    return budgets
+
+
+def _stops(stop: str | Sequence[str] | Sequence[Sequence[str]], count: int) -> list[Any]:
+    """The stop strings of each prompt."""
+    if isinstance(stop, str):
+        return [[stop]] * count
+    return [list(stop)] * count if all(isinstance(text, str) for text in stop) else _each("stop", stop, count)
+
+
+def _each(name: str, value: Any, count: int) -> list[Any]:
     """The value of each prompt.
 
     Raises:
@@ -292,30 +308,29 @@ class Generation:
 
     def __iter__(self) -> Iterator[tuple[list[list[int]], list[list[float]]]]:
         state = self.state = self._engine.prefill(self._requests, size=self.size, cache=self._cache)
-        rest = [request.max_new_tokens for request in self._requests]
+        left_B = np.zeros(len(self._halt), np.int64)
+        left_B[: len(self._requests)] = [request.max_new_tokens for request in self._requests]
         steps = self._first_chunk
-        while left := [n for n, halt, code in zip(rest, self._halt, self._finish_B) if not halt and code == RUNNING]:
-            most, self.state = max(left), None
+        while most := int(np.max(left_B, where=~self._halt & (self._finish_B == RUNNING), initial=0)):
+            self.state = None
             steps = max(1, min(steps, CHUNK, most - 1))
             if most == 1:
                 state, chunk = self._engine.last(state, self._halt)
             else:
                 state, chunk = self._engine.steps(state, steps, self._halt)
             self.state, self._finish_B = state, chunk.finish
-            rest = [n - len(tokens) for n, tokens in zip(rest, chunk.tokens)]
-            yield self._rows(chunk.tokens, chunk.logprobs)
+            left_B -= [len(tokens) for tokens in chunk.tokens]
+            yield self._without_stop_ids(chunk)
             steps *= 2
 
-    def _rows(self, tokens: list[list[int]], logprobs: list[list[float]]):
-        """The requests' tokens, without stop ids."""
-        ends = [
-            len(new) - bool(new and new[-1] in request.stop_ids)
-            for new, request in zip(tokens, self._requests, strict=False)
-        ]
-        self.emitted += tokens[0][: ends[0]]
-        return [new[:end] for new, end in zip(tokens, ends, strict=False)], [
-            new[:end] for new, end in zip(logprobs, ends, strict=False)
-        ]
+    def _without_stop_ids(self, chunk: Chunk) -> tuple[list[list[int]], list[list[float]]]:
+        """The requests' tokens and log-probabilities."""
+        tokens, logprobs = chunk.tokens[: len(self._requests)], chunk.logprobs[: len(self._requests)]
+        for request, new, new_logprobs in zip(self._requests, tokens, logprobs, strict=True):
+            if new and new[-1] in request.stop_ids:
+                del new[-1], new_logprobs[-1]
+        self.emitted += tokens[0]
+        return tokens, logprobs
 
 
 def cache_size(llama: LoadedLlama, longest: int, max_new_tokens: int) -> int:

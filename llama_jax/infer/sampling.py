@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-
 
 BLOCK = 256  # tokens of the draw's inner level
 
@@ -89,32 +88,38 @@ class RowSampling:
     seen_BV: jax.Array
 
 
-def row_sampling(samplings: Sequence[Sampling], seen: Sequence[Sequence[int]], vocab_size: int) -> RowSampling:
-    """Returns NumPy arrays of what each row asks for; at temperature 0 its filters are neutral.
+def row_sampling(
+    samplings: Sequence[Sampling],
+    seen: Sequence[Sequence[int]],
+    vocab_size: int,
+    *,
+    put: Callable[[np.ndarray], jax.Array],
+) -> RowSampling:
+    """Returns what each row asks for, on the devices; at temperature 0 its filters are neutral.
 
     Args:
       samplings: one a row.
       seen: each row's tokens so far.
       vocab_size: V.
+      put: puts [B] or [B, V] on the devices.
     """
 
-    def rows(name: str, neutral: float, dtype: type) -> np.ndarray:
+    def rows(name: str, neutral: float) -> list[float]:
         found = [getattr(s, name) if s.temperature or name == "repetition_penalty" else None for s in samplings]
-        return np.asarray([neutral if value is None else value for value in found], dtype)
+        return [neutral if value is None else value for value in found]
 
-    seen_BV = np.zeros((len(samplings), vocab_size), bool)
+    seen_BV, most = np.zeros((len(samplings), vocab_size), bool), 2**31 - 1
     for row_V, sampling, ids in zip(seen_BV, samplings, seen, strict=True):
         if sampling.repetition_penalty is not None:
             row_V[list(ids)] = True
-    most = 2**31 - 1
     return RowSampling(
-        temperature_B=np.asarray([s.temperature for s in samplings], np.float32),
-        top_k_B=np.minimum(rows("top_k", most, object), most).astype(np.int32),
-        top_p_B=rows("top_p", 1, np.float32),
-        min_p_B=rows("min_p", 0, np.float32),
-        penalty_B=rows("repetition_penalty", 1, np.float32),
-        seed_B=np.asarray([s.seed for s in samplings], np.uint32),
-        seen_BV=seen_BV,
+        temperature_B=put(np.asarray([s.temperature for s in samplings], np.float32)),
+        top_k_B=put(np.asarray([min(k, most) for k in rows("top_k", most)], np.int32)),
+        top_p_B=put(np.asarray(rows("top_p", 1), np.float32)),
+        min_p_B=put(np.asarray(rows("min_p", 0), np.float32)),
+        penalty_B=put(np.asarray(rows("repetition_penalty", 1), np.float32)),
+        seed_B=put(np.asarray([s.seed for s in samplings], np.uint32)),
+        seen_BV=put(seen_BV),
     )
 
 

@@ -60,9 +60,8 @@ def test_six_settings_in_one_batch_are_six_single_calls(mesh):
     reseeded = llama_jax.generate(
         llama, PROMPTS, max_new_tokens=budgets, **options | {"seed": [s.seed ^ 1 for s in SETTINGS]}
     )
-    differs = [a.tokens != b.tokens for a, b in zip(together, reseeded, strict=True)]
-    assert differs[0] and differs[3] and differs[5]
-    assert not differs[1] and not differs[4]  # greedy
+    same = [i for i, (a, b) in enumerate(zip(together, reseeded, strict=True)) if a.tokens == b.tokens]
+    assert same in ([1, 4], [1, 2, 4])  # greedy rows, and perhaps the one of one token
 
 
 def served(llama, arrivals, *, rows: int = 8, chunk: int = 3, leaves=()) -> dict[int, tuple[list[int], list[float]]]:
@@ -168,7 +167,10 @@ def compilations():
 
 
 def test_nothing_is_compiled_after_the_first_calls(compilations):
-    """One program for greedy batches, one for all others. Then 50 calls, each with another set of filters; and rows that come and leave."""
+    """One program for greedy batches, one for all others.
+
+    Then 50 calls, each with another set of filters, and rows that come and leave.
+    """
     llama, random = random_llama(tiny_config(num_layers=1)), np.random.default_rng(0)
 
     def ask(count: int = 3):
