@@ -56,24 +56,25 @@ def prefill(
     tokens_BT: jax.Array,
     start_B: jax.Array,
     length_B: jax.Array,
+    remaining_B: jax.Array,
+    stop_BN: jax.Array,
     cache: KVCache | None,
     *,
     size: int,
     span: int | None,
-) -> tuple[jax.Array, KVCache]:
-    """Runs the prompts, up to where each row's first token is sampled.
+) -> DecodeState:
+    """Runs the prompts, and returns the rows up to where each one's first token is sampled, all of them greedy.
 
     Args:
       model: the model.
       tokens_BT: right-padded prompts.
       start_B: the slot of each row's first token: 0, or what the cache already holds.
       length_B: tokens in each row; 0 is a dead row, which only fills the batch.
+      remaining_B: how many tokens each row may emit.
+      stop_BN: tokens that end each row.
       cache: of earlier turns, or None for a new one.
       size: slots of a new cache.
       span: static bound on the slots that these queries can see.
-
-    Returns:
-      The output of the last block at each row's last token, [B, 1, D], and the cache.
     """
     B, T = tokens_BT.shape
     fresh = cache is None
@@ -85,8 +86,16 @@ def prefill(
     x_BTD, filled = model.hidden(tokens_BT, positions_BT=positions_BT, cache=cache, span=span, ordered=fresh)
     last_BT = order_BT == jnp.maximum(length_B - 1, 0)[:, None]
     assert filled is not None
-    # A gather along T would make the whole residual stream whole on each device.
-    return jnp.sum(jnp.where(last_BT[..., None], x_BTD, 0), axis=1, keepdims=True), filled
+    return DecodeState(
+        cache=filled,
+        # A gather along T would make the whole residual stream whole on each device.
+        x_B1D=jnp.sum(jnp.where(last_BT[..., None], x_BTD, 0), axis=1, keepdims=True),
+        position_B=start_B + length_B - 1,
+        remaining_B=remaining_B,
+        finish_B=jnp.where(length_B > 0, RUNNING, LENGTH),
+        stop_BN=stop_BN,
+        sampling=None,
+    )
 
 
 def decode(

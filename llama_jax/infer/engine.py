@@ -19,7 +19,7 @@ from llama_jax import distributed
 from llama_jax.caches import KVCache, num_slots
 from llama_jax.costs import tuned
 from llama_jax.infer import decode
-from llama_jax.infer.decode import LENGTH, NO_TOKEN, RUNNING, DecodeState
+from llama_jax.infer.decode import LENGTH, NO_TOKEN, DecodeState
 from llama_jax.infer.sampling import Sampling, row_sampling
 from llama_jax.model import Llama
 from llama_jax.sharding import pad_batch, whole_sequences
@@ -135,19 +135,11 @@ class Engine:
             remaining_B[i] = min(request.max_new_tokens, 2**31 - 1)
             tokens_BT[i, : len(request.ids)] = request.ids
             stop_BN[i, : len(request.stop_ids)] = sorted(request.stop_ids)
-        x_B1D, filled = _prefill(
-            self._leaves, self._put(tokens_BT, "seq"), self._put(start_B), self._put(length_B), cache,
+        state = _prefill(
+            self._leaves, self._put(tokens_BT, "seq"), *map(self._put, (start_B, length_B, remaining_B)),
+            self._put(stop_BN, "sampled"), cache,
             structure=self._structure, size=size, span=min(size, bucket(max(request.length for request in requests))),
         )  # fmt: skip
-        state = DecodeState(
-            cache=filled,
-            x_B1D=x_B1D,
-            position_B=self._put(start_B + length_B - 1),
-            remaining_B=self._put(remaining_B),
-            finish_B=self._put(np.where(length_B > 0, RUNNING, LENGTH).astype(np.int32)),
-            stop_BN=self._put(stop_BN, "sampled"),
-            sampling=None,
-        )
         return state if all(request.sampling.greedy for request in requests) else self._sampling(state, requests)
 
     def insert(self, state: DecodeState, row: int, prefilled: DecodeState) -> DecodeState:
@@ -181,15 +173,15 @@ class Engine:
         Raises:
           ValueError: the model computed NaN.
         """
-        return self._run(functools.partial(self._decode, steps=steps), state, halt)
+        return self._run(self._decode, state, halt, steps)
 
     def last(self, state: DecodeState, halt: np.ndarray | None = None) -> tuple[DecodeState, Chunk]:
         """As `steps` of one token where no running row may emit more: it costs no step of the blocks."""
         return self._run(_sample_last, state, halt)
 
-    def _run(self, program: Any, state: DecodeState, halt: np.ndarray | None) -> tuple[DecodeState, Chunk]:
+    def _run(self, program: Any, state: DecodeState, halt: np.ndarray | None, *steps: int) -> tuple[DecodeState, Chunk]:
         halt = np.zeros(state.finish_B.shape[0], bool) if halt is None else halt
-        state, *found = program(self._leaves, state, self._put(halt), structure=self._structure)
+        state, *found = program(self._leaves, state, self._put(halt), *steps, structure=self._structure)
         tokens_BC, logprobs_BC, finish_B = map(np.asarray, found)
         kept_BC = tokens_BC != NO_TOKEN
         if np.isnan(logprobs_BC[kept_BC]).any():
@@ -262,7 +254,7 @@ def _for_the_host(step: Any) -> Any:
 
 # The head is not used but held: a plan counts it.
 _prefill = jax.jit(
-    _on_leaves(decode.prefill), static_argnames=("structure", "size", "span"), donate_argnums=4, keep_unused=True
+    _on_leaves(decode.prefill), static_argnames=("structure", "size", "span"), donate_argnums=6, keep_unused=True
 )
 _sample_last = jax.jit(_on_leaves(_for_the_host(decode.sample_last)), static_argnames="structure", donate_argnums=1)
 _logits = jax.jit(_on_leaves(lambda model, tokens_BT: model(tokens_BT)[0]), static_argnames="structure")

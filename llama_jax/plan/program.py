@@ -90,7 +90,8 @@ def _prefilling(job: Workload) -> Lowered:
     model = serving_model(job)
     row = _rows(model, job, jnp.int32)
     tokens = _placed(model, ("batch", "seq"), (job.batch, job.seq_len), jnp.int32)
-    args = (tokens, row, row, None)
+    stop_BN = _placed(model, ("batch", "sampled"), (job.batch, STOPS), jnp.int32)
+    args = (tokens, row, row, row, stop_BN, None)
     step = Engine(model).lower_prefill(*args, size=job.seq_len, span=job.seq_len)
     return lowered(step, (model, args), model, cache=abstract_cache(model, job))
 

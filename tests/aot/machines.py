@@ -113,10 +113,12 @@ def prefilling(config: ModelConfig, B: int, T: int, size: int, **options: Any) -
     tokens = abstract(model.rules, ("batch", "seq"), (B, T), jnp.int32)
     row = abstract(model.rules, ("batch",), (B,), jnp.int32)
 
-    def prefill(model, tokens_BT, start_B, length_B):
-        return decode.prefill(model, tokens_BT, start_B, length_B, None, size=size, span=T)
+    stop_BN = abstract(model.rules, ("batch", "sampled"), (B, 2), jnp.int32)
 
-    return prefill, (model, tokens, row, row)
+    def prefill(model, *args):
+        return decode.prefill(model, *args, None, size=size, span=T)
+
+    return prefill, (model, tokens, row, row, row, stop_BN)
 
 
 def gigabytes(compiled: Any) -> str:
