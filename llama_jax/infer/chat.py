@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from llama_jax.caches import KVCache, grow, num_slots
+from llama_jax.infer.engine import Request
 from llama_jax.infer.generate import Completion, Generation, RowText
 from llama_jax.infer.sampling import Sampling
 
@@ -147,8 +148,11 @@ class Conversation:
             if size > num_slots(self._cache):
                 self._cache = grow(self._cache, self._llama.model.rules, size)
         cache, self._cache, self._cached = self._cache, None, []  # donated: not ours until the run gives it back
-        return Generation(
-            self._llama, [ids[start:]], max_new_tokens=self._max_new_tokens, sampling=self._sampling,
-            stop_ids={*self._format.stop_ids, *self._llama.require_tokenizer().stop_ids}, cache=cache,
-            size=size, start=start, history=ids[:start], first_chunk=STREAM_CHUNK,
-        )  # fmt: skip
+        request = Request(
+            ids[start:],
+            self._max_new_tokens,
+            self._sampling,
+            {*self._format.stop_ids, *self._llama.require_tokenizer().stop_ids},
+            held=ids[:start],
+        )
+        return Generation(self._llama, [request], cache=cache, size=size, first_chunk=STREAM_CHUNK)

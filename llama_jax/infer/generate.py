@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
-from llama_jax import distributed
 from llama_jax.caches import KVCache, num_slots
-from llama_jax.infer.decode import (
-    CHUNK,
-    FINISH_REASONS,
-    NO_TOKEN,
-    RUNNING,
-    DecodeState,
-    programs_of,
-    with_model,  # noqa: F401 (for the training loop)
-)
+from llama_jax.infer.decode import CHUNK, FINISH_REASONS, RUNNING, DecodeState
+from llama_jax.infer.engine import Chunk, Engine, Request, bucket
 from llama_jax.infer.sampling import Sampling
-from llama_jax.sharding import pad_batch, whole_sequences
+from llama_jax.sharding import pad_batch
 from llama_jax.text.stream import StopStrings, StreamDecoder
 
 if TYPE_CHECKING:
     from llama_jax.loaded import LoadedLlama
 
-MIN_BUCKET = 16  # a shorter prompt compiles nothing smaller
 STOP_CHUNK = 8  # tokens in the first chunk where the host looks for stop strings: what follows one is for nothing
 
 
@@ -61,18 +52,21 @@ def generate(
     llama: LoadedLlama,
     prompts: Sequence[str | Sequence[int]],
     *,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float | None = None,
-    seed: int = 0,
-    stop: str | Sequence[str] = (),
+    max_new_tokens: int | Sequence[int] = 128,
+    temperature: float | Sequence[float] = 0.0,
+    top_k: int | Sequence[int | None] | None = None,
+    top_p: float | Sequence[float | None] | None = None,
+    min_p: float | Sequence[float | None] | None = None,
+    repetition_penalty: float | Sequence[float | None] | None = None,
+    seed: int | Sequence[int] = 0,
+    stop: str | Sequence[str] | Sequence[Sequence[str]] = (),
     logprobs: bool = False,
     on_tokens: Callable[[int], None] | None = None,
 ) -> list[Completion]:
     """Continues each prompt. Of several processes, all call this alike, and all get the result.
+
+    The options up to `stop` are for all prompts, or lists of one for each prompt. A row's tokens do not depend on the
+    other rows nor on its place among them.
 
     Args:
       llama: of `load`.
@@ -84,8 +78,9 @@ def generate(
       top_p: see `Sampling`.
       min_p: see `Sampling`.
       repetition_penalty: see `Sampling`.
-      seed: see `Sampling`.
-      stop: texts that end a completion; they are not part of it.
+      seed: see `Sampling`. One number is the first prompt's seed, and each prompt's is one more than that of the prompt
+        before it, so that equal prompts get different answers; a list gives each prompt its own.
+      stop: texts that end a completion, and are not part of it; one list a prompt is a list of lists.
       logprobs: whether to return each token's log-probability.
       on_tokens: called with the number of new tokens after each chunk, for a display of progress.
 
@@ -95,22 +90,25 @@ def generate(
     Raises:
       ValueError: an argument is wrong, a prompt is empty, or one does not fit into the cache.
     """
-    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     if isinstance(prompts, str):
         raise ValueError("prompts must be a list of prompts, not one string: write [prompt]")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    options = temperature, top_k, top_p, min_p, repetition_penalty, seed
+    samplings, budgets = _samplings(options, len(prompts)), _budgets(max_new_tokens, len(prompts))
     if not prompts:
         return []
+    stops = _stops(stop, len(prompts))
     ids = [encode_prompt(llama, prompt, where=f"prompt {i}") for i, prompt in enumerate(prompts)]
-    stops = [stop] if isinstance(stop, str) else list(stop)
-    rows = [RowText(llama, stops, goes_on=isinstance(prompt, (str, ContinuedText))) for prompt in prompts]
+    rows = [
+        RowText(llama, stop, goes_on=isinstance(prompt, (str, ContinuedText)))
+        for prompt, stop in zip(prompts, stops, strict=True)
+    ]
+    stop_ids = llama.tokenizer.stop_ids if llama.tokenizer else ()
+    requests = [
+        Request(tokens, budget, sampling, stop_ids)
+        for tokens, budget, sampling in zip(ids, budgets, samplings, strict=True)
+    ]
     with jax.set_mesh(llama.mesh):
-        stop_ids = llama.tokenizer.stop_ids if llama.tokenizer else ()
-        run = Generation(
-            llama, ids, max_new_tokens=max_new_tokens, sampling=sampling, stop_ids=stop_ids,
-            first_chunk=STOP_CHUNK if stops else CHUNK,
-        )  # fmt: skip
+        run = Generation(llama, requests, first_chunk=STOP_CHUNK if any(stops) else CHUNK)
         for tokens, token_logprobs in run:
             for i, row in enumerate(rows):
                 row.push(tokens[i], token_logprobs[i])
@@ -119,6 +117,43 @@ def generate(
             if on_tokens:
                 on_tokens(sum(map(len, tokens)))
     return [row.completion(reason, logprobs) for row, reason in zip(rows, run.finish_reasons(), strict=False)]
+
+
+def _samplings(options: Sequence[Any], count: int) -> list[Sampling]:
+    """How each prompt's tokens are chosen; one seed counts up over the prompts."""
+    *options, seed = options
+    if isinstance(seed, int):
+        seed = [(Sampling(seed=seed).seed + i) % 2**32 for i in range(count)]
+    names = [field.name for field in dataclasses.fields(Sampling)]
+    columns = [_each(name, value, count) for name, value in zip(names, [*options, seed], strict=True)]
+    return [Sampling(*values) for values in zip(*columns, strict=True)]
+
+
+def _budgets(max_new_tokens: int | Sequence[int], count: int) -> list[int]:
+    budgets = _each("max_new_tokens", max_new_tokens, count)
+    if min(budgets, default=1) < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {min(budgets)}")
+    return budgets
+
+
+def _stops(stop: str | Sequence[str] | Sequence[Sequence[str]], count: int) -> list[Any]:
+    """The stop strings of each prompt."""
+    if isinstance(stop, str):
+        return [[stop]] * count
+    return [list(stop)] * count if all(isinstance(text, str) for text in stop) else _each("stop", stop, count)
+
+
+def _each(name: str, value: Any, count: int) -> list[Any]:
+    """The value of each prompt.
+
+    Raises:
+      ValueError: there are more or fewer than prompts.
+    """
+    if not isinstance(value, (list, tuple, np.ndarray)):
+        return [value] * count
+    if len(value) != count:
+        raise ValueError(f"{name} has {len(value)} values for {count} prompts: give one, or one for each prompt")
+    return list(value)
 
 
 def logits(llama: LoadedLlama, tokens: Any) -> jax.Array:
@@ -146,9 +181,7 @@ def logits(llama: LoadedLlama, tokens: Any) -> jax.Array:
     with jax.set_mesh(llama.mesh):
         padded_BT = np.zeros((pad_batch(B), tokens_BT.shape[1]), np.int32)
         padded_BT[:B] = tokens_BT
-        whole_sequences(padded_BT.shape[1], llama.mesh.shape["context"])
-        on_device = distributed.put(padded_BT, llama.model.rules.sharding(("batch", "seq"), padded_BT.shape))
-        logits_BTV = programs_of(llama).forward(on_device)
+        logits_BTV = Engine.of(llama).logits(padded_BT)
         if len(padded_BT) == B:
             return logits_BTV
         return jax.reshard(logits_BTV, jax.P(None, *jax.typeof(logits_BTV).sharding.spec[1:]))[:B]
@@ -229,14 +262,9 @@ class Generation:
 
     Args:
       llama: the model; its mesh must be in use.
-      ids: the prompts, or what follows the tokens that `cache` holds.
-      max_new_tokens: most tokens for each row.
-      sampling: how they are chosen.
-      stop_ids: tokens that end a row.
-      cache: of an earlier run, donated; then `ids` is one row, which starts at slot `start`.
-      start: see `cache`.
-      size: slots of a new cache; None fits them to the prompts.
-      history: for the repetition penalty: tokens before `ids`.
+      requests: one a row.
+      cache: of an earlier run, donated; then there is one request, which says what the cache holds.
+      size: slots of a new cache; None fits them to the requests.
       first_chunk: tokens in the first chunk; chunks double up to CHUNK, and the last possible token is one of its own.
         Streaming wants few.
 
@@ -249,33 +277,25 @@ class Generation:
     def __init__(
         self,
         llama: LoadedLlama,
-        ids: Sequence[Sequence[int]],
+        requests: Sequence[Request],
         *,
-        max_new_tokens: int,
-        sampling: Sampling,
-        stop_ids: Iterable[int],
         cache: KVCache | None = None,
-        start: int = 0,
         size: int | None = None,
-        history: Sequence[int] = (),
         first_chunk: int = CHUNK,
     ):
-        self._llama, self._programs = llama, programs_of(llama)
-        self._ids, self._cache, self._start, self._history = ids, cache, start, history
-        self._max_new, self._sampling, self._first_chunk = min(max_new_tokens, 2**31 - 1), sampling, first_chunk
-        self._stop_ids = np.asarray(sorted(set(stop_ids)) or [NO_TOKEN], np.int32)
-        self._halt = np.zeros(pad_batch(len(ids)), bool)
-        longest = start + max(map(len, ids))
+        self._engine, self._requests, self._cache, self._first_chunk = Engine.of(llama), requests, cache, first_chunk
+        rows = pad_batch(len(requests))
+        self._halt, self._finish_B = np.zeros(rows, bool), np.full(rows, RUNNING, np.int32)
+        longest = max(request.length for request in requests)
         if cache is not None:
             size = num_slots(cache)
-        self.size = size or cache_size(llama, longest, max_new_tokens)
+        self.size = size or cache_size(llama, longest, max(request.max_new_tokens for request in requests))
         if longest > self.size:
             raise ValueError(
                 f"the prompt has {longest} tokens, but the cache has {self.size} slots: shorten the prompt"
                 + (" or raise max_seq_len" if self.size < llama.config.max_seq_len else "")
             )
         self.state: DecodeState | None = None
-        self._finish_B = np.full(len(self._halt), RUNNING, np.int32)
         self.emitted: list[int] = []
 
     def halt(self, row: int) -> None:
@@ -284,65 +304,33 @@ class Generation:
 
     def finish_reasons(self) -> list[str]:
         """Why each row ended; after the last chunk."""
-        return [FINISH_REASONS.get(int(code), "stop") for code in self._finish_B[: len(self._ids)]]
+        return [FINISH_REASONS.get(int(code), "stop") for code in self._finish_B[: len(self._requests)]]
 
     def __iter__(self) -> Iterator[tuple[list[list[int]], list[list[float]]]]:
-        values = self._sampling.values()
-        self.state = self._prefill(values)
-        steps, rest = self._first_chunk, self._max_new
-        while rest > 0 and (~self._halt & (self._finish_B == RUNNING)).any():
-            steps = max(1, min(steps, CHUNK, rest - 1))
-            state, self.state = self.state, None
-            args = state, self._on_rows(self._halt)
-            if rest == 1:
-                outcome = self._programs.sample_last(*args, self._stop_ids, values)
+        state = self.state = self._engine.prefill(self._requests, size=self.size, cache=self._cache)
+        left_B = np.zeros(len(self._halt), np.int64)
+        left_B[: len(self._requests)] = [request.max_new_tokens for request in self._requests]
+        steps = self._first_chunk
+        while most := int(np.max(left_B, where=~self._halt & (self._finish_B == RUNNING), initial=0)):
+            self.state = None
+            steps = max(1, min(steps, CHUNK, most - 1))
+            if most == 1:
+                state, chunk = self._engine.last(state, self._halt)
             else:
-                outcome = self._programs.decode(*args, steps, self._stop_ids, values)
-            self.state, tokens_BC, logprobs_BC, finish_B = outcome
-            self._finish_B = np.asarray(finish_B)
-            yield self._rows(np.asarray(tokens_BC), np.asarray(logprobs_BC))
-            rest -= steps
+                state, chunk = self._engine.steps(state, steps, self._halt)
+            self.state, self._finish_B = state, chunk.finish
+            left_B -= [len(tokens) for tokens in chunk.tokens]
+            yield self._without_stop_ids(chunk)
             steps *= 2
 
-    def _prefill(self, values):
-        rows, T = len(self._halt), bucket(max(map(len, self._ids)))
-        for length in (T, self.size):
-            whole_sequences(length, self._llama.mesh.shape["context"])
-        tokens_BT, length_B = np.zeros((rows, T), np.int32), np.zeros(rows, np.int32)
-        for i, row in enumerate(self._ids):
-            tokens_BT[i, : len(row)], length_B[i] = row, len(row)
-        seen = None
-        if "repetition_penalty" in values:
-            seen = np.zeros((rows, self._llama.config.vocab_size), bool)
-            for i, row in enumerate(self._ids):
-                seen[i, [*self._history, *row]] = True
-        return self._programs.prefill(
-            self._on_rows(tokens_BT, "seq"),
-            self._on_rows(np.full(rows, self._start, np.int32)),
-            self._on_rows(length_B),
-            self._on_rows(np.full(rows, self._max_new, np.int32)),
-            np.uint32(self._sampling.seed),
-            None if seen is None else self._on_rows(seen, "sampled"),
-            self._cache,
-            size=self.size,
-            span=min(self.size, bucket(self._start + max(map(len, self._ids)))),
-        )
-
-    def _on_rows(self, x: np.ndarray, *axes: str) -> jax.Array:
-        return distributed.put(x, self._llama.model.rules.sharding(("batch", *axes), x.shape))
-
-    def _rows(self, tokens_BC: np.ndarray, logprobs_BC: np.ndarray):
-        live = range(len(self._ids))
-        self.emitted += tokens_BC[0][tokens_BC[0] != NO_TOKEN].tolist()
-        kept = [tokens_BC[i] != NO_TOKEN for i in live]
-        if any(np.isnan(logprobs_BC[i][kept[i]]).any() for i in live):
-            raise ValueError("the model computed NaN: its weights are damaged, or float16 overflowed; try float32")
-        return [tokens_BC[i][kept[i]].tolist() for i in live], [logprobs_BC[i][kept[i]].tolist() for i in live]
-
-
-def bucket(length: int) -> int:
-    """The next power of two: prompts of all lengths share a few compiled programs."""
-    return max(MIN_BUCKET, 1 << (length - 1).bit_length())
+    def _without_stop_ids(self, chunk: Chunk) -> tuple[list[list[int]], list[list[float]]]:
+        """The requests' tokens and log-probabilities."""
+        tokens, logprobs = chunk.tokens[: len(self._requests)], chunk.logprobs[: len(self._requests)]
+        for request, new, new_logprobs in zip(self._requests, tokens, logprobs, strict=True):
+            if new and new[-1] in request.stop_ids:
+                del new[-1], new_logprobs[-1]
+        self.emitted += tokens[0]
+        return tokens, logprobs
 
 
 def cache_size(llama: LoadedLlama, longest: int, max_new_tokens: int) -> int:

@@ -12,13 +12,11 @@ import jax.numpy as jnp
 
 from llama_jax import sharding
 from llama_jax.costs.estimate import Workload
-from llama_jax.infer.decode import DecodeState, Programs
-from llama_jax.infer.sampling import Sampling
+from llama_jax.infer.decode import DecodeState
+from llama_jax.infer.engine import STOPS, Engine
 from llama_jax.model import Llama, flatten_heads
 from llama_jax.train import build
 from llama_jax.train.recipe import Batch, Data, Optimizer, Recipe, Schedule
-
-STOP_IDS = 2  # of Llama 3's chats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,20 +79,20 @@ def _decoding(job: Workload) -> Lowered:
         position_B=_rows(model, job, jnp.int32),
         remaining_B=_rows(model, job, jnp.int32),
         finish_B=_rows(model, job, jnp.int32),
-        key_B=_rows(model, job, jax.eval_shape(lambda: jax.random.key(0)).dtype),
-        seen_BV=None,
+        stop_BN=_placed(model, ("batch", "sampled"), (job.batch, STOPS), jnp.int32),
+        sampling=None,
     )
-    steps, stop_ids = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((STOP_IDS,), jnp.int32)
-    args = (state, _rows(model, job, jnp.bool_), steps, stop_ids, Sampling().values())
-    return lowered(Programs(model).lower_decode(*args), (model, args), model, cache=cache)
+    args = (state, _rows(model, job, jnp.bool_), jax.ShapeDtypeStruct((), jnp.int32))
+    return lowered(Engine(model).lower_decode(*args), (model, args), model, cache=cache)
 
 
 def _prefilling(job: Workload) -> Lowered:
     model = serving_model(job)
     row = _rows(model, job, jnp.int32)
     tokens = _placed(model, ("batch", "seq"), (job.batch, job.seq_len), jnp.int32)
-    args = (tokens, row, row, row, jax.ShapeDtypeStruct((), jnp.uint32), None, None)
-    step = Programs(model).lower_prefill(*args, size=job.seq_len, span=job.seq_len)
+    stop_BN = _placed(model, ("batch", "sampled"), (job.batch, STOPS), jnp.int32)
+    args = (tokens, row, row, row, stop_BN, None)
+    step = Engine(model).lower_prefill(*args, size=job.seq_len, span=job.seq_len)
     return lowered(step, (model, args), model, cache=abstract_cache(model, job))
 
 

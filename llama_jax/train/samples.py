@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import jax
 from llama_jax import distributed
 from llama_jax.config import ModelConfig
 from llama_jax.data.prepare.system import naming
-from llama_jax.infer.generate import Sampling, encode_prompt, generate, with_model
+from llama_jax.infer.generate import Sampling, encode_prompt, generate
 from llama_jax.loaded import LoadedLlama
 from llama_jax.model import Llama
 from llama_jax.text.base import Tokenizer
@@ -56,7 +57,7 @@ class Samples:
         """Writes the samples of a step, and says them."""
         prompts = [prompt.rstrip(" ") or prompt for prompt in self._options.prompts]  # spaces belong to the word after
         completions = generate(
-            with_model(self._writer, model), prompts, max_new_tokens=self._options.new_tokens,
+            dataclasses.replace(self._writer, model=model), prompts, max_new_tokens=self._options.new_tokens,
             temperature=self._options.temperature, seed=self._seed,
         )  # fmt: skip
         texts = [completion.text for completion in completions]

@@ -101,11 +101,10 @@ def decoding(config: ModelConfig, B: int, size: int, **options: Any) -> tuple[Ca
         position_B=rows(jnp.int32),
         remaining_B=rows(jnp.int32),
         finish_B=rows(jnp.int32),
-        key_B=rows(_key_dtype()),
-        seen_BV=None,
+        stop_BN=abstract(model.rules, ("batch", "sampled"), (B, 2), jnp.int32),
+        sampling=None,
     )
-    scalar = jax.ShapeDtypeStruct((), jnp.int32)
-    return decode.decode, (model, state, rows(jnp.bool_), scalar, jax.ShapeDtypeStruct((2,), jnp.int32), {})
+    return decode.decode, (model, state, rows(jnp.bool_), jax.ShapeDtypeStruct((), jnp.int32))
 
 
 def prefilling(config: ModelConfig, B: int, T: int, size: int, **options: Any) -> tuple[Callable[..., Any], Any]:
@@ -114,14 +113,12 @@ def prefilling(config: ModelConfig, B: int, T: int, size: int, **options: Any) -
     tokens = abstract(model.rules, ("batch", "seq"), (B, T), jnp.int32)
     row = abstract(model.rules, ("batch",), (B,), jnp.int32)
 
-    def prefill(model, tokens_BT, start_B, length_B, remaining_B, seed):
-        return decode.prefill(model, tokens_BT, start_B, length_B, remaining_B, seed, None, None, size=size, span=T)
+    stop_BN = abstract(model.rules, ("batch", "sampled"), (B, 2), jnp.int32)
 
-    return prefill, (model, tokens, row, row, row, jax.ShapeDtypeStruct((), jnp.uint32))
+    def prefill(model, *args):
+        return decode.prefill(model, *args, None, size=size, span=T)
 
-
-def _key_dtype() -> Any:
-    return jax.eval_shape(lambda: jax.random.key(0)).dtype
+    return prefill, (model, tokens, row, row, row, stop_BN)
 
 
 def gigabytes(compiled: Any) -> str:

@@ -15,8 +15,8 @@ from llama_jax.caches import full
 from llama_jax.caches.full import FullCache
 from llama_jax.config import RopeScaling
 from llama_jax.infer.decode import CHUNK
+from llama_jax.infer.engine import Request
 from llama_jax.infer.generate import Generation
-from llama_jax.infer.sampling import Sampling
 from llama_jax.model import Llama, blocks, flatten_heads
 from llama_jax.ops.attention import attention_of_one, way_of
 from tests.builders import tiny_config
@@ -196,8 +196,9 @@ def test_a_sampled_row_does_not_depend_on_the_other_rows(gqa):
         assert together[i].tokens == apart[i].tokens
 
 
-def test_the_seed_and_the_place_in_the_batch_decide_what_is_sampled(gqa):
-    prompts = [random_ids(30)] * 5  # and filters that remove next to nothing: the program of the other tests
+def test_the_seed_and_the_position_decide_what_is_sampled(gqa):
+    """One seed for a call counts up over its prompts; the place in the batch does not matter."""
+    prompts = [random_ids(30)] * 5  # and filters that remove next to nothing
     options = SAMPLING | {"repetition_penalty": 1.001, "top_k": 256, "min_p": 1e-6, "top_p": 0.9999}
 
     def sampled(seed):
@@ -205,8 +206,11 @@ def test_the_seed_and_the_place_in_the_batch_decide_what_is_sampled(gqa):
 
     first = sampled(1)
     assert sampled(1) == first
-    assert sampled(2) != first
     assert len({tuple(row) for row in first}) == 5
+    assert sampled(2)[:4] == first[1:]
+    assert sampled([5, 4, 3, 2, 1]) == first[::-1]
+    longer = [prompts[0] + first[0][:3]]  # what was sampled before does not count
+    assert llama_jax.generate(gqa, longer, max_new_tokens=9, **options | {"seed": 1})[0].tokens == first[0][3:]
 
 
 def test_more_tokens_than_a_chunk(gqa):
@@ -310,13 +314,13 @@ def test_grow_keeps_what_the_cache_holds(stacked):
 def two_turns(mesh: str, size: int, larger: int | None, *, stacked: bool = False) -> list[int]:
     """Tokens of a prompt, and of another one after them in the same cache, which may have grown."""
     llama, tokens = random_llama(SPLIT, mesh=mesh, stacked=stacked), []
-    options = {"sampling": Sampling(), "stop_ids": ()}
     with jax.set_mesh(llama.mesh):
-        run = Generation(llama, [random_ids(21)], max_new_tokens=6, size=size, **options)
+        run = Generation(llama, [Request(random_ids(21), 6)], size=size)
         for (new,), _ in run:
             tokens += new
         cache = run.state.cache if larger is None else caches.grow(run.state.cache, llama.model.rules, larger)
-        for (new,), _ in Generation(llama, [random_ids(19)], max_new_tokens=8, cache=cache, start=26, **options):
+        later = Request(random_ids(19), 8, held=[0] * 26)
+        for (new,), _ in Generation(llama, [later], cache=cache):
             tokens += new
     return tokens
 
@@ -341,6 +345,8 @@ BAD = {
     "temperature": (([[1]],), {"temperature": -0.1}, "temperature.*-0.1"),
     "top_p": (([[1]],), {"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
     "top_k": (([[1]],), {"top_k": 0}, "top_k must be at least 1, got 0"),
+    "too few temperatures": (([[1], [2]],), {"temperature": [1.0]}, "temperature has 1 values for 2 prompts"),
+    "one bad seed": (([[1], [2]],), {"seed": [1, -1]}, "seed must be from 0"),
     "stop without a tokenizer": (([[1]],), {"stop": "x"}, "no tokenizer"),
 }
 
@@ -398,9 +404,9 @@ def test_a_mesh_larger_than_the_machine():
 
 def test_the_cache_of_a_finished_row_is_not_written(gqa):
     """A row that has ended writes nowhere: later turns of a conversation read its slots."""
-    prompts = [random_ids(5), random_ids(16)]
+    requests = [Request(random_ids(5), 12), Request(random_ids(16), 12)]
     with jax.set_mesh(gqa.mesh):
-        run = Generation(gqa, prompts, max_new_tokens=12, sampling=Sampling(), stop_ids=(), size=32, first_chunk=1)
+        run = Generation(gqa, requests, size=32, first_chunk=1)
         chunks = iter(run)
         next(chunks)
         run.halt(0)

@@ -144,9 +144,9 @@ def test_a_conversation_prefills_only_what_is_new(smollm2, monkeypatch):
     starts = []
 
     class Spy(chat.Generation):
-        def __init__(self, *args, start, **kwargs):
-            starts.append(start)
-            super().__init__(*args, start=start, **kwargs)
+        def __init__(self, llama, requests, **kwargs):
+            starts.append(len(requests[0].held))
+            super().__init__(llama, requests, **kwargs)
 
     monkeypatch.setattr(chat, "Generation", Spy)
     conversation = llama_jax.Conversation(smollm2, max_new_tokens=16)
