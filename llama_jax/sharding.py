@@ -203,7 +203,7 @@ class ShardingRules:
     seq: Axes = "context"  # every position is computed alone, except in attention
     act_embed: Axes = None  # the residual stream is whole on each device: what tensor parallelism reduces to
     cache_seq: Axes = "context"  # decoding then reads a part of a long cache on each device
-    sampled: Axes = None  # the vocabulary while sampling: sort and top_k need a row whole; [B, V], of one position
+    sampled: Axes = None  # [B, V] of one position, and stop ids, while sampling: filters and draws sum over a row
 
     def spec(self, axes: Sequence[str], shape: Sequence[int]) -> P:
         """The PartitionSpec of an array on the mesh in use (`jax.set_mesh`).
