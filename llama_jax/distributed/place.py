@@ -65,6 +65,11 @@ def find_place(
             "several processes need --coordinator HOST:PORT, --num-processes N and --process-id I together (or"
             " JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID); on Cloud TPU, under srun and mpirun, none"
         )
+    _check(coordinator, num_processes, process_id)
+    return Place(coordinator, num_processes, process_id, local_devices)
+
+
+def _check(coordinator: str, num_processes: int, process_id: int) -> None:
     if num_processes < 1:
         raise ValueError(f"--num-processes must be at least 1, got {num_processes}")
     if not 0 <= process_id < num_processes:
@@ -77,7 +82,6 @@ def find_place(
         )
     if ":" in host.strip("[]") and not host.startswith("["):
         raise ValueError(f"--coordinator: write an IPv6 address in brackets: [{host}]:{port}, not {coordinator!r}")
-    return Place(coordinator, num_processes, process_id, local_devices)
 
 
 def _from_environment(name: str) -> int | None:

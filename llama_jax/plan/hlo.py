@@ -299,18 +299,9 @@ def _moved_by(program: Program, fusion: Instruction, scope: dict[str, Instructio
     inside = program.computations[fusion.attribute("calls").lstrip("%")]
     total = 0
     for number, name in enumerate(fusion.operands):
-        if name not in scope:
-            continue
-        size = sum(array.num_bytes for array in scope[name].arrays if VMEM not in array.layout)
-        parameter = next(
-            (x.name for x in inside.values() if x.opcode == "parameter" and x.arguments == str(number)), ""
-        )
-        users = [x for x in inside.values() if parameter in x.operands]
-        if users and all(x.opcode == "dynamic-slice" for x in users):
-            size = min(size, sum(x.arrays[0].num_bytes for x in users))
-        elif users and all(x.opcode == "dynamic-update-slice" and x.operands[0] == parameter for x in users):
-            size = 0  # written in place
-        total += size
+        if name in scope:
+            size = sum(array.num_bytes for array in scope[name].arrays if VMEM not in array.layout)
+            total += _read_by(inside, number, size)
     roots = [next(x for x in inside.values() if x.root)]
     if roots[0].opcode == "tuple":
         roots = [inside[name] for name in roots[0].operands]
@@ -318,3 +309,14 @@ def _moved_by(program: Program, fusion: Instruction, scope: dict[str, Instructio
         written = inside[root.operands[1]].arrays[0] if root.opcode == "dynamic-update-slice" else array
         total += 0 if VMEM in array.layout else written.num_bytes
     return total
+
+
+def _read_by(inside: dict[str, Instruction], number: int, size: int) -> int:
+    """Bytes that a fused computation reads of its parameter of that number, which has `size`."""
+    parameter = next((x.name for x in inside.values() if x.opcode == "parameter" and x.arguments == str(number)), "")
+    users = [x for x in inside.values() if parameter in x.operands]
+    if users and all(x.opcode == "dynamic-slice" for x in users):
+        return min(size, sum(x.arrays[0].num_bytes for x in users))
+    if users and all(x.opcode == "dynamic-update-slice" and x.operands[0] == parameter for x in users):
+        return 0  # written in place
+    return size

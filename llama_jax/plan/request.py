@@ -15,6 +15,7 @@ from llama_jax.config.presets import PRESETS
 from llama_jax.costs import candidates, tuned
 from llama_jax.costs.estimate import Mode, Workload
 from llama_jax.costs.machines import CHIPS, Machine, machine
+from llama_jax.costs.tuned import TunedEntry
 from llama_jax.plan.make import check, mesh_of_machine
 from llama_jax.train.checks import check_divides, check_numbers
 from llama_jax.train.choose import choose
@@ -85,10 +86,7 @@ def job(
     """
     where = machine(on)
     row = tuned.find(config, where, mode, seq_len)
-    length = min(LENGTH, config.max_seq_len) if row is None else row.seq_len
-    length = length if seq_len is None else seq_len
-    size = row.batch if row and row.seq_len == length else where.devices if mode == "train" else BATCH
-    size = size if batch is None else batch
+    size, length = _sizes(config, where, mode, row, batch, seq_len)
     parts = 1 if microbatches is None else microbatches
     if mode != "train" and remat:
         raise ValueError(f"remat is of training: leave it out with --mode {mode}")
@@ -97,15 +95,13 @@ def job(
         check(dataclasses.replace(asked, mesh=mesh_of_machine(asked)), batch=False)
     else:
         check(asked)
-    if row and mesh in (None, dict(row.mesh)) and remat in (None, row.remat):
-        ways = row.mesh.get("data", 1) * row.mesh.get("fsdp", 1)
-        parts = microbatches or (max(1, -(-size // (ways * row.rows))) if mode == "train" else 1)
-        if size % (ways * parts) == 0:
-            found = dataclasses.replace(
-                asked, mesh=dict(row.mesh), remat=row.remat, microbatches=parts,
-                attention=row.attention if attention == "auto" else attention, compiler_options=row.compiler_options,
-            )  # fmt: skip
-            return found, f"the tuned table, {row.machine}"
+    if (
+        row
+        and mesh in (None, dict(row.mesh))
+        and remat in (None, row.remat)
+        and (found := _as_tuned(asked, row, microbatches))
+    ):
+        return found, f"the tuned table, {row.machine}"
     if mesh is not None and (mode != "train" or (remat and microbatches)):
         return asked, "as given"
     nothing_given = mesh is None and remat is None and microbatches is None
@@ -114,6 +110,29 @@ def job(
         check(dataclasses.replace(asked, mesh=mesh or mesh_of_machine(asked)))
         raise ValueError(f"nothing divides a batch of {size} x {length} on {where.name}")
     return candidates.ranked(jobs, candidates.SHARE)[0], "arithmetic" if nothing_given else "arithmetic, and as given"
+
+
+def _sizes(
+    config: ModelConfig, where: Machine, mode: Mode, row: TunedEntry | None, batch: int | None, seq_len: int | None
+) -> tuple[int, int]:
+    """Sequences and their length: as given, as in the table, or by default."""
+    length = min(LENGTH, config.max_seq_len) if row is None else row.seq_len
+    length = length if seq_len is None else seq_len
+    size = row.batch if row and row.seq_len == length else where.devices if mode == "train" else BATCH
+    return size if batch is None else batch, length
+
+
+def _as_tuned(asked: Workload, row: TunedEntry, microbatches: int | None) -> Workload | None:
+    """The workload as the table has it; None where its batch does not divide so."""
+    ways = row.mesh.get("data", 1) * row.mesh.get("fsdp", 1)
+    parts = microbatches or (max(1, -(-asked.batch // (ways * row.rows))) if asked.mode == "train" else 1)
+    if asked.batch % (ways * parts):
+        return None
+    return dataclasses.replace(
+        asked, mesh=dict(row.mesh), remat=row.remat, microbatches=parts,
+        attention=row.attention if asked.attention == "auto" else asked.attention,
+        compiler_options=row.compiler_options,
+    )  # fmt: skip
 
 
 def of_recipe(recipe: Recipe, on: str) -> tuple[Recipe, Workload]:

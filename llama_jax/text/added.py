@@ -112,14 +112,8 @@ def merge_added(
         i = find(text) if i is None else i
         if i is None:
             i = wanted if wanted is not None and is_free(wanted) else size
-            if i != wanted and (facts.rows is None or i >= facts.rows):
+            if i != wanted and not _gets(i, text, wanted, facts.rows):
                 continue
-            if i != wanted and wanted is not None:
-                warnings.warn(
-                    f"the tokenizer's files give id {wanted} to the added token {text!r}, but the vocabulary has"
-                    f" another token there: it gets the next free id, {i}, as in transformers",
-                    stacklevel=2,
-                )
         elif i in merged:
             known = merged[i]
             flags = token if facts.decoder_decides and wanted is not None else known
@@ -129,6 +123,20 @@ def merge_added(
         merged[i] = dataclasses.replace(token, id=i)
         ids[text], size = i, max(size, i + 1)
     return merged
+
+
+def _gets(i: int, text: str, wanted: int | None, rows: int | None) -> bool:
+    """Returns whether an added token gets the next id: where the model has a row for it; warns where it is another one
+    than the files give."""
+    if rows is None or i >= rows:
+        return False
+    if wanted is not None:
+        warnings.warn(
+            f"the tokenizer's files give id {wanted} to the added token {text!r}, but the vocabulary has"
+            f" another token there: it gets the next free id, {i}, as in transformers",
+            stacklevel=3,
+        )
+    return True
 
 
 def library_tokens(tokens: Iterable[AddedToken], *, special: Callable[[AddedToken], bool]) -> list[Any]:

@@ -22,15 +22,7 @@ def differences(a: Tokenizer | None, b: Tokenizer | None, *, thorough: bool = Fa
     """
     if a is None or b is None:
         return [] if a is b else [f"only {'the first' if a else 'the second'} has one"]
-    problems = []
-    for name in ("vocab_size", "bos_id", "add_bos", "stop_ids", "control_tokens"):
-        x, y = getattr(a, name), getattr(b, name)
-        if name == "control_tokens":
-            x, y = (sorted(tokens.items() - other.items())[:4] for tokens, other in ((x, y), (y, x)))
-        if x != y:
-            problems.append(f"{name}: {x} and {y}")
-    added = [*a.control_tokens, *(token.content for token in (*a.added_tokens, *b.added_tokens))]
-    texts = [" ", *sample_texts(), *(x + text + y for text in [*dict.fromkeys(added)][:300] for x, y in _AROUND)]
+    problems, texts = _other_facts(a, b), _texts(a, b)
     if thorough:
         ids = range(min(a.vocab_size, b.vocab_size))
         other = [i for i in ids if a.token_bytes(i) != b.token_bytes(i)]
@@ -44,4 +36,22 @@ def differences(a: Tokenizer | None, b: Tokenizer | None, *, thorough: bool = Fa
             one, two = (tokenizer.encode(text, control=control)[:8] for tokenizer in (a, b))
             problems.append(f"{len(different)} of {len(texts)} texts have other ids, first {text!r}: {one} and {two}")
             break
+    return problems
+
+
+def _texts(a: Tokenizer, b: Tokenizer) -> list[str]:
+    """Texts to compare: samples, and the added tokens of both between others."""
+    added = [*a.control_tokens, *(token.content for token in (*a.added_tokens, *b.added_tokens))]
+    return [" ", *sample_texts(), *(x + text + y for text in [*dict.fromkeys(added)][:300] for x, y in _AROUND)]
+
+
+def _other_facts(a: Tokenizer, b: Tokenizer) -> list[str]:
+    """The facts that are not the same."""
+    problems = []
+    for name in ("vocab_size", "bos_id", "add_bos", "stop_ids", "control_tokens"):
+        x, y = getattr(a, name), getattr(b, name)
+        if name == "control_tokens":
+            x, y = (sorted(tokens.items() - other.items())[:4] for tokens, other in ((x, y), (y, x)))
+        if x != y:
+            problems.append(f"{name}: {x} and {y}")
     return problems

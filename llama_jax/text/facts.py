@@ -70,13 +70,8 @@ def file_facts(files: Mapping[str, bytes], folder: Path = Path()) -> Facts:
     legacy_map = _read_json(files, "special_tokens_map.json", folder)
     decides = "added_tokens_decoder" in config
     # transformers reads special_tokens_map.json only where there is no added_tokens_decoder, and then prefers it.
-    # An empty name, as in the first conversions of LLaMA, names nothing.
     sources = (legacy_map, config) if decides else (config, legacy_map)
-    named: dict[str, Any] = dict.fromkeys(_ROLES)  # transformers numbers new tokens in this order
-    for source in sources:
-        named |= {k: v for k, v in source.items() if k.endswith("_token") and _content(v)}
-        named |= {k: v for key in _EXTRA for k, v in _mapping(source.get(key)).items() if _content(v)}
-    named = {key: value for key, value in named.items() if value is not None}
+    named = _named(sources)
     special = {key: _content(value) for key, value in named.items()}
     added = _added_tokens(files, folder, config, named, [*_extras(sources)], decides=decides)
     bos_ids, eos_ids = (
@@ -103,6 +98,15 @@ def file_facts(files: Mapping[str, bytes], folder: Path = Path()) -> Facts:
         tool_template=templates.get("tool_use"),
         templates=templates,
     )
+
+
+def _named(sources: tuple[dict[str, Any], ...]) -> dict[str, Any]:
+    """Returns the tokens that the files name by a role, as they spell them; the last file decides."""
+    named: dict[str, Any] = dict.fromkeys(_ROLES)  # transformers numbers new tokens in this order
+    for source in sources:  # an empty name, as in the first conversions of LLaMA, names nothing
+        named |= {k: v for k, v in source.items() if k.endswith("_token") and _content(v)}
+        named |= {k: v for key in _EXTRA for k, v in _mapping(source.get(key)).items() if _content(v)}
+    return {key: value for key, value in named.items() if value is not None}
 
 
 def with_named_templates(files: dict[str, bytes], named: Mapping[str, bytes]) -> dict[str, bytes]:
@@ -148,14 +152,7 @@ def _added_tokens(
     decides: bool,
 ) -> tuple[AddedToken, ...]:
     """Merges what the files say of every added token: those with an id first, in the order of ids."""
-    tokens: dict[str, AddedToken] = {}
-    for value in (*named.values(), *extras):
-        # transformers takes a token that it is given by name as a special one, found in the raw text.
-        said = value if isinstance(value, dict) else {}
-        flags = {"normalized": False} | {k: bool(said[k]) for k in _FLAGS if k in said}
-        special = value not in extras or said.get("special", True) is not False
-        if said or _content(value) not in tokens:
-            tokens[_content(value)] = AddedToken(_content(value), special=special, **flags)
+    tokens = _by_name(named, extras)
     for text, i in _read_json(files, "added_tokens.json", folder).items():
         known = tokens.get(text, AddedToken(text))
         tokens[text] = dataclasses.replace(known, id=_id(i, folder / "added_tokens.json"))
@@ -166,6 +163,19 @@ def _added_tokens(
         tokens[text] = AddedToken(text, i, special, **{"normalized": not special} | flags)
     with_id = sorted((t for t in tokens.values() if t.id is not None and t.content), key=lambda t: t.id or 0)
     return (*with_id, *(t for t in tokens.values() if t.id is None))
+
+
+def _by_name(named: Mapping[str, Any], extras: list[Any]) -> dict[str, AddedToken]:
+    """Returns the tokens that are named by a role, or listed beside these, by their texts."""
+    tokens: dict[str, AddedToken] = {}
+    for value in (*named.values(), *extras):
+        # transformers takes a token that it is given by name as a special one, found in the raw text.
+        said = value if isinstance(value, dict) else {}
+        flags = {"normalized": False} | {k: bool(said[k]) for k in _FLAGS if k in said}
+        special = value not in extras or said.get("special", True) is not False
+        if said or _content(value) not in tokens:
+            tokens[_content(value)] = AddedToken(_content(value), special=special, **flags)
+    return tokens
 
 
 def _id(value: Any, path: Path) -> int:

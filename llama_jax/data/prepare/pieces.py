@@ -211,25 +211,27 @@ def _judge(path: str, size: int, format: Format, notes: Notes) -> tuple[str, boo
         file.seek(max(0, size - 4))
         parquet = is_parquet(head) and file.read(4) == head[:4]
     packed = packing(head) is not None
-    if format == "auto" and _named(path) != "parquet" and parquet:
-        notes.add(RENAMED, path)
-        return "parquet", False
-    if format == "auto" and _named(path) == "parquet" and is_lines(head):
-        notes.add(RENAMED, path)
-        return "jsonl", False
-    if format == "auto" and _named(path) is None and (what := _inside(path)) is not None:
-        raise ValueError(f"{path}: {what}")
+    if format == "auto":
+        named = _named(path)
+        if parquet != (named == "parquet") and (parquet or is_lines(head)):
+            notes.add(RENAMED, path)
+            return "parquet" if parquet else "jsonl", False
+        if named is None and (what := _inside(path)) is not None:
+            raise ValueError(f"{path}: {what}")
     kind = _kind(path, format)
     if not size and kind != "text":  # an empty text is a document that is counted
         notes.add(EMPTY, path)
     if size and not packed and path.lower().endswith(COMPRESSED) and not parquet:
-        if format != "text" and not (kind == "jsonl" and is_lines(head)):
-            remedy = f"give --format text to read it as it is, or {AGAIN}" if kind == "text" else AGAIN
-            raise ValueError(
-                f"{path}: is damaged or truncated, or was never compressed: its first bytes say so: {remedy}"
-            )
+        _check_plain(path, kind, readable=format == "text" or (kind == "jsonl" and is_lines(head)))
         notes.add(NOT_PACKED, path)
     return kind, packed
+
+
+def _check_plain(path: str, kind: str, *, readable: bool) -> None:
+    """Raises ValueError for a file that its name calls compressed, and is neither that nor `readable` as it is."""
+    if not readable:
+        remedy = f"give --format text to read it as it is, or {AGAIN}" if kind == "text" else AGAIN
+        raise ValueError(f"{path}: is damaged or truncated, or was never compressed: its first bytes say so: {remedy}")
 
 
 def _inside(path: str) -> str | None:

@@ -60,37 +60,49 @@ def gguf_metadata(files: Mapping[str, bytes], vocab_size: int, stop_ids: Sequenc
         texts, kinds, vocabulary = _of_tokenizer_json(files)
     else:
         texts, kinds, vocabulary = _of_sentencepiece(files["tokenizer.model"])
+    tokens, token_type = _tokens(tokenizer, texts, kinds, vocab_size)
+    scores = vocabulary.pop("scores", None)
+    metadata = {
+        **vocabulary,
+        "tokens": tokens,
+        "token_type": token_type,
+        **({} if scores is None else {"scores": [scores.get(i, 0.0) for i in range(vocab_size)]}),
+        **_gguf_roles(tokenizer, tokens, stop_ids),
+        "add_bos_token": tokenizer.add_bos,
+        "add_space_prefix": tokenizer.drops_space,
+    }
+    metadata = {f"tokenizer.ggml.{key}": value for key, value in metadata.items()} | _chat_templates(tokenizer)
+    check_same_ids(tokenizer, tokenizer_from_gguf(metadata), "a GGUF file")
+    return metadata
+
+
+def _tokens(
+    tokenizer: Tokenizer, texts: dict[int, str], kinds: dict[int, int], vocab_size: int
+) -> tuple[list[str], list[int]]:
+    """Returns text and type of every row, from those of the vocabulary."""
     added = added_of(tokenizer)
     if any(i >= vocab_size and i not in added for i in texts):
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding only {vocab_size} rows: use the"
             " tokenizer that belongs to these weights"
         )
-    texts |= {i: token.content for i, token in added.items()}
+    texts = texts | {i: token.content for i, token in added.items()}
     hidden = {i for i in added if not tokenizer.token_bytes(i)}
     fixed = {i: kind for i, kind in kinds.items() if kind in (BYTE, UNKNOWN)}
-    kinds |= {i: CONTROL if i in hidden else USER_DEFINED for i in added} | fixed
-    tokens = [texts.get(i, f"[PAD{i}]") for i in range(vocab_size)]
+    kinds = kinds | {i: CONTROL if i in hidden else USER_DEFINED for i in added} | fixed
     kinds |= {i: UNUSED for i in range(vocab_size) if i not in texts}
-    scores = vocabulary.pop("scores", None)
-    metadata = {
-        **vocabulary,
-        "tokens": tokens,
-        "token_type": [kinds.get(i, NORMAL) for i in range(vocab_size)],
-        **({} if scores is None else {"scores": [scores.get(i, 0.0) for i in range(vocab_size)]}),
-        **_gguf_roles(tokenizer, tokens, stop_ids),
-        "add_bos_token": tokenizer.add_bos,
-        "add_space_prefix": tokenizer.drops_space,
-    }
-    metadata = {f"tokenizer.ggml.{key}": value for key, value in metadata.items()}
+    rows = range(vocab_size)
+    return [texts.get(i, f"[PAD{i}]") for i in rows], [kinds.get(i, NORMAL) for i in rows]
+
+
+def _chat_templates(tokenizer: Tokenizer) -> dict[str, Any]:
     named = {name: text for name, text in templates_of(tokenizer).items() if name != "default"}
-    if tokenizer.chat_template is not None:
-        metadata["tokenizer.chat_template"] = tokenizer.chat_template
+    found: dict[str, Any] = {f"tokenizer.chat_template.{name}": text for name, text in named.items()}
     if named:
-        metadata["tokenizer.chat_templates"] = list(named)
-        metadata |= {f"tokenizer.chat_template.{name}": text for name, text in named.items()}
-    check_same_ids(tokenizer, tokenizer_from_gguf(metadata), "a GGUF file")
-    return metadata
+        found = {"tokenizer.chat_templates": list(named), **found}
+    if tokenizer.chat_template is not None:
+        found = {"tokenizer.chat_template": tokenizer.chat_template, **found}
+    return found
 
 
 def gguf_warnings(metadata: Mapping[str, Any]) -> list[str]:

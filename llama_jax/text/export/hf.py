@@ -174,7 +174,7 @@ def _library_tokens(tokenizer: Tokenizer, but: Container[str] = ()) -> list[Any]
 
 
 def _backend_from_sentencepiece(model: bytes, tokenizer: Tokenizer, *, legacy: bool) -> Any:
-    from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import AddedToken, models
     from tokenizers import Tokenizer as Backend
 
     pieces, spec = read_pieces(model), read_spec(model)
@@ -193,20 +193,7 @@ def _backend_from_sentencepiece(model: bytes, tokenizer: Tokenizer, *, legacy: b
         byte_fallback=any(piece.kind == BYTE for piece in pieces),
     )
     backend: Any = Backend(bpe)
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    normal: list[Any] = []
-    if spec.remove_spaces:  # at the end, a typed "▁" counts as one
-        normal = [normalizers.Replace(Regex(regex), text) for regex, text in ((r"\A +", ""), (" {2,}", " "))]
-        normal += [normalizers.Replace(" ", "▁"), normalizers.Replace(Regex(r"▁+\z"), "")]
-    if tokenizer.drops_space and legacy:
-        normal += [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    elif tokenizer.drops_space:
-        backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
-    else:
-        normal += [normalizers.Replace(" ", "▁")]
-    if normal:
-        backend.normalizer = normalizers.Sequence(normal) if len(normal) > 1 else normal[0]
-    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if tokenizer.drops_space else steps)
+    _set_spaces(backend, remove=spec.remove_spaces, drops=tokenizer.drops_space, legacy=legacy)
     words = {p.text: AddedToken(p.text, normalized=False) for p in pieces if p.kind == USER_DEFINED}
     words = {text: token for text, token in words.items() if text not in added}
     words[unknown] = AddedToken(unknown, special=True, normalized=False)
@@ -214,6 +201,26 @@ def _backend_from_sentencepiece(model: bytes, tokenizer: Tokenizer, *, legacy: b
     ids = vocab | added
     backend.add_tokens([tokens[text] for text in sorted(tokens, key=ids.__getitem__)])
     return backend
+
+
+def _set_spaces(backend: Any, *, remove: bool, drops: bool, legacy: bool) -> None:
+    """Gives a backend SentencePiece's way with spaces: `remove` all but single ones, and a first one that `drops`."""
+    from tokenizers import Regex, decoders, normalizers, pre_tokenizers
+
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    normal: list[Any] = []
+    if remove:  # at the end, a typed "▁" counts as one
+        normal = [normalizers.Replace(Regex(regex), text) for regex, text in ((r"\A +", ""), (" {2,}", " "))]
+        normal += [normalizers.Replace(" ", "▁"), normalizers.Replace(Regex(r"▁+\z"), "")]
+    if drops and legacy:
+        normal += [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    elif drops:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
+    else:
+        normal += [normalizers.Replace(" ", "▁")]
+    if normal:
+        backend.normalizer = normalizers.Sequence(normal) if len(normal) > 1 else normal[0]
+    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if drops else steps)
 
 
 def _merges(pieces: Iterable[str], vocab: Mapping[str, int]) -> list[tuple[str, str]]:
