@@ -138,10 +138,9 @@ def test_periods_lists_remat_and_meshes():
         "blocks.period.0.attn.wq", "blocks.period.2.branch", "blocks.period.2.gate", "embed",
     }  # fmt: skip
     assert_close(loss_and_gradient(llama), expected)
-    for remat in ("matmuls", "attention", "full", "groups"):
+    for remat in ("attention", "full", "groups"):
         assert_close(loss_and_gradient(mixed(stacked=True, remat=remat)), expected)
-    for stacked in (False, True):
-        assert_close(loss_and_gradient(mixed("fsdp=2,tensor=4", stacked=stacked)), expected)
+    assert_close(loss_and_gradient(mixed("fsdp=2,tensor=4", stacked=True)), expected)
     plain = loss_and_gradient(dataclasses.replace(llama, model=without_gates(llama.model)))
     assert abs(plain[0] - expected[0]) > 1e-2  # the branch counts
 

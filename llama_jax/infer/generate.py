@@ -13,7 +13,7 @@ from llama_jax.caches import KVCache, num_slots
 from llama_jax.infer.decode import CHUNK, FINISH_REASONS, RUNNING, DecodeState
 from llama_jax.infer.engine import Chunk, Engine, Request, bucket
 from llama_jax.infer.sampling import Sampling
-from llama_jax.sharding import pad_batch
+from llama_jax.sharding import pad_batch, whole_sequences
 from llama_jax.text.stream import StopStrings, StreamDecoder
 
 if TYPE_CHECKING:
@@ -181,6 +181,7 @@ def logits(llama: LoadedLlama, tokens: Any) -> jax.Array:
     with jax.set_mesh(llama.mesh):
         padded_BT = np.zeros((pad_batch(B), tokens_BT.shape[1]), np.int32)
         padded_BT[:B] = tokens_BT
+        whole_sequences(padded_BT.shape[1], llama.mesh.shape["context"])
         logits_BTV = Engine.of(llama).logits(padded_BT)
         if len(padded_BT) == B:
             return logits_BTV

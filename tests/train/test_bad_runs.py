@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from llama_jax.checkpoint.run import RunCheckpoints, run_steps
-from llama_jax.train import loop
+from llama_jax.train import samples
 from llama_jax.train.loop import train
 from llama_jax.train.optim import adamw, learning_rate
 from llama_jax.train.recipe import Batch, Checkpoints, Data, Optimizer, Recipe, Samples, Schedule, Stage
@@ -204,7 +204,7 @@ def test_what_only_looks_on_loses_nothing(recipe, tmp_path, monkeypatch):
     def fail(*args, **options):
         raise ValueError("no paper")
 
-    monkeypatch.setattr(loop, "generate", fail)
+    monkeypatch.setattr(samples, "generate", fail)
     with pytest.raises(ValueError, match="no paper"):
         train(changed(recipe, samples=Samples(prompts=("a",), every=1)))
     assert run_steps(tmp_path / "run" / "checkpoints") == [1]
