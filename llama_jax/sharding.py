@@ -102,7 +102,7 @@ def make_mesh(
         does not divide among the slices.
     """
     sizes = {"data": data, "fsdp": fsdp, "context": context, "tensor": tensor}
-    needed, text = math.prod(sizes.values()), _text(sizes)
+    needed, text = math.prod(sizes.values()), mesh_text(sizes)
     devices = list(jax.devices() if devices is None else devices)
     if needed > len(devices):
         raise ValueError(
@@ -139,8 +139,9 @@ def num_slices(devices: Sequence[Any]) -> int:
     return len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"} or {0})
 
 
-def _text(sizes: dict[str, int]) -> str:
-    return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "tensor=1"
+def mesh_text(sizes: Mapping[str, int], alone: str = "tensor=1") -> str:
+    """Returns the inverse of `parse_mesh`, such as "fsdp=8,tensor=2"; of one device `alone`."""
+    return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or alone
 
 
 def _count(devices: Sequence[Any]) -> str:

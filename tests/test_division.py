@@ -89,9 +89,9 @@ def test_weights_stay_whole_and_all_say_so(tmp_path, capsys, monkeypatch):
     job = Workload(UNEVEN, machine("v5litepod-8"), "train", 8, 32, sharding.parse_mesh("fsdp=4,tensor=2"))
     plan = by_arithmetic(job)
     assert plan.as_json()["undivided"] == ["embed (66) does not divide by 4", "mlp (161) does not divide by 2"]
-    assert WHOLE[1:] in report.in_words(plan, model="uneven")
+    assert WHOLE[1:] in report.plan_text(plan, model="uneven")
     even = dataclasses.replace(job, config=tiny_config())
-    assert "each device holds" not in report.in_words(by_arithmetic(even), model="even").lower()
+    assert "each device holds" not in report.plan_text(by_arithmetic(even), model="even").lower()
 
     write_corpus(tmp_path / "corpus", random_documents(40))
     options = {"data": Data(train=(str(tmp_path / "corpus"),)), "model": UNEVEN, "tensorboard": False}

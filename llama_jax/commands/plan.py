@@ -101,9 +101,9 @@ def main(args: Args) -> int:
         print(json.dumps(objects if found else objects[0]))
     elif found:
         print(report.table(found))
-        print("\n" + (report.in_words(found.best, model=args.model) if found.best else report.verdict(plans[0])))
+        print("\n" + (report.plan_text(found.best, model=args.model) if found.best else report.verdict(plans[0])))
     else:
-        print(report.in_words(plans[0], model=args.model, chosen_by=chosen_by))
+        print(report.plan_text(plans[0], model=args.model, chosen_by=chosen_by))
     if args.plot:
         shown = plans[:8]
         report.plot(shown, args.plot, title=f"{args.model}, {args.mode}, on {job.machine.cloud_name}")

@@ -96,8 +96,8 @@ def dry_run(recipe: Recipe, args: Args, name: str) -> int:
     if args.json:
         print(json.dumps({"model": name, **plan.as_json()}))
     else:
-        by = choose.in_words(chosen, recipe.model, job.machine)
-        print(report.in_words(plan, model=name, chosen_by=by, recipe=True))
+        by = choose.chosen_by(chosen, recipe.model, job.machine)
+        print(report.plan_text(plan, model=name, chosen_by=by, recipe=True))
     return 0 if plan.fits else 3
 
 

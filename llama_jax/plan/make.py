@@ -15,6 +15,7 @@ from llama_jax.ops.attention import check_implementation
 from llama_jax.plan import compiler, hlo, program
 from llama_jax.plan.compiler import Compiled
 from llama_jax.plan.floor import lower_floor
+from llama_jax.sharding import mesh_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,10 +189,10 @@ def check(job: Workload, *, batch: bool = True) -> None:
         raise ValueError(f"seq ({job.seq_len}) is more than the model's context, {config.max_seq_len}")
     product = math.prod(job.mesh.values())
     if product != machine.devices:
-        text = in_words(job.mesh)
+        text = mesh_text(job.mesh)
         raise ValueError(
             f"mesh {text} multiplies to {product}, but {machine.name} has {machine.devices} devices; for example"
-            f" {in_words(mesh_of_machine(job))}"
+            f" {mesh_text(mesh_of_machine(job))}"
         )
     if machine.chip.platform == "tpu" and ways["data"] % machine.slices:
         raise ValueError(
@@ -208,8 +209,3 @@ def mesh_of_machine(job: Workload) -> dict[str, int]:
     slices = job.machine.slices if job.machine.chip.platform == "tpu" else 1
     axis = "fsdp" if job.mode == "train" else "tensor"
     return {name: size for name, size in (("data", slices), (axis, job.machine.devices // slices)) if size > 1}
-
-
-def in_words(mesh: Any) -> str:
-    """ "fsdp=8,tensor=2"."""
-    return ",".join(f"{axis}={size}" for axis, size in mesh.items() if size > 1) or "tensor=1"

@@ -10,12 +10,12 @@ from llama_jax.costs.estimate import Workload
 from llama_jax.costs.machines import CHIPS
 from llama_jax.plan.make import CostPlan
 from llama_jax.plan.search import Found, name
-from llama_jax.sharding import ShardingRules, whole_weights
+from llama_jax.sharding import ShardingRules, mesh_text, whole_weights
 
 COMPILER, ARITHMETIC, SHEET, LIMIT = "compiler", "arithmetic", "data sheet", "libtpu's limit"
 
 
-def in_words(plan: CostPlan, *, model: str, chosen_by: str = "", recipe: bool = False) -> str:
+def plan_text(plan: CostPlan, *, model: str, chosen_by: str = "", recipe: bool = False) -> str:
     """The whole plan; every line says who said it.
 
     Args:
@@ -220,4 +220,4 @@ def _seconds(seconds: float) -> str:
 
 
 def _mesh(job: Workload) -> str:
-    return ",".join(f"{axis}={size}" for axis, size in job.mesh.items()) or "tensor=1"
+    return mesh_text(job.mesh)

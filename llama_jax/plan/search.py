@@ -8,6 +8,7 @@ from collections.abc import Callable
 from llama_jax.costs import candidates
 from llama_jax.costs.estimate import Workload
 from llama_jax.plan.make import CostPlan, by_arithmetic, cost_plan
+from llama_jax.sharding import mesh_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +72,7 @@ def search(
 
 def name(job: Workload) -> str:
     """ "fsdp=16, full, 4 microbatches"."""
-    mesh = ",".join(f"{axis}={size}" for axis, size in job.mesh.items()) or "one device"
+    mesh = mesh_text(job.mesh, "one device")
     if job.mode != "train":
         return mesh
     parts = f", {job.microbatches} microbatches" if job.microbatches > 1 else ""

@@ -32,13 +32,13 @@ def choose(recipe: Recipe, config: ModelConfig, machine: Machine | None) -> Reci
         batch = dataclasses.replace(recipe.batch, microbatches=recipe.batch.microbatches or 1)
         return dataclasses.replace(recipe, batch=batch, remat="full" if recipe.remat == "auto" else recipe.remat)
     row = tuned.find(config, machine, "train", recipe.batch.seq_len)
-    if row and recipe.mesh in ("auto", _text(row.mesh)) and recipe.remat in ("auto", row.remat):
+    if row and recipe.mesh in ("auto", sharding.mesh_text(row.mesh, "fsdp=1")) and recipe.remat in ("auto", row.remat):
         ways = math.prod(row.mesh.get(axis, 1) for axis in ("data", "fsdp"))
         microbatches = recipe.batch.microbatches or _microbatches(recipe.batch, ways, row.rows)
         if microbatches:
             return dataclasses.replace(
                 recipe,
-                mesh=_text(row.mesh),
+                mesh=sharding.mesh_text(row.mesh, "fsdp=1"),
                 remat=row.remat,
                 batch=dataclasses.replace(recipe.batch, microbatches=microbatches),
                 attention=row.attention if recipe.attention == "auto" else recipe.attention,
@@ -47,7 +47,7 @@ def choose(recipe: Recipe, config: ModelConfig, machine: Machine | None) -> Reci
     job = by_arithmetic(recipe, config, machine)
     return dataclasses.replace(
         recipe,
-        mesh=_text(job.mesh),
+        mesh=sharding.mesh_text(job.mesh, "fsdp=1"),
         remat=job.remat,
         batch=dataclasses.replace(recipe.batch, microbatches=job.microbatches),
     )
@@ -76,10 +76,10 @@ def by_arithmetic(recipe: Recipe, config: ModelConfig, machine: Machine) -> Work
     return candidates.ranked(jobs, candidates.SHARE)[0]
 
 
-def in_words(recipe: Recipe, config: ModelConfig, machine: Machine) -> str:
+def chosen_by(recipe: Recipe, config: ModelConfig, machine: Machine) -> str:
     """Where the choice comes from."""
     row = tuned.find(config, machine, "train", recipe.batch.seq_len)
-    if row and (_text(row.mesh), row.remat) == (recipe.mesh, recipe.remat):
+    if row and (sharding.mesh_text(row.mesh, "fsdp=1"), row.remat) == (recipe.mesh, recipe.remat):
         return f"as in the tuned table for {machine.name}"
     return "by arithmetic, or as given"
 
@@ -90,7 +90,3 @@ def _microbatches(batch: Batch, ways: int, rows: int) -> int:
         return 0
     each = batch.sequences // ways
     return each // max(n for n in range(1, min(rows, each) + 1) if each % n == 0)
-
-
-def _text(mesh) -> str:
-    return ",".join(f"{axis}={size}" for axis, size in mesh.items()) or "fsdp=1"

@@ -29,7 +29,7 @@ from llama_jax.distributed.agreement import fingerprint
 from llama_jax.libc import keep_freed_memory
 from llama_jax.sharding import whole_weights
 from llama_jax.train import build, checks, corpora, resume
-from llama_jax.train.choose import choose, in_words
+from llama_jax.train.choose import choose, chosen_by
 from llama_jax.train.guard import check_output, memory_in_words, only_one
 from llama_jax.train.objective import objective_of
 from llama_jax.train.optim import adamw, learning_rate
@@ -311,7 +311,7 @@ class TrainingRun:
         )
         if self.machine:
             parts = f", {recipe.batch.microbatches} microbatches" if recipe.batch.microbatches > 1 else ""
-            how = in_words(recipe, self.config, self.machine)
+            how = chosen_by(recipe, self.config, self.machine)
             self.reporter.say(f"mesh {recipe.mesh}, remat {recipe.remat}{parts}: {how}")
         if not self._whole_was_said and (
             whole := whole_weights(self.state.model.rules.undivided(config, self.mesh.shape))
@@ -398,7 +398,7 @@ class TrainingRun:
                 values |= self._measure()
             except Exception:
                 self.reporter.step(values)
-                self._save()  # what was trained is not lost to what only looks at it
+                self._save()  # a failed validation or sample must not cost trained steps
                 self.checkpoints.wait()
                 raise
         self.reporter.step(values)
@@ -437,14 +437,8 @@ class TrainingRun:
             "changes": self.changes,
         }
         loss = self.validated["validation_loss"] if self.validated_step == self.step else None
-        self.checkpoints.save(
-            self.step,
-            named_arrays(self.state),
-            progress,
-            self.files,
-            loss=loss,
-            of=corpora.measured_on(self.recipe, self.corpora),
-        )
+        of = corpora.measured_on(self.recipe, self.corpora)
+        self.checkpoints.save(self.step, named_arrays(self.state), progress, self.files, loss=loss, of=of)
         self.reporter.say(f"step {self.step}: saving {self.output / CHECKPOINTS / str(self.step)}")
 
 

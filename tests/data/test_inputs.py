@@ -17,7 +17,7 @@ from llama_jax.data.corpus import open_corpus
 from llama_jax.data.manifest import UNFINISHED
 from llama_jax.data.prepare.pieces import find_pieces
 from llama_jax.data.prepare.prepare import make_request, prepare
-from llama_jax.data.prepare.system import in_words, naming
+from llama_jax.data.prepare.system import naming, told
 from llama_jax.data.prepare.train_tokenizer import train_tokenizer
 from llama_jax.data.prepare.walk import TWICE
 from tests.data.inputs import texts, write
@@ -202,7 +202,7 @@ def test_the_system_s_errors_name_the_file(number, kind, words):
         raise OSError(number, os.strerror(number))
     assert caught.value.errno == number
     own = FileExistsError("in.txt: says enough")
-    assert in_words(own, "in.txt") is own
+    assert told(own, "in.txt") is own
 
 
 # Pipes

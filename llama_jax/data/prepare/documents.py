@@ -15,7 +15,7 @@ from typing import Any, Literal
 from llama_jax.data.prepare.pieces import AGAIN, InputSlice, file_version, open_dataset, open_parquet
 from llama_jax.data.prepare.signatures import BOM, HEAD, foreign, page
 from llama_jax.data.prepare.streams import is_damage, open_binary, peek
-from llama_jax.data.prepare.system import in_words
+from llama_jax.data.prepare.system import told
 
 InvalidUtf8 = Literal["error", "skip", "replace"]
 
@@ -312,7 +312,7 @@ def _read_dataset(piece: InputSlice, reading: Reading, skipped: Counter[str]) ->
         except StopIteration:
             return
         except PermissionError as error:
-            raise in_words(error, f"{source}#{row}") from error
+            raise told(error, f"{source}#{row}") from error
         except Exception as error:
             raise OSError(f"{source}#{row}: cannot be read ({error}): run it again, it resumes") from error
         where = f"{source}#{row}"

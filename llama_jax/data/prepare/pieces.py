@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from llama_jax.data.prepare.signatures import foreign, is_lines, is_parquet, packing, page
 from llama_jax.data.prepare.streams import STDIN_NAMES, beam_files, is_damage, open_binary, open_stored, peek
-from llama_jax.data.prepare.system import in_words, naming
+from llama_jax.data.prepare.system import naming, told
 from llama_jax.data.prepare.walk import EMPTY, NOT_PACKED, RENAMED, TWICE, Notes, Walk, is_stream
 
 Format = Literal["auto", "text", "jsonl", "parquet"]
@@ -300,7 +300,7 @@ def open_dataset(spec: str) -> Any:
     try:
         return datasets.load_dataset(name, config, split=split, streaming=True)
     except PermissionError as error:
-        raise in_words(error, f"hf:{spec}") from error
+        raise told(error, f"hf:{spec}") from error
     except Exception as error:
         raise ValueError(
             f"hf:{spec}: cannot be opened ({error}): check its name, configuration and split, and the connection"

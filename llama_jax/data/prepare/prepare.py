@@ -34,7 +34,7 @@ from llama_jax.data.prepare.shards import (
     Task,
     load_from_files,
 )
-from llama_jax.data.prepare.system import exists, in_words
+from llama_jax.data.prepare.system import exists, told
 from llama_jax.data.prepare.train_tokenizer import TrainingWork
 from llama_jax.files import disk_full, is_full, locked, write_whole
 from llama_jax.progress import progress
@@ -109,7 +109,7 @@ def prepare_with(
     except OSError as error:
         if is_full(error):
             raise disk_full(out, ROOM) from error
-        raise in_words(error, out, "write") from error
+        raise told(error, out, "write") from error
 
 
 def make_encoder(files: Mapping[str, bytes], request: Request) -> Encoder:

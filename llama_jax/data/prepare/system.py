@@ -25,7 +25,7 @@ WORDS = {
 }  # fmt: skip
 
 
-def in_words(error: OSError, path: object, do: str = "read") -> OSError:
+def told(error: OSError, path: object, do: str = "read") -> OSError:
     """Returns the error with words that name the file; one that says enough already is returned itself.
 
     Args:
@@ -41,9 +41,9 @@ def in_words(error: OSError, path: object, do: str = "read") -> OSError:
         if error.filename is not None:
             return error
         words = error.strerror.lower()
-    told = type(error)(f"{name}: {words.format(do=do)}")
-    told.errno = error.errno
-    return told
+    named = type(error)(f"{name}: {words.format(do=do)}")
+    named.errno = error.errno
+    return named
 
 
 @contextlib.contextmanager
@@ -52,9 +52,9 @@ def naming(path: object, do: str = "read") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if (told := in_words(error, path, do)) is error:
+        if (found := told(error, path, do)) is error:
             raise
-        raise told from error
+        raise found from error
 
 
 def exists(path: str | os.PathLike[str]) -> bool:
