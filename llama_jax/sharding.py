@@ -1,4 +1,4 @@
-"""Where arrays lie: the device mesh, and the rules from logical axes (what a dimension means) to mesh axes.
+"""Where arrays are stored: the device mesh, and the rules from logical axes (what a dimension means) to mesh axes.
 
 Users write `fsdp=2,tensor=4`. From the outside in, each axis with more traffic than the one before:
 

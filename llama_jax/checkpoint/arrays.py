@@ -1,6 +1,6 @@
 """Trees of arrays on disk.
 
-Arrays are saved as they lie on the devices, each process its own part. One that is stacked over layers is cut into
+Arrays are saved as they are sharded, each process its own part. One that is stacked over layers is cut into
 chunks of one layer, so that a layer can be read alone, without its neighbours, onto any mesh. Only layers of less than
 `SMALL` bytes, such as norms, share chunks.
 """
@@ -90,7 +90,7 @@ def check_saved(path: Path, arrays: Mapping[str, tuple[tuple[int, ...], np.dtype
 
 
 def handler(arrays: Mapping[str, jax.Array]) -> Any:
-    """Saves such arrays with as little in flight as Orbax can do with, which is the largest of them.
+    """An Orbax handler that holds as little in flight as Orbax allows: one copy of the largest array.
 
     What it copies is memory beyond the arrays.
     """

@@ -240,7 +240,7 @@ class RunCheckpoints:
         self.tidy()
 
     def close(self) -> None:
-        """Ends the threads, without waiting for what goes on beyond that."""
+        """Ends the threads, without waiting for saves that are still running."""
         if self._manager:
             self._manager.close()
 

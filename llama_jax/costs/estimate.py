@@ -75,13 +75,13 @@ class Memory:
     Attributes:
       parameters: as they are stored.
       optimizer: Adam's means.
-      gradients: as they lie at the peak.
+      gradients: as they are held at the peak.
       cache: keys and values.
       saved: what the forward pass keeps for the backward pass.
       workspace: the most that one block, or the loss, needs at once.
       arguments: parameters, optimizer, cache and the batch.
       host: of the host's memory.
-      results: that do not lie where arguments lay: the cache that prefill makes.
+      results: in memory of their own: the cache that prefill makes.
     """
 
     parameters: int
@@ -101,7 +101,7 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """Arguments, temporaries and results, where these do not lie where arguments lay."""
+        """Arguments, temporaries, and results in memory of their own."""
         return self.arguments + self.temporaries + self.results
 
 

@@ -1,4 +1,4 @@
-"""Many processes: they begin together, end together, and compute on arrays that lie on the devices of all.
+"""Many processes: they begin together, end together, and compute on arrays spread over all devices.
 
 `place` finds out which process this is, `meeting` waits for the others, `job` is what they tell each other from then
 on. `broadcast` and `gather` use its connections and wait as long as it takes; XLA's collectives would give up while
@@ -65,7 +65,7 @@ def initialize(
     hosts, connections = meet(place, versions(), timeout, settings())
     _job = ProcessGroup(place.process_id, hosts, connections)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, and go on
+    jax.config.update("jax_enable_preemption_service", False)  # it would catch SIGTERM, and continue
     jax.distributed.initialize(
         place.address,
         place.num_processes,

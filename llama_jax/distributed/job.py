@@ -90,7 +90,7 @@ class ProcessGroup:
         self._end(*((text, text) if of_all else (f"{here}: {text}", f"{here} failed: {text}")), code)
 
     def wait_for_cause(self, error: BaseException) -> None:
-        """An error of the runtime may follow from the end of another process, which then ends this one by name."""
+        """A JAX error may be caused by another process dying. Waits, so that the message names that process instead."""
         if isinstance(error, jax.errors.JaxRuntimeError) or RUNTIME_ERROR.match(str(error)):
             time.sleep(CAUSE_SECONDS)
 

@@ -25,8 +25,8 @@ from llama_jax.distributed.place import Place
 
 log = logging.getLogger("llama_jax")
 
-SAY_SECONDS = 5.0  # of silence until somebody who waits for others says so; then four times as long
-HELLO_SECONDS = 5.0  # what somebody who connects has to say who it is
+SAY_SECONDS = 5.0  # without news before a waiting process prints a message; then four times as long
+HELLO_SECONDS = 5.0  # that a new connection has to identify itself
 
 
 def meet(

@@ -5,8 +5,8 @@ Shapes are static: prompts are padded to a bucket, the cache has a fixed number 
 the device until its steps are done or no row is running. The host sees tokens in chunks.
 
 A step samples first and then runs the blocks on what it has sampled, so that the first block's weights can be fetched
-while the head is multiplied: a loop's body cannot fetch what its next turn begins with. The price is one step for
-nothing where the last row stops or fills the cache; rows that end by their length cost none: `sample_last` runs no
+while the head is multiplied: a loop's body cannot fetch what its next turn begins with. Cost: one wasted
+step when the last row ends on a stop token or a full cache. Reaching max_new_tokens wastes none: `sample_last` runs no
 blocks.
 """
 

@@ -215,7 +215,7 @@ def _check_ids(ids: np.ndarray, vocab_size: int, where: str) -> None:
 
 
 class RowText:
-    """Text of one row as its tokens arrive; it may go on from the text of a prompt."""
+    """Text of one row as its tokens arrive; it may continue the text of a prompt."""
 
     def __init__(self, llama: LoadedLlama, stops: Sequence[str], *, goes_on: bool = False):
         if stops:

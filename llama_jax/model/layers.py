@@ -21,8 +21,8 @@ REMAT = {
     "matmuls": _POLICIES.save_only_these_names("qkv", "attention", "out", "mlp"),  # of products, as LLaMA 1 did
     "attention": _POLICIES.save_only_these_names("qkv", "attention"),
     "full": _POLICIES.nothing_saveable,  # but the block's input
-    "groups": _POLICIES.nothing_saveable,  # but the input of a group of about sqrt(L) blocks: a third forward pass
-    "offload": _POLICIES.save_and_offload_only_these_names(  # and that in the host's memory
+    "groups": _POLICIES.nothing_saveable,  # save only the input of every ~sqrt(L) blocks (one extra forward pass)
+    "offload": _POLICIES.save_and_offload_only_these_names(  # save block inputs in host memory
         names_which_can_be_saved=[], names_which_can_be_offloaded=["block"], offload_src="device",
         offload_dst="pinned_host",
     ),

@@ -57,7 +57,7 @@ class Compiled:
       fits: whether it accepted the program.
       argument_bytes: of its arguments.
       output_bytes: of its results.
-      alias_bytes: of results that lie where donated arguments lay.
+      alias_bytes: of results in the memory of donated arguments.
       temporary_bytes: of everything else in the device's memory.
       host_bytes: of the host's memory.
       text: the optimized program; empty where it did not fit.
@@ -79,7 +79,7 @@ class Compiled:
 
     @property
     def peak_bytes(self) -> int:
-        """Arguments, results that do not lie where arguments lay, and temporaries."""
+        """Arguments, results in memory of their own, and temporaries."""
         return self.argument_bytes + self.output_bytes - self.alias_bytes + self.temporary_bytes
 
 

@@ -174,7 +174,7 @@ def cost_plan(job: Workload, *, floor: bool = True, say: Callable[[str], None] =
 
 
 def check(job: Workload, *, batch: bool = True) -> None:
-    """Raises ValueError for a job whose parts do not go together, with what would; `batch` is whether that counts."""
+    """Raises ValueError for an inconsistent workload and suggests a consistent one; `batch=False` skips the batch."""
     config, machine, ways = job.config, job.machine, job.ways
     for name in ("batch", "seq_len", "microbatches"):
         if not 1 <= getattr(job, name) < 2**31:

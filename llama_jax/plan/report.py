@@ -86,7 +86,7 @@ def _times(plan: CostPlan) -> list[str]:
         known = job.machine.chip.network
         lines.append(_line("network", _seconds(roofline.network) if known else "not known", SHEET))
     if roofline.waited:
-        lines.append(_line("waited for", _seconds(roofline.waited), SHEET, "of the interconnect's, what nothing hides"))
+        lines.append(_line("waited for", _seconds(roofline.waited), SHEET, "communication not overlapped with compute"))
     lines.append(_line("bound", _seconds(roofline.seconds), ARITHMETIC, f"by {roofline.bound_by}"))
     share = "MFU at most" if job.mode != "decode" else "FLOPs used at most"
     lines.append(_line(share, f"{100 * roofline.mfu:.1f} %", ARITHMETIC))

@@ -54,7 +54,7 @@ class StopStrings:
         self.found: str | None = None
 
     def push(self, text: str) -> str:
-        """Adds text and returns what certainly lies before any stop string."""
+        """Adds text and returns what is certainly before any stop string."""
         if self.found is not None:
             return ""
         text = self._held + text

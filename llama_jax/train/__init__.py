@@ -1,1 +1,1 @@
-"""Training: the loss, and what will use it."""
+"""Training: recipes, the objective, one step, the loop."""

@@ -89,7 +89,7 @@ def row_plan(recipe: Recipe, corpora: Corpora) -> RowPlan:
 
 
 def what_is_read(recipe: Recipe, corpora: Corpora) -> dict[str, Any]:
-    """What the order of the rows depends on: a run that goes on must have the same."""
+    """What the order of the rows depends on: a run that resumes must have the same."""
     return {
         "seed": recipe.seed,
         "seq_len": recipe.batch.seq_len,

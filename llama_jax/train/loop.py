@@ -1,4 +1,4 @@
-"""A training run from its recipe to its end: it can be killed at any moment, and goes on as if nothing had happened."""
+"""A training run from its recipe to its end: it can be killed at any moment, and resumes as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ class TrainingRun:
     def _config(self, initial: Checkpoint | None) -> ModelConfig:
         if initial:
             return initial.config
-        if self.recipe.init_from:  # it goes on: what it began with need not be there any more
+        if self.recipe.init_from:  # a resumed run: what it began with need not exist any more
             from llama_jax.weights.open import open_checkpoint
 
             return open_checkpoint(self.output).config

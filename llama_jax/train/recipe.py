@@ -31,7 +31,7 @@ class Stage:
     """An early part of a run, with a smaller batch."""
 
     until_tokens: int
-    """Where it ends, in tokens of the whole run."""
+    """The stage ends after this many tokens of the run."""
     sequences: int
     """As of `Batch`: of its full length."""
     split: int = 1
@@ -81,7 +81,7 @@ class Optimizer:
     b2: float = 0.95
     """Decay of the mean squared gradient."""
     eps: float = 1e-8
-    """Added to the root of the latter."""
+    """Added to the square root of the mean squared gradient."""
     weight_decay: float = 0.1
     """Times the learning rate, of every matrix."""
     clip_norm: float = 1.0
@@ -175,7 +175,7 @@ class Recipe:
     output: str = ""
     """The folder of metrics, checkpoints and plots; empty: runs/NAME."""
     resume: Literal["never", "auto"] = "never"
-    """auto goes on from the newest checkpoint in the output folder, if there is one."""
+    """auto resumes from the newest checkpoint in the output folder, if there is one."""
     profile: str = ""
     """Steps to trace, such as 10:13, into OUTPUT/profile (xprof, Perfetto)."""
     allow_changes: tuple[str, ...] = ()

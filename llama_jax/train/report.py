@@ -28,7 +28,7 @@ class Reporter:
       output: the run's folder.
       main: whether this is process 0; the others' reports go nowhere.
       total_steps: of the run.
-      step: of the checkpoint that it goes on from: what was written of later steps is taken back.
+      step: of the checkpoint that it resumes from: what was written of later steps is taken back.
       tensorboard: whether to write event files too.
       wandb: a project of Weights & Biases, or nothing.
       recipe: for Weights & Biases.

@@ -68,7 +68,7 @@ def train_step(
         return jax.tree.map(lambda d, w: d.astype(w.dtype), gradient, state.trainable)
 
     def update(model, opt_state, gradient):
-        gradient = widened(gradient)  # in here, so that the whole of it never lies there in float32
+        gradient = widened(gradient)  # in here, so that it is never whole in float32
         updates, opt_state = optimizer.update(gradient, opt_state, model)  # pyright: ignore
         return optax.apply_updates(model, updates), opt_state  # pyright: ignore[reportArgumentType]
 

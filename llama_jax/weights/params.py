@@ -114,7 +114,7 @@ def read(tensor: Tensor, spec: ParamSpec, config: ModelConfig, format: Format, i
         H, D = config.head_dim, stored.shape[-1]
         assert len(part["H"]) == H, "no sharding may split head_dim"
         stored = stored.reshape(-1, H // 2, 2, D).swapaxes(1, 2).reshape(-1, D)
-    if "".join(groups) != spec.axes:  # the two stored dimensions lie the other way round
+    if "".join(groups) != spec.axes:  # the two stored dimensions are transposed
         stored = _contiguous(stored.T)
     return stored.reshape([len(part[axis]) for axis in spec.axes])
 
@@ -224,7 +224,7 @@ def pieces(
     """
     H = config.head_dim
     unit = H if spec.rope else 1
-    if source == "native":  # our dimensions lie in another order: one parameter is read whole
+    if source == "native":  # our dimensions are in another order: one parameter is read whole
         whole = to_stored(tensor.read(), spec, config, "hf")
         source, read = "hf", lambda index: _contiguous(whole[index]) if whole.ndim == 2 else whole[index]
     else:

@@ -30,7 +30,7 @@ def prepare_on_beam(
     options: Sequence[str] = (),
     reference: Mapping[str, float] | None = None,
 ) -> Manifest:
-    """Prepares a corpus on Apache Beam; after an interruption, the same call goes on where it was.
+    """Prepares a corpus on Apache Beam; after an interruption, the same call resumes.
 
     Args:
         request: What `make_request` returns; every worker must reach the input under the same paths.

@@ -85,7 +85,7 @@ def find_pieces(
         format: Of the files; `auto` goes by the names: .txt, .jsonl, .parquet and so on, or with .gz, .bz2, .xz or
             .zst after it. How a file is compressed, and whether it is Parquet, its bytes decide.
         glob: Which files of a folder, by their names.
-        out: The folder of the corpus: it is left out where it lies in a folder of the input.
+        out: The folder of the corpus: it is left out where it is in a folder of the input.
         notes: Where to say what is left out, and what is read as something else than its name says.
 
     Raises:

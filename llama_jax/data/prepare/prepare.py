@@ -44,7 +44,7 @@ from llama_jax.text.base import TOKENIZER_FILES
 def prepare(
     request: Request, out: str | Path, *, workers: int | None = None, reference: Mapping[str, float] | None = None
 ) -> Manifest:
-    """Prepares a corpus; after an interruption, the same call goes on where it was.
+    """Prepares a corpus; after an interruption, the same call resumes.
 
     Args:
         request: What `make_request` returns.

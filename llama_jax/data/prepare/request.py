@@ -111,7 +111,7 @@ def make_request(
         invalid_utf8: What to do with a document that is not valid UTF-8: error, skip or replace.
         shard_bytes: About how much input makes a shard; None makes some 256 shards of 4 MiB to 1 GiB.
         bos: Whether BOS begins each document; None as the tokenizer says.
-        out: The folder that the corpus will be in, so that it is left out where it lies in a folder of the input.
+        out: The folder that the corpus will be in, so that it is left out where it is in a folder of the input.
 
     Raises:
         FileNotFoundError: An input is not there.

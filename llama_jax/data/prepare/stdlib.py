@@ -34,7 +34,7 @@ def stdlib_corpus(
 ) -> tuple[Path, Path]:
     """Prepares the standard library as two corpora, or finds them where they were prepared before.
 
-    They lie in a folder of their own for each version of Python and each size of the vocabulary.
+    Each has a folder of its own for each version of Python and each size of the vocabulary.
 
     The validation corpus's manifest has `reference`: bits per byte that gzip -9 needs for its files, each on its own
     and all of them joined.

@@ -9,7 +9,7 @@ A column of the corpora, such as `loss_mask`, is one more array, of its own dtyp
 padding.
 
 The state of a run is the number of rows it has consumed: a loader that starts there, with any number of processes and
-any mesh, goes on with the same rows.
+any mesh, continues with the same rows.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ def _dtype_of(plan: RowPlan | SequentialPlan, column: str) -> np.dtype:
 
 
 class _Layout:
-    """Where the rows of a step lie, and which of them this process needs."""
+    """Where the rows of a step are placed, and which of them this process needs."""
 
     def __init__(self, schedule: BatchSchedule, stage: BatchStage, sharding: NamedSharding) -> None:
         self._split, self._sharding, self._shape = stage.split, sharding, schedule.shape(stage)
@@ -312,7 +312,7 @@ class Loader:
         try:
             row, stage, arrays = next(self._steps)
         except BaseException as error:
-            if not isinstance(error, StopIteration):  # Grain would go on after it, without this step
+            if not isinstance(error, StopIteration):  # Grain would continue after it, without this step
                 self.close()
             raise
         waited = time.perf_counter() - before

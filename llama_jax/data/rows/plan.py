@@ -175,7 +175,7 @@ class Mixture:
     """How the rows of a run are dealt to its corpora.
 
     Rows come in blocks. A corpus has its share of the rows up to the end of every block, to one row, and its rows
-    appear in order; where they lie within the block is random.
+    appear in order; their places within the block are random.
 
     Args:
       weights: shares of rows, and so of tokens, of each corpus; they need not sum to 1. 0 leaves a corpus out.

@@ -15,7 +15,7 @@ def attention(
 ) -> jax.Array:
     """softmax(q k^T * scale) v, the softmax in float32; `mask_BTS` is true where a query may look.
 
-    `out_sharding` says how the result lies where S is split over the mesh.
+    `out_sharding` is the sharding of the result where S is split over the mesh.
     """
     dtype = q_BTKGH.dtype
     if dtype == jnp.float16:  # scores are beyond its range before they are scaled

@@ -15,7 +15,7 @@ BLOCKS = (1024, 512, 256, 128)  # queries, and keys: multiples of a register's 1
 
 
 def fits(dtype: jnp.dtype, head_dim: int, kind: str) -> bool:
-    """Whether the kernel is as exact as the others: its float32 products are bfloat16."""
+    """Whether the kernel keeps this dtype's precision: it multiplies float32 inputs in bfloat16."""
     return dtype == jnp.bfloat16
 
 
