@@ -261,6 +261,9 @@ def test_architecture_names_functions_that_exist():
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
                 yield prefix + node.name
                 yield from names(node.body, f"{node.name}.") if isinstance(node, ast.ClassDef) else ()
+            elif isinstance(node, (ast.Assign, ast.AnnAssign)):  # tables
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                yield from (prefix + target.id for target in targets if isinstance(target, ast.Name))
 
     text = (ROOT / "docs" / "architecture.md").read_text()
     package = ROOT / "llama_jax"
