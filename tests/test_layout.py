@@ -19,7 +19,7 @@ ROOT = Path(llama_jax.__file__).parent
 
 # Where each module stands; the longest prefix decides, and every module must be covered.
 LEVELS = {
-    "config": 0, "costs": 0, "files": 0, "libc": 0, "progress": 0,
+    "config": 0, "costs": 0, "presets": 0, "files": 0, "libc": 0, "progress": 0,
     "_jax_internals": 0.9, "compilation_cache": 0.9,
     "text": 1.0, "distributed": 1.0, "sharding": 1.1, "costs.candidates": 1.2, "ops": 1.2, "caches": 1.3,
     "model": 2,
