@@ -42,8 +42,8 @@ class BatchStage:
     Attributes:
       from_tokens: the first step that begins when so many tokens have been consumed is of this stage.
       rows: of the plan, consumed by one step.
-      split: sequences that a row is cut into: Llama 3 begins with half of the final length. A document goes on in the
-        next sequence, at its next position, without seeing what was before.
+      split: sequences that a row is cut into: Llama 3 begins with half of the final length. A document cut at
+        a sequence end continues in the next one, positions counting on, but does not attend across the cut.
       microbatches: the sequences are computed in so many parts, one after the other.
     """
 
