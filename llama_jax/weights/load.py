@@ -98,9 +98,8 @@ def read_model(
 ) -> Llama:
     """Reads the weights, one tensor at a time, into a model on `mesh`.
 
-    Each process reads only the byte ranges that its devices hold. Where several processes hold the same shard, each reads
-    part of it from disk and they exchange the parts. Host memory beyond the model's own: about two of the largest
-    tensors.
+    Each process reads only the byte ranges that its devices hold. Where several processes hold the same shard, each
+    reads part of it and they exchange the parts. Host memory beyond the model's own: about two of the largest tensors.
 
     Args:
       checkpoint: what to read.
