@@ -13,7 +13,7 @@ import pytest
 import llama_jax
 from llama_jax import sharding
 from llama_jax.checkpoint.arrays import save_arrays
-from llama_jax.config import ModelConfig, params
+from llama_jax.config import ConfigError, ModelConfig, params
 from llama_jax.config.params import ParamSpec, Source
 from llama_jax.model import Llama, layers
 from llama_jax.model.blocks import Block
@@ -21,6 +21,7 @@ from llama_jax.ops.norm import rms_norm
 from llama_jax.ops.weights import einsum, name_of
 from llama_jax.train.losses import cross_entropy
 from llama_jax.train.optim import matrices
+from llama_jax.weights.formats import base
 from llama_jax.weights.formats.native import read_native
 from llama_jax.weights.load import LoadedLlama, read_model
 from llama_jax.weights.open import Checkpoint
@@ -208,7 +209,9 @@ def test_parameters_that_share_a_tensor(monkeypatch):
     assert expected["model.layers.1.gate_up"] == (320, 64)
     assert expected["model.layers.0.qkv"] == (256, 64)
     assert len(expected) == 3 + 2 * 6
-    tensors = {name: plain_tensor(name, random.standard_normal(shape)) for name, shape in expected.items()}
+    tensors = {
+        name: plain_tensor(name, random.standard_normal(shape).astype(np.float32)) for name, shape in expected.items()
+    }
     checkpoint = Checkpoint(Path("x"), "hf", plain, tensors, None)
     for spec, layer in params.parameters(plain):
         if layer is None:
@@ -218,7 +221,15 @@ def test_parameters_that_share_a_tensor(monkeypatch):
         part = (slice(0, shape[0] // 2), *(slice(1, 2) if i == 0 else slice(None) for i in range(len(shape) - 1)))
         np.testing.assert_array_equal(io.read(tensor, spec, plain, "hf", part), whole[part])
         np.testing.assert_array_equal(io.to_stored(whole, spec, plain, "hf"), tensor.read())
-    for one in params.stored_tensors(plain, "hf"):
-        columns = slice(0, one.shape[-1])
-        pieces = io.stored_pieces(one, checkpoint.tensor, plain, "hf", "hf", columns)
-        np.testing.assert_array_equal(np.concatenate(list(pieces)), tensors[one.name].read())
+    entries = {entry.name: entry for _, entry in base.tensor_entries(checkpoint, "hf", base.Options())}
+    assert entries.keys() == tensors.keys()
+    for name, entry in entries.items():
+        assert entry.shape == tensors[name].shape
+        np.testing.assert_array_equal(np.concatenate(list(entry.pieces())), tensors[name].read())
+
+
+def test_a_format_without_a_place_for_a_parameter_is_named(tmp_path):
+    llama = mixed(stacked=False)
+    with pytest.raises(ConfigError, match="gguf has no place for blocks.{}.branch: write the model as native"):
+        llama_jax.save(llama, tmp_path / "x.gguf", format="gguf")
+    assert not list(tmp_path.iterdir())

@@ -55,7 +55,6 @@ __all__ = [
     "read",
     "sizes",
     "stacked_name",
-    "stored_pieces",
     "stored_shape",
     "stored_tensors",
     "to_stored",
@@ -239,17 +238,3 @@ def pieces(
             pairs = (H // 2, 2) if source in INTERLEAVED else (2, H // 2)
             piece = piece.reshape(-1, *pairs, piece.shape[-1]).swapaxes(1, 2).reshape(piece.shape)
         yield piece
-
-
-def stored_pieces(
-    stored: StoredTensor,
-    tensor_of: Callable[[ParamSpec, int | None], Tensor],
-    config: ModelConfig,
-    source: Format,
-    target: Format,
-    columns: slice,
-) -> Iterator[np.ndarray]:
-    """All rows of one tensor of `target`, of each parameter that it holds in turn; see `pieces`."""
-    for spec, layer in stored.parts:
-        rows = range(stored_shape(spec, config, target)[0])
-        yield from pieces(tensor_of(spec, layer), spec, config, source, target, columns, rows)

@@ -5,17 +5,26 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from llama_jax.config import ConfigError
 from llama_jax.weights import foreign, params
 from llama_jax.weights.checkpoint import DTYPES, Checkpoint
 from llama_jax.weights.dequantize import QUANTIZATIONS
 from llama_jax.weights.sink import Entry
-from llama_jax.weights.source import DOWNLOAD_AGAIN, CheckpointError, cast, exists, link_to_nothing, system_errors
+from llama_jax.weights.source import (
+    DOWNLOAD_AGAIN,
+    CheckpointError,
+    cast,
+    common_dtype,
+    exists,
+    link_to_nothing,
+    system_errors,
+)
 from llama_jax.weights.verdict import Settled
 
 Advance = Callable[[int], None]
@@ -102,13 +111,36 @@ class FormatObject(Protocol):
 
     def nbytes(self, checkpoint: Checkpoint, options: Options) -> int:
         """Returns the bytes of weights that `write` makes."""
-        rows = params.parameters(checkpoint.config)
-        return sum(parameter_entry(checkpoint, row, layer, self.name, options).nbytes for row, layer in rows)
+        return sum(entry.nbytes for _, entry in tensor_entries(checkpoint, self.name, options))
 
     def stored(self, piece: np.ndarray, row: params.ParamSpec, options: Options, name: str) -> np.ndarray:
         """Returns what a written file gives back for rows of a parameter: other numbers where it quantizes."""
         del row
         return cast(piece, DTYPES[options.dtype], name) if options.dtype else piece
+
+
+def tensor_entries(
+    checkpoint: Checkpoint, target: params.Format, options: Options
+) -> Iterator[tuple[params.StoredTensor, Entry]]:
+    """Yields every tensor that a format stores of a model, of one parameter or of several one after the other.
+
+    Raises:
+      ConfigError: the format has no place for a parameter.
+    """
+    if lost := [row.ours for row, _ in params.parameters(checkpoint.config) if row.source(target) is None]:
+        raise ConfigError(f"{target} has no place for {lost[0]}: write the model as native")
+    for tensor in params.stored_tensors(checkpoint.config, target):
+        parts = [parameter_entry(checkpoint, row, layer, target, options) for row, layer in tensor.parts]
+        if len(parts) == 1:
+            yield tensor, parts[0]
+            continue
+        dtype = common_dtype(part.dtype for part in parts)
+
+        def pieces(parts: Sequence[Entry] = parts, dtype: np.dtype = dtype) -> Iterator[np.ndarray]:
+            for part in parts:
+                yield from (cast(piece, dtype, part.name) for piece in part.pieces())
+
+        yield tensor, Entry(tensor.name, tensor.shape, dtype, pieces)
 
 
 def parameter_entry(

@@ -131,9 +131,8 @@ def _contents(checkpoint: Checkpoint, options: base.Options) -> list[_Content]:
     if divisors := rope_divisors(config):
         values = np.array(divisors, np.float32)
         contents.append(_Content(Entry("rope_freqs.weight", values.shape, values.dtype, lambda: iter([values])), "F32"))
-    for row, layer in params.parameters(config):
-        entry = base.parameter_entry(checkpoint, row, layer, "gguf", options)
-        contents.append(_Content(entry, "F32" if len(row.stored) == 1 else kind or _KINDS[entry.dtype]))
+    for tensor, entry in base.tensor_entries(checkpoint, "gguf", options):
+        contents.append(_Content(entry, "F32" if len(tensor.shape) == 1 else kind or _KINDS[entry.dtype]))
     return contents
 
 

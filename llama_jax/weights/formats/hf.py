@@ -66,8 +66,7 @@ class _HuggingFace(base.FormatObject):
         """Writes a folder, with an index where there are several files; returns what transformers does otherwise."""
         path.mkdir()
         files: list[list[Entry]] = [[]]
-        for row, layer in params.parameters(checkpoint.config):
-            entry = base.parameter_entry(checkpoint, row, layer, "hf", options)
+        for _, entry in base.tensor_entries(checkpoint, "hf", options):
             if files[-1] and sum(e.nbytes for e in files[-1]) + entry.nbytes > options.max_shard_size:
                 files.append([])
             files[-1].append(entry)
