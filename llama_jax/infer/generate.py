@@ -122,8 +122,8 @@ def generate(
 def _samplings(options: Sequence[Any], count: int) -> list[Sampling]:
     """How each prompt's tokens are chosen; one seed counts up over the prompts."""
     *options, seed = options
-    if isinstance(seed, int):
-        seed = [(Sampling(seed=seed).seed + i) % 2**32 for i in range(count)]
+    if not isinstance(seed, (list, tuple, np.ndarray)):
+        seed = [(int(Sampling(seed=seed).seed) + i) % 2**32 for i in range(count)]
     names = [field.name for field in dataclasses.fields(Sampling)]
     columns = [_each(name, value, count) for name, value in zip(names, [*options, seed], strict=True)]
     return [Sampling(*values) for values in zip(*columns, strict=True)]

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from llama_jax import Sampling
+from llama_jax.infer.generate import _samplings
 from llama_jax.infer.sampling import keep, row_sampling, sample
 from tests.infer import sorting
 
@@ -298,3 +299,10 @@ def test_neutral_values():
 def test_wrong_values(options, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**options)
+
+
+def test_one_seed_counts_up_and_a_list_is_taken_as_it_is():
+    """A NumPy number is a number too."""
+    last = 2**32 - 1
+    for seed, expected in ((7, [7, 8, 9]), (np.int64(7), [7, 8, 9]), (last, [last, 0, 1]), ([3, 4, 9], [3, 4, 9])):
+        assert [x.seed for x in _samplings((0.5, None, None, None, None, seed), 3)] == expected
