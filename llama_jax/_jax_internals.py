@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-from typing import Any
 
 import jax
+
+from llama_jax.typing import Foreign
 
 log = logging.getLogger("llama_jax")
 
@@ -21,7 +22,7 @@ def backends_are_initialized() -> bool:
     return xla_bridge.backends_are_initialized()
 
 
-def cluster_types() -> list[Any]:
+def cluster_types() -> list[Foreign]:
     """Returns the launchers that JAX knows, in the order in which it asks them."""
     from jax._src.clusters import ClusterEnv
 
@@ -56,7 +57,12 @@ def cache_on_every_process() -> None:
         return
 
     def write(
-        cache_key: str, compile_time_secs: float, module_name: str, backend: Any, executable: Any, host_callbacks: Any
+        cache_key: str,
+        compile_time_secs: float,
+        module_name: str,
+        backend: Foreign,
+        executable: Foreign,
+        host_callbacks: Foreign,
     ) -> None:
         least: float = jax.config.jax_persistent_cache_min_compile_time_secs  # pyright: ignore
         if jax.process_index() == 0 or backend.platform != "cpu":

@@ -13,6 +13,8 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from llama_jax.typing import JsonObject
+
 if TYPE_CHECKING:
     from llama_jax.loaded import LoadedLlama
 
@@ -96,7 +98,7 @@ class SamplingArgs:
     seed: int = 0
     """Of the random numbers."""
 
-    def options(self) -> dict[str, Any]:
+    def options(self) -> JsonObject:
         """Returns process 0's options for `generate` and `Conversation`, checked before anything is loaded."""
         import_jax()
         from llama_jax.distributed import broadcast

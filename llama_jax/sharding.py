@@ -26,7 +26,6 @@ import functools
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 from jax.experimental import mesh_utils
@@ -35,6 +34,7 @@ from jax.sharding import PartitionSpec as P
 
 from llama_jax.config import ModelConfig
 from llama_jax.costs import machines, tuned
+from llama_jax.typing import Foreign
 
 log = logging.getLogger("llama_jax")
 
@@ -82,7 +82,7 @@ def make_mesh(
     fsdp: int = 1,
     context: int = 1,
     tensor: int = 1,
-    devices: Sequence[Any] | None = None,
+    devices: Sequence[Foreign] | None = None,
 ) -> Mesh:
     """The mesh of axes `MESH_AXES` for one model, in Explicit sharding mode.
 
@@ -118,7 +118,7 @@ def make_mesh(
     return Mesh(_arrange(devices[:needed], shape, text), MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
 
 
-def _arrange(devices: list[Any], shape: tuple[int, ...], text: str) -> Any:
+def _arrange(devices: list[Foreign], shape: tuple[int, ...], text: str) -> Foreign:
     slices = num_slices(devices)
     split = devices[0].platform == "tpu"  # a logical axis may take part of a torus axis: tensor_kv=8 on 4x4
     if slices == 1:
@@ -134,7 +134,7 @@ def _arrange(devices: list[Any], shape: tuple[int, ...], text: str) -> Any:
     )
 
 
-def num_slices(devices: Sequence[Any]) -> int:
+def num_slices(devices: Sequence[Foreign]) -> int:
     """Slices of TPUs; on GPUs a node counts as a slice for JAX, but `fsdp` over nodes is usual."""
     return len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"} or {0})
 
@@ -144,11 +144,11 @@ def mesh_text(sizes: Mapping[str, int], alone: str = "tensor=1") -> str:
     return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or alone
 
 
-def _count(devices: Sequence[Any]) -> str:
+def _count(devices: Sequence[Foreign]) -> str:
     return f"{len(devices)} ({devices[0].platform})"
 
 
-def _more(needed: int, devices: Sequence[Any]) -> str:
+def _more(needed: int, devices: Sequence[Foreign]) -> str:
     if devices[0].platform == "cpu":
         return f"On a CPU, JAX_NUM_CPU_DEVICES={needed} simulates that many"
     return "Make the mesh smaller, or start the same command on more hosts (docs/cloud-tpu.md, docs/gpu.md)"

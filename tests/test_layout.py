@@ -19,9 +19,10 @@ ROOT = Path(llama_jax.__file__).parent
 
 # Where each module stands; the longest prefix decides, and every module must be covered.
 LEVELS = {
-    "config": 0, "costs": 0, "presets": 0, "files": 0, "libc": 0, "progress": 0,
+    "config": 0, "costs": 0, "presets": 0, "files": 0, "libc": 0, "progress": 0, "typing": 0,
     "_jax_internals": 0.9, "compilation_cache": 0.9,
-    "text": 1.0, "distributed": 1.0, "sharding": 1.1, "costs.candidates": 1.2, "ops": 1.2, "caches": 1.3,
+    "text": 1.0, "distributed": 1.0, "sharding": 1.1, "costs.candidates": 1.2, "costs.choose": 1.2, "ops": 1.2,
+    "caches": 1.3,
     "model": 2,
     "checkpoint": 2.9, "weights": 3.0, "loaded": 3.0, "data": 3.1, "infer": 3.2, "train": 3.2, "checkpoint.run": 3.2,
     "infer.server": 4, "train.loop": 4, "train.samples": 4, "evaluate": 4, "plan": 4,

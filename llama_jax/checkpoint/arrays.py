@@ -12,13 +12,13 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
 from llama_jax.checkpoint.paths import plain
 from llama_jax.libc import return_large_blocks
+from llama_jax.typing import Foreign, JsonObject
 
 CHUNK = 1 << 26  # bytes: what a read of a few rows costs at most
 FILE = 1 << 28  # bytes of one data file, which is in memory until it is whole (Orbax's default: 2 GiB)
@@ -42,7 +42,7 @@ class SavedArray:
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    read: Callable[[tuple[Any, ...]], np.ndarray] = dataclasses.field(repr=False)
+    read: Callable[[tuple[slice | int, ...]], np.ndarray] = dataclasses.field(repr=False)
     missing_chunks: Callable[[], int] = dataclasses.field(repr=False, default=lambda: 0)
 
 
@@ -89,7 +89,7 @@ def check_saved(path: Path, arrays: Mapping[str, tuple[tuple[int, ...], np.dtype
             raise DamagedError(f"{path}: {missing} chunks of {name!r} are missing")
 
 
-def handler(arrays: Mapping[str, jax.Array]) -> Any:
+def handler(arrays: Mapping[str, jax.Array]) -> Foreign:
     """An Orbax handler that holds as little in flight as Orbax allows: one copy of the largest array.
 
     What it copies is memory beyond the arrays.
@@ -100,11 +100,11 @@ def handler(arrays: Mapping[str, jax.Array]) -> Any:
     most = max(_local_bytes(x) * len(x.addressable_shards) for x in arrays.values())
     # (Orbax multiplies the number by 10**9; a fraction does.) Weights do not compress: zstd saves bf16 a fifth, and
     # costs more time than the disk saves.
-    options: dict[str, Any] = {"save_concurrent_gb": (most + 1) / 10**9, "use_compression": False}
+    options: JsonObject = {"save_concurrent_gb": (most + 1) / 10**9, "use_compression": False}
     return ocp.PyTreeCheckpointHandler(use_zarr3=True, **options)
 
 
-def save_request(arrays: Mapping[str, jax.Array], stacked: Callable[[str], bool]) -> Any:
+def save_request(arrays: Mapping[str, jax.Array], stacked: Callable[[str], bool]) -> Foreign:
     """What Orbax is to save, and in which chunks."""
     import orbax.checkpoint as ocp
 
@@ -129,10 +129,11 @@ def open_arrays(path: Path) -> dict[str, SavedArray]:
     """
     import orbax.checkpoint as ocp
     import tensorstore
+    from etils import epath
 
     try:
         place = plain(path)
-        tree = ocp.PyTreeCheckpointHandler().metadata(place).tree  # pyright: ignore[reportArgumentType]
+        tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(place)).tree
         store = {"driver": "ocdbt", "base": place.as_uri()}
         # Nothing is gained from holding what was read: each part is read once.
         context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 0}})
@@ -149,8 +150,8 @@ def open_arrays(path: Path) -> dict[str, SavedArray]:
     except Exception as error:  # Orbax and tensorstore raise many kinds
         raise DamagedError(f"{path}: not a checkpoint that Orbax can read ({type(error).__name__}: {error})") from error
 
-    def reader(name: str) -> Callable[[tuple[Any, ...]], np.ndarray]:
-        def read(index: tuple[Any, ...]) -> np.ndarray:
+    def reader(name: str) -> Callable[[tuple[slice | int, ...]], np.ndarray]:
+        def read(index: tuple[slice | int, ...]) -> np.ndarray:
             try:
                 return arrays[name][index].read().result()
             except Exception as error:  # a chunk that is cut short or gone
@@ -166,7 +167,7 @@ def open_arrays(path: Path) -> dict[str, SavedArray]:
     }
 
 
-def _missing_chunks(array: Any) -> int:
+def _missing_chunks(array: Foreign) -> int:
     """Chunks of a tensorstore array that have no key in its store (Orbax stores those of zeros too)."""
     sizes = array.chunk_layout.write_chunk.shape or ()  # None of a scalar
     expected = math.prod(-(-n // size) for n, size in zip(array.shape, sizes, strict=True))

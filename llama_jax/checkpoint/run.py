@@ -13,7 +13,6 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -21,6 +20,7 @@ import numpy as np
 from llama_jax.checkpoint.arrays import DamagedError, SavedArray, check_saved, handler, open_arrays, save_request
 from llama_jax.checkpoint.keep import KeepRules, Validated
 from llama_jax.checkpoint.paths import plain
+from llama_jax.typing import Foreign, JsonObject
 
 log = logging.getLogger("llama_jax")
 
@@ -63,7 +63,7 @@ class RunCheckpoints:
         self._earlier = functools.cache(earlier)
         self._validated: dict[int, Validated] = {}
         self._unknown: set[int] = set()
-        self._manager: Any = None
+        self._manager: Foreign = None
         self._begun: int | None = None
         self._expected: _Expected | None = None
 
@@ -71,7 +71,7 @@ class RunCheckpoints:
         """Those that are whole, in order."""
         return run_steps(self.folder)
 
-    def progress(self, step: int) -> dict[str, Any]:
+    def progress(self, step: int) -> JsonObject:
         """What was saved beside the arrays.
 
         Raises:
@@ -119,7 +119,7 @@ class RunCheckpoints:
         self,
         step: int,
         items: Mapping[str, Mapping[str, jax.Array]],
-        progress: dict[str, Any],
+        progress: JsonObject,
         files: Mapping[str, bytes],
         loss: float | None = None,
         of: str = "",
@@ -257,13 +257,13 @@ class RunCheckpoints:
             shutil.rmtree(self.folder / DELETED / name, ignore_errors=True)
             (self.folder / name).rename(self.folder / DELETED / name)
 
-    def _open(self, items: Mapping[str, Mapping[str, jax.Array]]) -> Any:
+    def _open(self, items: Mapping[str, Mapping[str, jax.Array]]) -> Foreign:
         import orbax.checkpoint as ocp
 
         if self._manager is None:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._set_aside()
-            handlers: dict[str, Any] = {item: handler(arrays) for item, arrays in items.items()}
+            handlers: JsonObject = {item: handler(arrays) for item, arrays in items.items()}
             self._manager = ocp.CheckpointManager(
                 plain(self.folder), options=self._options, item_handlers=handlers | {"run": _run_files().Handler()}
             )
@@ -345,17 +345,17 @@ class _RunFiles:
         import orbax.checkpoint as ocp
 
         class Handler(ocp.CheckpointHandler):
-            def save(self, directory: Any, args: Any) -> None:
+            def save(self, directory: Foreign, args: Foreign) -> None:
                 if jax.process_index() == 0:
                     for name, text in args.small.items():
                         (directory / name).write_text(text)
                     for name, data in args.files.items():
                         (directory.parent / name).write_bytes(data)
 
-            def restore(self, directory: Any, args: Any = None) -> Any:
+            def restore(self, directory: Foreign, args: Foreign = None) -> Foreign:
                 return json.loads((directory / PROGRESS).read_text())
 
-            def finalize(self, directory: Any) -> None:
+            def finalize(self, directory: Foreign) -> None:
                 pass
 
         @ocp.args.register_with_handler(Handler, for_save=True, for_restore=True)

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, TypeVar
 
 from llama_jax.cli import fail_clearly
+from llama_jax.typing import Foreign
 
 COMMANDS = {
     "chat": "talk to a model",
@@ -93,7 +94,7 @@ def _run(name: str, line: CommandLine) -> None:
     sys.exit(code or 0)
 
 
-def _module(name: str) -> Any:
+def _module(name: str) -> Foreign:
     return importlib.import_module(f"llama_jax.commands.{name.replace('-', '_')}")
 
 

@@ -23,7 +23,6 @@ import runpy
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
 
 import tyro
 
@@ -33,6 +32,7 @@ from llama_jax.plan import environment
 from llama_jax.progress import working
 from llama_jax.train.recipe import Recipe
 from llama_jax.train.report import count
+from llama_jax.typing import JsonObject
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -136,5 +136,5 @@ def main(args: Args) -> int:
     return 130 if outcome.signal == 2 else 0
 
 
-def _fields(recipe: Recipe) -> dict[str, Any]:
+def _fields(recipe: Recipe) -> JsonObject:
     return {field.name: getattr(recipe, field.name) for field in dataclasses.fields(Recipe)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from llama_jax.config import (
@@ -21,6 +21,7 @@ from llama_jax.config import (
 )
 from llama_jax.config.keys import check_keys
 from llama_jax.config.values import divide, need, number
+from llama_jax.typing import Fields, JsonObject
 
 WHERE = "GGUF metadata"
 # Keys of our own: what `rope_freqs.weight` was made from, where that tensor alone would be read as another scaling.
@@ -34,7 +35,7 @@ _OWN = "llama_jax.rope_scaling"  # JSON: any other scaling that the keys of llam
 
 
 def from_gguf_metadata(
-    metadata: Mapping[str, Any], *, tie_embeddings: bool, rope_divisors: list[float] | None = None
+    metadata: Fields, *, tie_embeddings: bool, rope_divisors: list[float] | None = None
 ) -> ModelConfig:
     """Reads the metadata of a GGUF file.
 
@@ -98,7 +99,7 @@ def from_gguf_metadata(
 
 
 def _scaling(
-    metadata: Mapping[str, Any], divisors: list[float] | None, head_dim: int, theta: float, context: int
+    metadata: Fields, divisors: list[float] | None, head_dim: int, theta: float, context: int
 ) -> AnyRopeScaling | None:
     """Returns the scaling that keys and `rope_freqs.weight` give together."""
     if divisors is not None:
@@ -130,9 +131,7 @@ def _close(divisors: list[float] | None, expected: list[float] | None) -> bool:
     return all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(divisors, expected, strict=True))
 
 
-def _own_scaling(
-    metadata: Mapping[str, Any], divisors: list[float] | None, head_dim: int, theta: float
-) -> AnyRopeScaling:
+def _own_scaling(metadata: Fields, divisors: list[float] | None, head_dim: int, theta: float) -> AnyRopeScaling:
     """Returns the scaling that a key of our own says, if llama.cpp reads the same from the rest of the file."""
     try:
         scaling = scaling_from_json(json.loads(metadata[_OWN]), f"GGUF: {_OWN}")
@@ -148,7 +147,7 @@ def _own_scaling(
     return scaling
 
 
-def _scaling_of_keys(metadata: Mapping[str, Any], context: int) -> LinearScaling | YarnScaling | None:
+def _scaling_of_keys(metadata: Fields, context: int) -> LinearScaling | YarnScaling | None:
     """Linear or YaRN scaling, resolved as llama.cpp does: a factor without a type is linear, 0 is none, and
     `scale_linear` counts where `scaling.factor` is not said."""
     prefix = "llama.rope.scaling."
@@ -171,7 +170,7 @@ def _scaling_of_keys(metadata: Mapping[str, Any], context: int) -> LinearScaling
     return None if kind == "none" or factor == 1 else LinearScaling(factor)
 
 
-def _yarn(metadata: Mapping[str, Any], factor: float, attention: float, context: int) -> YarnScaling | None:
+def _yarn(metadata: Fields, factor: float, attention: float, context: int) -> YarnScaling | None:
     """YaRN as llama.cpp has it: its bounds are whole indices, and `attn_factor` is multiplied with the usual factor."""
     prefix = "llama.rope.scaling."
     usual = yarn_attention_factor(factor)
@@ -192,7 +191,7 @@ def _yarn(metadata: Mapping[str, Any], factor: float, attention: float, context:
     return None if scaling.factor == 1 and scaling.attention_factor == 1 else scaling
 
 
-def to_gguf_metadata(config: ModelConfig) -> dict[str, Any]:
+def to_gguf_metadata(config: ModelConfig) -> JsonObject:
     """Writes the `llama.*` keys, RoPE scaling with them where llama.cpp computes it from keys. What it does not goes
     into `rope_freqs.weight`: see `rope_divisors`.
 
@@ -216,7 +215,7 @@ def to_gguf_metadata(config: ModelConfig) -> dict[str, Any]:
     return metadata | _scaling_metadata(config)
 
 
-def _scaling_metadata(config: ModelConfig) -> dict[str, Any]:
+def _scaling_metadata(config: ModelConfig) -> JsonObject:
     """Returns the metadata of RoPE scaling beside `rope_freqs.weight`."""
     scaling = config.rope_scaling
     if scaling is None:
@@ -234,7 +233,7 @@ def _scaling_metadata(config: ModelConfig) -> dict[str, Any]:
     return keys | {_OWN: json.dumps(scaling_to_json(scaling))}
 
 
-def _scaling_keys(scaling: AnyRopeScaling) -> dict[str, Any]:
+def _scaling_keys(scaling: AnyRopeScaling) -> JsonObject:
     """Returns the keys from which llama.cpp computes a scaling, or the rest beside `rope_freqs.weight`."""
     prefix = "llama.rope.scaling."
     if isinstance(scaling, LinearScaling):

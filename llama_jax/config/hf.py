@@ -18,11 +18,12 @@ from llama_jax.config import (
 )
 from llama_jax.config.keys import check_keys, check_rope_keys, unused_rope_keys
 from llama_jax.config.values import divide, either, need, number
+from llama_jax.typing import Fields, JsonObject
 
 ORIGINAL = "original_max_position_embeddings"
 
 
-def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
+def from_hf_config(hf: Fields) -> ModelConfig:
     """Reads a Hugging Face `config.json` of a Llama, in the spelling of transformers 4 or 5.
 
     Raises:
@@ -55,7 +56,7 @@ def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-def _hf_rope(hf: Mapping[str, Any]) -> tuple[Mapping[str, Any], float]:
+def _hf_rope(hf: Fields) -> tuple[Fields, float]:
     """Returns `rope_parameters` or `rope_scaling`, and the base, wherever the file has it."""
     both = [hf[key] for key in ("rope_parameters", "rope_scaling") if hf.get(key)]  # {} and false are none, too
     for rope in both:
@@ -76,7 +77,7 @@ def _one_value(name: str, values: list[Any]) -> Any:
     return found[0] if found else None
 
 
-def rope_kind(rope: Mapping[str, Any]) -> str:
+def rope_kind(rope: Fields) -> str:
     """Returns the kind of RoPE that `rope_parameters` or `rope_scaling` names.
 
     Raises:
@@ -88,7 +89,7 @@ def rope_kind(rope: Mapping[str, Any]) -> str:
     return either(kind, "default")
 
 
-def _hf_scaling(rope: Mapping[str, Any], hf: Mapping[str, Any]) -> AnyRopeScaling | None:
+def _hf_scaling(rope: Fields, hf: Fields) -> AnyRopeScaling | None:
     kind = rope_kind(rope)
     if kind not in _READERS:
         reason = _REFUSED_KINDS.get(kind, "it is unknown")
@@ -102,18 +103,18 @@ def _hf_scaling(rope: Mapping[str, Any], hf: Mapping[str, Any]) -> AnyRopeScalin
 WHERE = "config.json: rope_scaling"
 
 
-def _llama3(rope: Mapping[str, Any], hf: Mapping[str, Any]) -> RopeScaling:
+def _llama3(rope: Fields, hf: Fields) -> RopeScaling:
     factors = (number(rope, key, WHERE) for key in ("factor", "low_freq_factor", "high_freq_factor"))
     return RopeScaling(*factors, original_max_seq_len=need({ORIGINAL: _original(rope, hf)}, ORIGINAL, WHERE))
 
 
-def _linear(rope: Mapping[str, Any], hf: Mapping[str, Any]) -> LinearScaling | None:
+def _linear(rope: Fields, hf: Fields) -> LinearScaling | None:
     del hf
     scaling = LinearScaling(number(rope, "factor", WHERE))
     return None if scaling.factor == 1 else scaling
 
 
-def _yarn(rope: Mapping[str, Any], hf: Mapping[str, Any]) -> YarnScaling | None:
+def _yarn(rope: Fields, hf: Fields) -> YarnScaling | None:
     factor = number(rope, "factor", WHERE)
     mscales = (number(rope, key, WHERE, None) for key in ("mscale", "mscale_all_dim"))
     attention = number(rope, "attention_factor", WHERE, None)
@@ -135,13 +136,13 @@ def _yarn(rope: Mapping[str, Any], hf: Mapping[str, Any]) -> YarnScaling | None:
     return None if scaling.factor == 1 and scaling.attention_factor == 1 else scaling
 
 
-def _original(rope: Mapping[str, Any], hf: Mapping[str, Any]) -> Any:
+def _original(rope: Fields, hf: Fields) -> Any:
     """Returns the context before it was stretched; transformers 5 takes it from outside the object, too."""
     said = _one_value(ORIGINAL, [number(place, ORIGINAL, WHERE, None) for place in (rope, hf)])
     return int(said) if said is not None and said == int(said) else said
 
 
-_READERS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], AnyRopeScaling | None]] = {
+_READERS: dict[str, Callable[[Fields, Fields], AnyRopeScaling | None]] = {
     "default": lambda rope, hf: None,
     "llama3": _llama3,
     "linear": _linear,
@@ -158,7 +159,7 @@ _REFUSED_KINDS = {
 }
 
 
-def to_hf_config(config: ModelConfig, *, dtype: str, transformers: int = 4) -> dict[str, Any]:
+def to_hf_config(config: ModelConfig, *, dtype: str, transformers: int = 4) -> JsonObject:
     """Writes `config.json`.
 
     Args:
@@ -192,7 +193,7 @@ def to_hf_config(config: ModelConfig, *, dtype: str, transformers: int = 4) -> d
     return hf | {"rope_theta": config.rope_theta, "rope_scaling": scaling, "torch_dtype": dtype}
 
 
-def _write_llama3(scaling: RopeScaling) -> dict[str, Any]:
+def _write_llama3(scaling: RopeScaling) -> JsonObject:
     return {
         "rope_type": "llama3",
         "factor": scaling.factor,
@@ -202,7 +203,7 @@ def _write_llama3(scaling: RopeScaling) -> dict[str, Any]:
     }
 
 
-def _write_yarn(scaling: YarnScaling) -> dict[str, Any]:
+def _write_yarn(scaling: YarnScaling) -> JsonObject:
     """Returns YaRN's object without the usual values."""
     rope = {"rope_type": "yarn", "factor": scaling.factor, ORIGINAL: scaling.original_max_seq_len}
     usual = YarnScaling(scaling.factor, scaling.original_max_seq_len, yarn_attention_factor(scaling.factor))
@@ -210,7 +211,7 @@ def _write_yarn(scaling: YarnScaling) -> dict[str, Any]:
     return rope | {name: getattr(scaling, name) for name in names if getattr(scaling, name) != getattr(usual, name)}
 
 
-_WRITERS: dict[type, Callable[[Any], dict[str, Any] | None]] = {
+_WRITERS: dict[type, Callable[[Any], JsonObject | None]] = {
     type(None): lambda scaling: None,
     RopeScaling: _write_llama3,
     LinearScaling: lambda scaling: {"rope_type": "linear", "factor": scaling.factor},

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from llama_jax.config import ConfigError
+from llama_jax.typing import Fields
 
 ConfigFormat = Literal["hf", "native", "meta", "gguf"]
 
@@ -50,7 +51,7 @@ class KeyTable:
             return "refused"
         return "silent" if key.startswith(self.silent_prefixes) else None
 
-    def check(self, mapping: Mapping[str, Any]) -> None:
+    def check(self, mapping: Fields) -> None:
         """Refuses, by its name and value, a key that this library does not compute.
 
         Raises:
@@ -65,7 +66,7 @@ class KeyTable:
                 about = next(what for prefix, what in self.refused_prefixes.items() if key.startswith(prefix))
                 raise self._refusal(key, value, about)
 
-    def unknown(self, mapping: Mapping[str, Any]) -> list[str]:
+    def unknown(self, mapping: Fields) -> list[str]:
         """Returns the keys, other than null ones, that are in no class."""
         return sorted(key for key, value in mapping.items() if value is not None and self.class_of(key) is None)
 
@@ -90,7 +91,7 @@ def _is_neutral(value: Any, neutral: tuple) -> bool:
     return value is None or value in neutral
 
 
-def check_keys(format: ConfigFormat, mapping: Mapping[str, Any], *, stacklevel: int = 3) -> None:
+def check_keys(format: ConfigFormat, mapping: Fields, *, stacklevel: int = 3) -> None:
     """Refuses the keys that change the mathematics and are not computed, and warns of the unknown ones.
 
     Args:
@@ -109,7 +110,7 @@ def check_keys(format: ConfigFormat, mapping: Mapping[str, Any], *, stacklevel: 
         )
 
 
-def ignored_keys(format: ConfigFormat, mapping: Mapping[str, Any]) -> list[str]:
+def ignored_keys(format: ConfigFormat, mapping: Fields) -> list[str]:
     """Returns the names of the keys that a reader drops without knowing what they mean.
 
     Args:
@@ -130,13 +131,13 @@ def ignored_keys(format: ConfigFormat, mapping: Mapping[str, Any]) -> list[str]:
     return sorted(found)
 
 
-def inner_params(params: Mapping[str, Any]) -> Mapping[str, Any]:
+def inner_params(params: Fields) -> Fields:
     """Returns the object under "model" of a params.json where there is one."""
     inner = params.get("model")
     return inner if isinstance(inner, Mapping) else params
 
 
-def unscaled_keys(params: Mapping[str, Any]) -> list[str]:
+def unscaled_keys(params: Fields) -> list[str]:
     """Returns the keys of a params.json that Meta's code takes only with `use_scaled_rope`, which is not set."""
     keys = ("rope_scaling_factor", "rope_high_freq_factor")
     return [] if params.get("use_scaled_rope") else [key for key in keys if params.get(key) is not None]
@@ -246,7 +247,7 @@ ROPE_TABLE = KeyTable(
 )
 
 
-def check_rope_keys(rope: Mapping[str, Any]) -> None:
+def check_rope_keys(rope: Fields) -> None:
     """Refuses keys of `rope_parameters` or `rope_scaling` that change the mathematics and are not computed.
 
     Raises:
@@ -258,7 +259,7 @@ def check_rope_keys(rope: Mapping[str, Any]) -> None:
             raise ConfigError(f"config.json: RoPE of its own for layers of type {key!r} is not supported")
 
 
-def unused_rope_keys(rope: Mapping[str, Any]) -> list[str]:
+def unused_rope_keys(rope: Fields) -> list[str]:
     """Returns the non-null keys of `rope_parameters` or `rope_scaling` that its kind of RoPE does not use."""
     kind = rope.get("rope_type") or rope.get("type") or "default"
     used = ROPE_KEYS.get(kind, frozenset()) if isinstance(kind, str) else frozenset()

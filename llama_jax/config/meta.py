@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Mapping
-from typing import Any
 
 from llama_jax.config import (
     ConfigError,
@@ -19,6 +17,7 @@ from llama_jax.config import (
 )
 from llama_jax.config.keys import check_keys, inner_params, unscaled_keys
 from llama_jax.config.values import divide, either, need, number
+from llama_jax.typing import Fields, JsonObject
 
 # What `llama_jax.json` may say beside Meta's file, under our own names: params.json has no key for it, or not always.
 _META_EXTRA = ("head_dim", "max_seq_len", "rope_theta", "rope_scaling", "tie_embeddings")
@@ -33,9 +32,7 @@ def meta_mlp_dim(dim: int, multiple_of: int, ffn_dim_multiplier: float | None) -
     return multiple_of * math.ceil(hidden / multiple_of)
 
 
-def from_meta_params(
-    params: Mapping[str, Any], *, vocab_size: int | None = None, extra: Mapping[str, Any] | None = None
-) -> ModelConfig:
+def from_meta_params(params: Fields, *, vocab_size: int | None = None, extra: Fields | None = None) -> ModelConfig:
     """Reads Meta's `params.json`.
 
     Args:
@@ -58,7 +55,7 @@ def from_meta_params(
     return ModelConfig(**fields)
 
 
-def _meta_fields(params: Mapping[str, Any], vocab_size: int | None) -> dict[str, Any]:
+def _meta_fields(params: Fields, vocab_size: int | None) -> JsonObject:
     """Returns ModelConfig's fields as `params.json` alone gives them."""
     params = inner_params(params)
     check_keys("meta", params, stacklevel=4)
@@ -108,14 +105,14 @@ def _meta_fields(params: Mapping[str, Any], vocab_size: int | None) -> dict[str,
     }
 
 
-def to_meta_params(config: ModelConfig) -> dict[str, Any]:
+def to_meta_params(config: ModelConfig) -> JsonObject:
     """Writes Meta's `params.json` for Meta's code of the same generation, which refuses keys that it does not know.
 
     Grouped-query attention came with Llama 2, `rope_theta` with Code Llama, `use_scaled_rope` with Llama 3.1. What the
     file cannot say goes to `to_meta_extra`.
     """
     multiple_of, multiplier = _meta_ffn(config.embed_dim, config.mlp_dim)
-    params: dict[str, Any] = {
+    params: JsonObject = {
         "dim": config.embed_dim,
         "n_layers": config.num_layers,
         "n_heads": config.num_heads,
@@ -141,7 +138,7 @@ def _meta_ffn(dim: int, mlp_dim: int) -> tuple[int, float | None]:
     return next(pair for pair in released + exact if meta_mlp_dim(dim, *pair) == mlp_dim)
 
 
-def to_meta_extra(config: ModelConfig) -> dict[str, Any]:
+def to_meta_extra(config: ModelConfig) -> JsonObject:
     """Returns the fields that `params.json` cannot hold; `llama_jax.json` keeps them beside that file.
 
     Returns:

@@ -8,6 +8,8 @@ import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llama_jax.typing import JsonObject
+
 
 class ConfigError(ValueError):
     """A configuration that this library cannot compute exactly; the message names the key and the remedy."""
@@ -192,7 +194,7 @@ def yarn_attention_factor(factor: float, mscale: float | None = None, mscale_all
 _KINDS: dict[str | None, type[AnyRopeScaling]] = {None: RopeScaling, "linear": LinearScaling, "yarn": YarnScaling}
 
 
-def scaling_to_json(scaling: AnyRopeScaling) -> dict[str, Any]:
+def scaling_to_json(scaling: AnyRopeScaling) -> JsonObject:
     """Returns a scaling as our own files have it: its kind, if not Llama 3.1's, and its fields."""
     kind = next(name for name, kind in _KINDS.items() if isinstance(scaling, kind))
     return ({} if kind is None else {"kind": kind}) | dataclasses.asdict(scaling)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from llama_jax.config import ConfigError
+from llama_jax.typing import Fields
 
 
-def need(mapping: Mapping[str, Any], key: str, where: str) -> Any:
+def need(mapping: Fields, key: str, where: str) -> Any:
     """Returns the value of a key that must be said.
 
     Raises:
@@ -19,7 +19,7 @@ def need(mapping: Mapping[str, Any], key: str, where: str) -> Any:
     return mapping[key]
 
 
-def number(mapping: Mapping[str, Any], key: str, where: str, *default: float | None) -> Any:
+def number(mapping: Fields, key: str, where: str, *default: float | None) -> Any:
     """Returns the value of a key, a number that may be spelt as text; `default`, if one is given, where it is not said.
 
     Raises:

@@ -19,6 +19,7 @@ from llama_jax.config import ModelConfig
 from llama_jax.config.presets import PRESETS
 from llama_jax.costs.estimate import Mode, Workload
 from llama_jax.costs.machines import Machine, machine, of_devices
+from llama_jax.typing import Fields, JsonObject
 
 FILE = Path(__file__).with_suffix(".json")
 # Of an architecture: what a step's size and time depend on.
@@ -52,8 +53,8 @@ class TunedEntry:
     remat: str = "full"
     microbatches: int = 1
     attention: str = "auto"
-    compiler_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    figures: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    compiler_options: Fields = dataclasses.field(default_factory=dict)
+    figures: Fields = dataclasses.field(default_factory=dict)
 
     @property
     def job(self) -> Workload:
@@ -103,7 +104,7 @@ def find(config: ModelConfig, on: Machine, mode: Mode, seq_len: int | None) -> T
     return min(fitting, key=lambda row: row.seq_len, default=None)
 
 
-def options(config: ModelConfig, devices: Sequence[Any]) -> dict[str, Any]:
+def options(config: ModelConfig, devices: Sequence[Any]) -> JsonObject:
     """Compiler options of decoding on these devices; none for a libtpu that they were not tried with."""
     number, kind = len(devices), devices[0].device_kind
     slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from llama_jax.data.manifest import Manifest as Manifest
 from llama_jax.data.prepare.system import naming
 from llama_jax.text.base import Tokenizer
 from llama_jax.text.open import load_tokenizer
+from llama_jax.typing import Fields, Foreign
 
 TOKENS, BYTES = 0, 1  # columns of the index
 READ_OPTIONS = "readahead_buffer_size:0"  # a read fetches its records only
@@ -33,8 +34,8 @@ class Column:
         """Joins shards.
 
         Args:
-            indices: uint32 [documents of the shard, 2] each.
-            column: TOKENS or BYTES.
+          indices: uint32 [documents of the shard, 2] each.
+          column: TOKENS or BYTES.
         """
         self._columns = [index[:, column] for index in indices]
         self._starts = np.cumsum([0, *(len(index) for index in indices)])
@@ -72,10 +73,10 @@ class Corpus:
     """A prepared corpus, opened for random access. Threads may share it; other processes get a copy by pickling.
 
     Attributes:
-        path: Its folder.
-        manifest: What it is.
-        lengths: Tokens of each document, BOS and EOS included.
-        nbytes: UTF-8 bytes of each document's text.
+      path: its folder.
+      manifest: what it is.
+      lengths: tokens of each document, BOS and EOS included.
+      nbytes: UTF-8 bytes of each document's text.
     """
 
     def __init__(self, path: Path, manifest: Manifest, indices: Sequence[np.ndarray]):
@@ -84,7 +85,7 @@ class Corpus:
         self.lengths, self.nbytes = Column(indices, TOKENS), Column(indices, BYTES)
         self._starts = list(itertools.accumulate((shard.documents for shard in manifest.shards), initial=0))
         self._dtype = np.dtype(manifest.token_dtype).newbyteorder("<")
-        self._readers: dict[tuple[int, str], Any] = {}
+        self._readers: dict[tuple[int, str], Foreign] = {}
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -110,14 +111,14 @@ class Corpus:
         """Reads documents.
 
         Args:
-            ids: Their numbers, in any order.
-            column: Which of `columns`; None reads the token ids.
+          ids: their numbers, in any order.
+          column: which of `columns`; None reads the token ids.
 
         Returns:
-            The token ids of each, int32 [tokens], or the column's numbers, one for each token.
+          The token ids of each, int32 [tokens], or the column's numbers, one for each token.
 
         Raises:
-            ValueError: A shard is damaged.
+          ValueError: A shard is damaged.
         """
         dtype = self._dtype if column is None else self.columns[column].newbyteorder("<")
         suffix = "array_record" if column is None else f"{column}.array_record"
@@ -168,7 +169,7 @@ class Corpus:
         except (RuntimeError, IndexError) as error:
             raise ValueError(f"{self._file(shard, suffix)}: is damaged ({error}): {AGAIN}") from error
 
-    def _reader(self, shard: int, suffix: str) -> Any:
+    def _reader(self, shard: int, suffix: str) -> Foreign:
         with self._lock:
             if (shard, suffix) not in self._readers:
                 file = self._file(shard, suffix)
@@ -189,11 +190,11 @@ def open_corpus(path: str | Path) -> Corpus:
     """Opens a prepared corpus.
 
     Args:
-        path: Its folder.
+      path: its folder.
 
     Raises:
-        FileNotFoundError: There is no such folder.
-        ValueError: It is no corpus, is unfinished, or a file is missing or truncated.
+      FileNotFoundError: there is no such folder.
+      ValueError: it is no corpus, is unfinished, or a file is missing or truncated.
     """
     path = Path(os.path.expanduser(path))
     manifest = read_manifest(path)
@@ -208,12 +209,12 @@ def check_tokenizer(corpus: Corpus, *, sha256: str | None = None, vocab_size: in
     """Checks that a corpus was prepared with the tokenizer of a model, or of another corpus.
 
     Args:
-        corpus: The corpus.
-        sha256: Of the tokenizer's vocabulary file, as `tokenizer_sha256` gives; None leaves this unchecked.
-        vocab_size: Of the model, which may be padded above the tokenizer's; None leaves this unchecked.
+      corpus: the corpus.
+      sha256: of the tokenizer's vocabulary file, as `tokenizer_sha256` gives; None leaves this unchecked.
+      vocab_size: of the model, which may be padded above the tokenizer's; None leaves this unchecked.
 
     Raises:
-        ValueError: It was not.
+      ValueError: it was not.
     """
     manifest = corpus.manifest
     if sha256 is not None and sha256 != manifest.tokenizer_sha256:
@@ -228,13 +229,13 @@ def check_tokenizer(corpus: Corpus, *, sha256: str | None = None, vocab_size: in
         )
 
 
-def changed_facts(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+def changed_facts(before: Fields, now: Fields) -> str:
     """Says what tells a corpus from what it was; empty where its documents are the same, whenever it was prepared.
 
     Args:
-        before: Some attributes of its manifest: documents, tokens, tokenizer_sha256, fingerprint, and content, which
-            earlier versions did not have.
-        now: The same of the corpus that is there.
+      before: some attributes of its manifest: documents, tokens, tokenizer_sha256, fingerprint, and content, which
+        earlier versions did not have.
+      now: the same of the corpus that is there.
     """
     found = [f"{before[name]} {name}, now {now[name]}" for name in ("documents", "tokens") if before[name] != now[name]]
     if before["tokenizer_sha256"] != now["tokenizer_sha256"]:

@@ -18,12 +18,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from llama_jax.data.prepare.system import exists, naming
 from llama_jax.text.base import TOKENIZER_FILES, VOCABULARY_FILES
+from llama_jax.typing import Foreign, JsonObject
 
 FORMATS = (1, 2)  # without and with columns: what has none is written as ever
 MANIFEST = "manifest.json"
@@ -45,9 +45,9 @@ def content_of_both(first: str, second: str, documents: int) -> str:
     and where they are cut does not.
 
     Args:
-        first: Hash of the first run, in hexadecimal; empty for none.
-        second: Hash of the second one.
-        documents: How many there are in the second one.
+      first: hash of the first run, in hexadecimal; empty for none.
+      second: hash of the second one.
+      documents: how many there are in the second one.
     """
     if not second:
         return first
@@ -60,12 +60,12 @@ class Shard:
     """One shard of a corpus.
 
     Attributes:
-        name: Of its files, without the suffix.
-        documents: Number of records.
-        tokens: Of all documents, BOS and EOS included.
-        bytes: UTF-8 of all texts.
-        record_bytes: Size of the `.array_record` file; a truncated one shows.
-        content: Hash of all documents' tokens in order, see `content_of_both`; empty in corpora of earlier versions.
+      name: of its files, without the suffix.
+      documents: number of records.
+      tokens: of all documents, BOS and EOS included.
+      bytes: UTF-8 of all texts.
+      record_bytes: size of the `.array_record` file; a truncated one shows.
+      content: hash of all documents' tokens in order, see `content_of_both`; empty in corpora of earlier versions.
     """
 
     name: str
@@ -98,21 +98,21 @@ class Manifest:
     """What a corpus is.
 
     Attributes:
-        vocab_size: Of the tokenizer; every id is below it.
-        bos: Whether each document begins with the tokenizer's BOS.
-        eos_id: The id that ends each document.
-        tokenizer_file: Name of the vocabulary's file in the corpus.
-        tokenizer_sha256: Of that file, in hexadecimal.
-        token_dtype: Of the records, `uint16` or `uint32`.
-        documents: Number of them.
-        tokens: Of all documents, BOS and EOS included.
-        bytes: UTF-8 of all texts.
-        shards: In the order of the documents.
-        skipped: What was left out, such as `{"empty": 3}` documents.
-        reference: Bits per byte that something else needs for the texts, by its name.
-        fingerprint: Of the input and the options that it was prepared from.
-        barren: The inputs, as they were given, that gave no document.
-        columns: What there is of each token beside its id.
+      vocab_size: of the tokenizer; every id is below it.
+      bos: whether each document begins with the tokenizer's BOS.
+      eos_id: the id that ends each document.
+      tokenizer_file: name of the vocabulary's file in the corpus.
+      tokenizer_sha256: of that file, in hexadecimal.
+      token_dtype: of the records, `uint16` or `uint32`.
+      documents: number of them.
+      tokens: of all documents, BOS and EOS included.
+      bytes: UTF-8 of all texts.
+      shards: in the order of the documents.
+      skipped: what was left out, such as `{"empty": 3}` documents.
+      reference: bits per byte that something else needs for the texts, by its name.
+      fingerprint: of the input and the options that it was prepared from.
+      barren: the inputs, as they were given, that gave no document.
+      columns: what there is of each token beside its id.
     """
 
     vocab_size: int
@@ -155,14 +155,14 @@ class Manifest:
         """Reads a manifest.
 
         Args:
-            text: JSON.
-            source: Where it comes from, for error messages.
+          text: JSON.
+          source: where it comes from, for error messages.
 
         Raises:
-            ValueError: It is none, is of another format, or its counts do not match.
+          ValueError: it is none, is of another format, or its counts do not match.
         """
         try:
-            values: dict[str, Any] = json.loads(text)
+            values: JsonObject = json.loads(text)
             version = values.pop("format", None)
             if version not in FORMATS:
                 raise ValueError(f"format {version!r}, this llama_jax reads formats {' and '.join(map(str, FORMATS))}")
@@ -224,7 +224,7 @@ def is_corpus_file(name: str) -> bool:
     )
 
 
-def array_record() -> Any:
+def array_record() -> Foreign:
     """ArrayRecord's module with the reader and the writer."""
     try:
         from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]

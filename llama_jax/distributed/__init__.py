@@ -11,9 +11,8 @@ import atexit
 import hashlib
 import importlib.metadata
 import platform
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -23,8 +22,10 @@ from llama_jax.distributed.agreement import SHOWN, DisagreementError, difference
 from llama_jax.distributed.job import ProcessGroup
 from llama_jax.distributed.meeting import meet
 from llama_jax.distributed.place import find_place
+from llama_jax.typing import Fields, Foreign
 
 HEARTBEAT_TIMEOUT = 30  # seconds; JAX's own, which also notices a process that hangs
+T = TypeVar("T")
 PACKAGES = ("jax", "jaxlib", "flax", "libtpu")
 
 _job: ProcessGroup | None = None
@@ -127,7 +128,7 @@ def broadcast(value: Any) -> Any:
     return value
 
 
-def gather(value: Any) -> list[Any]:
+def gather(value: T) -> list[T]:
     """Returns the values of all processes, in order, on every process; all must call it.
 
     Args:
@@ -142,7 +143,7 @@ def gather(value: Any) -> list[Any]:
     return broadcast([value, *(job.receive(i) for i in range(1, len(job.hosts)))])
 
 
-def compile_together(lowered: Any, compiler_options: Mapping[str, Any] | None = None) -> Any:
+def compile_together(lowered: Foreign, compiler_options: Fields | None = None) -> Foreign:
     """Compiles a lowered program, and returns it when all processes have; all must call it.
 
     A collective of XLA would give up (on CPUs after 30 s) while another process still compiles.
@@ -156,7 +157,7 @@ def compile_together(lowered: Any, compiler_options: Mapping[str, Any] | None = 
     return program
 
 
-def agree(facts: Mapping[str, Any]) -> None:
+def agree(facts: Fields) -> None:
     """Returns if all processes pass equal facts; all must call it.
 
     Args:

@@ -21,6 +21,7 @@ import jax
 
 from llama_jax.distributed.meeting import send
 from llama_jax.libc import sleep_on_abort
+from llama_jax.typing import JsonObject
 
 KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # a machine that vanishes is noticed after 20 s
 CAUSE_SECONDS = 5.0  # an error of XLA may follow from the end of another process: so long it may take to hear of that
@@ -67,7 +68,7 @@ class ProcessGroup:
         """As messages say it: "process 1 of 4 (host)"."""
         return f"process {i} of {len(self.hosts)} ({self.hosts[i]})"
 
-    def send(self, message: dict[str, Any]) -> None:
+    def send(self, message: JsonObject) -> None:
         """To all that this process is connected with."""
         with self._sending:
             for connection in self._connections.values():

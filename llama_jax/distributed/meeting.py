@@ -18,10 +18,10 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
 
 from llama_jax.distributed.agreement import SHOWN, differences, message
 from llama_jax.distributed.place import Place
+from llama_jax.typing import JsonObject
 
 log = logging.getLogger("llama_jax")
 
@@ -115,9 +115,9 @@ def _gather_all(place: Place, hello: dict, timeout: float, connections: dict[int
 
 
 @contextlib.contextmanager
-def _arrivals(port: int) -> Iterator[queue.SimpleQueue[tuple[socket.socket, dict[str, Any]]]]:
+def _arrivals(port: int) -> Iterator[queue.SimpleQueue[tuple[socket.socket, JsonObject]]]:
     """Connections and who is at their other ends, as they come. Somebody who says nothing keeps nobody waiting."""
-    arrived: queue.SimpleQueue[tuple[socket.socket, dict[str, Any]]] = queue.SimpleQueue()
+    arrived: queue.SimpleQueue[tuple[socket.socket, JsonObject]] = queue.SimpleQueue()
     closing = threading.Event()
 
     def greet(connection: socket.socket) -> None:
@@ -157,7 +157,7 @@ def _listen(port: int) -> socket.socket:
         ) from None
 
 
-def _read_hello(connection: socket.socket) -> dict[str, Any] | None:
+def _read_hello(connection: socket.socket) -> JsonObject | None:
     """Who connected; None if it does not say so."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         match json.loads(_line(connection, HELLO_SECONDS)):
@@ -237,7 +237,7 @@ def _line(connection: socket.socket, seconds: float) -> bytes:
     return line
 
 
-def send(connection: socket.socket, message: dict[str, Any]) -> None:
+def send(connection: socket.socket, message: JsonObject) -> None:
     """Sends a line; if the other process is gone, whoever watches it finds out."""
     with contextlib.suppress(OSError):
         connection.sendall(json.dumps(message).encode() + b"\n")

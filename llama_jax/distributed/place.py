@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import re
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from llama_jax import _jax_internals
+from llama_jax.typing import Foreign
 
 log = logging.getLogger("llama_jax")
 
@@ -113,7 +114,7 @@ def _detect(timeout: float | None) -> Place | None:
     return None
 
 
-def _detected(cluster: Any, timeout: float | None) -> Place:
+def _detected(cluster: Foreign, timeout: float | None) -> Place:
     try:
         count, process = cluster.get_process_count(), cluster.get_process_id()
         address = ""

@@ -22,6 +22,7 @@ from typing import Any
 
 from llama_jax.doctor.finding import OK, PROBLEM, Finding, between, one_line, problem
 from llama_jax.doctor.machine import local_findings, proxies
+from llama_jax.typing import JsonObject
 
 PROBE = "import sys; from llama_jax.doctor.probe import probe; probe(sys.argv[1])"
 
@@ -166,7 +167,7 @@ def _examine(child: Child, found: list[Finding], timeout: float, say: Callable[[
 class Child:
     """The process that runs JAX; `listen` returns its answer for each stage."""
 
-    def __init__(self, arguments: dict[str, Any]):
+    def __init__(self, arguments: JsonObject):
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable, "-c", PROBE, json.dumps(arguments)],
@@ -188,7 +189,7 @@ class Child:
             self._process.stdin.write(json.dumps(value).encode() + b"\n")
             self._process.stdin.flush()
 
-    def listen(self, stage: str, timeout: float) -> dict[str, Any] | Finding:
+    def listen(self, stage: str, timeout: float) -> JsonObject | Finding:
         """Returns the child's answer for a stage, or the problem that prevented one."""
         check, when_silent, when_failed = STAGES[stage]
         try:
@@ -221,6 +222,6 @@ class Child:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout, self._errors):
+        for pipe in filter(None, (self._process.stdin, self._process.stdout, self._errors)):
             with contextlib.suppress(BrokenPipeError):
-                pipe.close()  # pyright: ignore[reportOptionalMemberAccess]
+                pipe.close()

@@ -14,6 +14,7 @@ from typing import Any
 
 from llama_jax.doctor.finding import Finding, fine, one_line, problem, warning
 from llama_jax.doctor.machine import GIB, nvidia_gpus, tpu_chips
+from llama_jax.typing import JsonObject
 
 
 def probe(arguments_json: str) -> None:
@@ -22,7 +23,7 @@ def probe(arguments_json: str) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # prints of libraries
 
-    def answer(**values: Any) -> None:
+    def answer(**values: object) -> None:
         print(json.dumps(values), file=answers, flush=True)
 
     try:
@@ -36,7 +37,7 @@ def probe(arguments_json: str) -> None:
         os._exit(1)
 
 
-def _probe(arguments: dict[str, Any], answer: Callable[..., None]) -> None:
+def _probe(arguments: JsonObject, answer: Callable[..., None]) -> None:
     from llama_jax import distributed
     from llama_jax.distributed.place import find_place
 
@@ -51,7 +52,7 @@ def _probe(arguments: dict[str, Any], answer: Callable[..., None]) -> None:
     distributed.initialize(**arguments, timeout=timeout)
     answer()
 
-    def all_of(findings: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def all_of(findings: list[JsonObject]) -> list[JsonObject]:
         return [finding for each in distributed.gather(findings) for finding in each]
 
     answer(all=all_of(json.loads(line)))

@@ -15,6 +15,7 @@ from llama_jax.progress import SMALL, progress
 from llama_jax.text.chat import ChatError, TemplateChat, guessed_format
 from llama_jax.text.differences import differences
 from llama_jax.text.samples import sample_texts
+from llama_jax.typing import PyTree
 from llama_jax.weights import params
 from llama_jax.weights.checkpoint import Checkpoint
 from llama_jax.weights.compare import Difference, compare_parameter
@@ -54,7 +55,7 @@ class Comparison:
       left_out: what the readers of a and of b did not use of their files, in words: it was not compared either.
     """
 
-    config: dict[str, tuple[Any, Any]]
+    config: dict[str, tuple[object, object]]
     tokenizer: list[str]
     weights: list[Difference]
     logits: Logits | None
@@ -181,7 +182,7 @@ def _last_logits(checkpoint: Checkpoint, tokens_BT: np.ndarray, mesh: str | None
 
 
 @jax.jit
-def _last(model: Any, tokens_BT: jax.Array) -> jax.Array:
+def _last(model: PyTree, tokens_BT: jax.Array) -> jax.Array:
     x_BTD, _ = model.hidden(tokens_BT)
     batch, _, embed = jax.typeof(x_BTD).sharding.spec
     x_BTD = jax.reshard(x_BTD, jax.P(batch, None, embed))  # the last ones may all be on one device

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -11,6 +11,7 @@ from llama_jax.caches import KVCache, grow, num_slots
 from llama_jax.infer.engine import Request
 from llama_jax.infer.generate import Completion, Generation, RowText
 from llama_jax.infer.sampling import Sampling
+from llama_jax.typing import Fields
 
 if TYPE_CHECKING:
     from llama_jax.loaded import LoadedLlama
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 FIRST_CACHE = 4096  # slots of a conversation's first cache; it doubles when they are used up
 STREAM_CHUNK = 1  # tokens in the first chunk of a stream, which then doubles
 
-Message = Mapping[str, Any]
+Message = Fields
 
 
 def chat(llama: LoadedLlama, messages: Sequence[Message], **options: Any) -> Completion:

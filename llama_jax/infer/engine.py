@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -23,6 +23,7 @@ from llama_jax.infer.decode import LENGTH, NO_TOKEN, DecodeState
 from llama_jax.infer.sampling import Sampling, row_sampling
 from llama_jax.model import Llama
 from llama_jax.sharding import pad_batch, whole_sequences
+from llama_jax.typing import Fields, Foreign, PyTree
 
 if TYPE_CHECKING:
     from llama_jax.weights.load import LoadedLlama
@@ -82,7 +83,7 @@ class Engine:
       compiler_options: of `decode`.
     """
 
-    def __init__(self, model: Llama, compiler_options: Mapping[str, Any] | None = None):
+    def __init__(self, model: Llama, compiler_options: Fields | None = None):
         self._model, (self._leaves, self._structure) = model, jax.tree.flatten(model)
         self._decode = _decode_program(tuple(sorted((compiler_options or {}).items())))
 
@@ -179,7 +180,9 @@ class Engine:
         """As `steps` of one token where no running row may emit more: it costs no step of the blocks."""
         return self._run(_sample_last, state, halt)
 
-    def _run(self, program: Any, state: DecodeState, halt: np.ndarray | None, *steps: int) -> tuple[DecodeState, Chunk]:
+    def _run(
+        self, program: Foreign, state: DecodeState, halt: np.ndarray | None, *steps: int
+    ) -> tuple[DecodeState, Chunk]:
         halt = np.zeros(state.finish_B.shape[0], bool) if halt is None else halt
         state, *found = program(self._leaves, state, self._put(halt), *steps, structure=self._structure)
         tokens_BC, logprobs_BC, finish_B = map(np.asarray, found)
@@ -195,11 +198,11 @@ class Engine:
         """Float32 logits [B, T, V], without a cache."""
         return _logits(self._leaves, self._put(tokens_BT, "seq"), structure=self._structure)
 
-    def lower_prefill(self, *args: Any, **static: Any) -> Any:
+    def lower_prefill(self, *args: PyTree, **static: int) -> Foreign:
         """The program of `decode.prefill` for abstract arguments, to compile for machines that are not there."""
         return _prefill.lower(self._leaves, *args, structure=self._structure, **static)
 
-    def lower_decode(self, *args: Any) -> Any:
+    def lower_decode(self, *args: PyTree) -> Foreign:
         """The program of `decode.decode`, likewise."""
         return self._decode.lower(self._leaves, *args, structure=self._structure)
 
@@ -231,7 +234,7 @@ def _with_room(state: DecodeState, stops: int) -> DecodeState:
     return dataclasses.replace(state, stop_BN=stop_BN)
 
 
-def _on_leaves(function: Any) -> Any:
+def _on_leaves(function: Foreign) -> Foreign:
     """The function, called with a model's leaves; their structure is static."""
 
     def call(leaves, *args, structure, **kwargs):
@@ -241,7 +244,7 @@ def _on_leaves(function: Any) -> Any:
     return call
 
 
-def _for_the_host(step: Any) -> Any:
+def _for_the_host(step: Foreign) -> Foreign:
     """With the finish codes, and all that the host reads replicated: every process has it whole."""
 
     @functools.wraps(step)
@@ -263,7 +266,7 @@ _release = jax.jit(decode.release, donate_argnums=0)
 
 
 @functools.cache
-def _decode_program(compiler_options: tuple[tuple[str, Any], ...]) -> Any:
+def _decode_program(compiler_options: tuple[tuple[str, Any], ...]) -> Foreign:
     return jax.jit(
         _on_leaves(_for_the_host(decode.decode)),
         static_argnames="structure",

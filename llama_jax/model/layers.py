@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 from flax import nnx
@@ -13,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from llama_jax.caches import KVCache, layers_of
 from llama_jax.config.params import group_size, period_of
 from llama_jax.model.blocks import Block, Params
+from llama_jax.typing import JsonObject
 
 _POLICIES = jax.checkpoint_policies
 # What is kept of a block for the gradient; the rest is computed again. From the most memory to the least:
@@ -100,8 +100,8 @@ def apply_blocks(
     blocks: Blocks,
     x_BTD: jax.Array,
     cache: KVCache | None,
-    where: dict[str, Any],
-    static: dict[str, Any],
+    where: JsonObject,
+    static: JsonObject,
     *,
     remat: str = "none",
 ) -> tuple[jax.Array, KVCache | None]:

@@ -15,12 +15,14 @@ from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from llama_jax.ops import linear
 from llama_jax.ops.embed import lookup
 from llama_jax.sharding import axes_of
+from llama_jax.typing import PyTree
 
 
 class Leaf(Protocol):
@@ -32,7 +34,7 @@ class Leaf(Protocol):
         ...
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> np.dtype:
         """Of its numbers, `dense`."""
         ...
 
@@ -72,7 +74,7 @@ class Stored:
         return jax.eval_shape(self.dense).shape
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> np.dtype:
         """Of its numbers."""
         return jax.eval_shape(self.dense).dtype
 
@@ -115,18 +117,18 @@ class Dense(Stored):
         return {"": self.array}
 
 
-def leaf_of(weight: Any) -> Leaf:
+def leaf_of(weight: PyTree) -> Leaf:
     """The leaf of a parameter: of an `nnx.Param`, an array, or a leaf itself."""
     value = weight.get_value() if isinstance(weight, nnx.Variable) else weight
     return value if is_leaf(value) else Dense(value)
 
 
-def is_leaf(value: Any) -> bool:
+def is_leaf(value: PyTree) -> bool:
     """Whether this is a leaf that is not a plain array: `is_leaf` of `jax.tree`."""
     return all(hasattr(type(value), method) for method in ("product", "lookup", "dense", "parts"))
 
 
-def einsum(equation: str, x: jax.Array, weight: Any, *, out_sharding: P) -> jax.Array:
+def einsum(equation: str, x: jax.Array, weight: PyTree, *, out_sharding: P) -> jax.Array:
     """Activation times weight, in the activation's dtype: the one seam through which every weight matrix is used.
 
     Args:
@@ -138,7 +140,7 @@ def einsum(equation: str, x: jax.Array, weight: Any, *, out_sharding: P) -> jax.
     return leaf_of(weight).product(equation, x, out_sharding)
 
 
-def embed(table: Any, tokens_BT: jax.Array, *, out_sharding: P) -> jax.Array:
+def embed(table: PyTree, tokens_BT: jax.Array, *, out_sharding: P) -> jax.Array:
     """The rows of an embedding table at `tokens_BT`: [B, T, D] in the table's dtype; see `ops.embed.lookup`.
 
     Args:
@@ -227,7 +229,7 @@ class Flattened(Stored):
         return self.whole_spec
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> np.dtype:
         """Of the weight."""
         return self.matrix.dtype
 
@@ -255,7 +257,7 @@ class Flattened(Stored):
         return {"": self.dense()}
 
 
-def flatten(w: Any) -> Any:
+def flatten(w: PyTree) -> PyTree:
     """Returns the weight [D, ...], abstract or not, flattened.
 
     It stays as it is where a device's part would not be contiguous, and where it is a leaf of another kind.

@@ -10,14 +10,14 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from llama_jax.costs.machines import Machine, available_bytes
 from llama_jax.plan.program import Lowered
+from llama_jax.typing import Fields, Foreign, JsonObject
 
 LOCK = Path("/tmp/libtpu_lockfile")
 WAIT = 2.0  # seconds between two tries
@@ -103,7 +103,7 @@ def versions(machine: Machine) -> dict[str, str]:
     return found
 
 
-def devices(machine: Machine, *, say: Callable[[str], None]) -> list[Any]:
+def devices(machine: Machine, *, say: Callable[[str], None]) -> list[Foreign]:
     """The devices of a machine, to lower and compile for.
 
     Args:
@@ -120,12 +120,12 @@ def devices(machine: Machine, *, say: Callable[[str], None]) -> list[Any]:
     return _tpus(machine, say) if machine.chip.platform == "tpu" else _gpus(machine)
 
 
-def _tpus(machine: Machine, say: Callable[[str], None]) -> list[Any]:
+def _tpus(machine: Machine, say: Callable[[str], None]) -> list[Foreign]:
     from jax.experimental import topologies
 
     kind = _NAMES.get(machine.chip.name, machine.chip.name)
     os.environ["TPU_ACCELERATOR_TYPE"] = dataclasses.replace(machine, slices=1).cloud_name
-    options: dict[str, Any] = {"num_slices": machine.slices} if machine.slices > 1 else {}
+    options: JsonObject = {"num_slices": machine.slices} if machine.slices > 1 else {}
     if machine.chip.name == "v4":
         options["chip_config_name"] = "megacore"  # else the two cores of a chip are two devices
     waiting = False
@@ -155,7 +155,7 @@ def _holder() -> str:
     return "another process"
 
 
-def _gpus(machine: Machine) -> list[Any]:
+def _gpus(machine: Machine) -> list[Foreign]:
     from jax.experimental import topologies
 
     chip = machine.chip
@@ -167,7 +167,7 @@ def _gpus(machine: Machine) -> list[Any]:
         raise ValueError(f"the CUDA plugin does not know {machine.name}: {_first_line(error)}") from None
 
 
-def compile(program: Lowered, machine: Machine, options: Mapping[str, Any]) -> Compiled:
+def compile(program: Lowered, machine: Machine, options: Fields) -> Compiled:
     """Compiles a program.
 
     Args:
@@ -184,7 +184,7 @@ def compile(program: Lowered, machine: Machine, options: Mapping[str, Any]) -> C
         return _for_tpu(program, {"xla_dump_to": folder, "xla_dump_hlo_as_text": True, **options}, Path(folder))
 
 
-def _for_tpu(program: Lowered, options: dict[str, Any], folder: Path) -> Compiled:
+def _for_tpu(program: Lowered, options: JsonObject, folder: Path) -> Compiled:
     """The compiler's own report is read, and not `memory_analysis` alone: that of libtpu 0.0.42 and 0.0.50 says 6.7 GB
     of temporaries where its buffers take 5.0, and the text of newer ones is more than an older JAX can parse."""
     start = time.perf_counter()
@@ -217,7 +217,7 @@ def _for_tpu(program: Lowered, options: dict[str, Any], folder: Path) -> Compile
     )
 
 
-def _for_gpu(program: Lowered, machine: Machine, options: dict[str, Any]) -> Compiled:
+def _for_gpu(program: Lowered, machine: Machine, options: JsonObject) -> Compiled:
     start = time.perf_counter()
     try:
         compiled = program.lowered.compile(options)

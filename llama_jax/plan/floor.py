@@ -6,8 +6,6 @@ weights and cache in the same places, and the communication that their sharding 
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -24,6 +22,7 @@ from llama_jax.plan.program import Lowered
 from llama_jax.train import build
 from llama_jax.train.losses import TOKENS
 from llama_jax.train.step import attached, handles
+from llama_jax.typing import PyTree
 
 
 def lower_floor(job: Workload, mesh: jax.sharding.Mesh) -> Lowered:
@@ -62,7 +61,7 @@ def decode_floor(model: Llama, cache: KVCache, x_B1D: jax.Array) -> jax.Array:
     return _head(model, x_B1D)
 
 
-def _head(model: Llama, x_BTD: jax.Array, head: Any = None) -> jax.Array:
+def _head(model: Llama, x_BTD: jax.Array, head: PyTree = None) -> jax.Array:
     tied = model.config.tie_embeddings
     head = (model.embed if tied else model.lm_head) if head is None else head
     spec = model.rules.spec(("batch", "seq", "vocab"), (*x_BTD.shape[:2], model.config.vocab_size))
@@ -127,7 +126,7 @@ def prefill_floor(model: Llama, x_BTD: jax.Array) -> jax.Array:
     return x_BTD
 
 
-def training_floor(model: Llama, x_BTD: jax.Array) -> Any:
+def training_floor(model: Llama, x_BTD: jax.Array) -> PyTree:
     """The products of a training step and its gradient, with what the step's remat policy computes again.
 
     Args:
@@ -138,14 +137,14 @@ def training_floor(model: Llama, x_BTD: jax.Array) -> Any:
       Gradients of the blocks, the head and the stream. The numbers mean nothing.
     """
 
-    def blocks_of(blocks: Any, x_BTD: jax.Array) -> jax.Array:
+    def blocks_of(blocks: PyTree, x_BTD: jax.Array) -> jax.Array:
         step = jax.checkpoint(
             lambda x_BTD, block: (_sequence(block, checkpoint_name(x_BTD, "block")), None),
             policy=REMAT[model.remat], prevent_cse=False,
         )  # fmt: skip
         return jax.lax.scan(step, x_BTD, blocks)[0]
 
-    blocks: Any = model.blocks
+    blocks: PyTree = model.blocks
     stand_ins = handles(model).blocks
     x_BTD, pull = jax.vjp(lambda stand_ins, x_BTD: blocks_of(attached(blocks, stand_ins), x_BTD), stand_ins, x_BTD)
     B, T, D = x_BTD.shape

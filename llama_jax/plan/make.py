@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
 
 from llama_jax import sharding
 from llama_jax.costs import estimate
@@ -16,6 +15,7 @@ from llama_jax.plan import compiler, hlo, program
 from llama_jax.plan.compiler import Compiled
 from llama_jax.plan.floor import lower_floor
 from llama_jax.sharding import mesh_text
+from llama_jax.typing import JsonObject
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ class CostPlan:
         """As the compiler says, else by arithmetic."""
         return self.compiled.peak_bytes if self.compiled else self.arithmetic.peak
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         """The figures under the names that scripts/plan.py --json documents."""
         job, compiled, memory = self.job, self.compiled, self.arithmetic
         parameters, optimizer, cache = self.sizes or (memory.parameters, memory.optimizer, memory.cache)

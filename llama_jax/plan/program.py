@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from llama_jax import sharding
 from llama_jax.costs.estimate import Workload
@@ -17,6 +17,7 @@ from llama_jax.infer.engine import STOPS, Engine
 from llama_jax.model import Llama, flatten_heads
 from llama_jax.train import build
 from llama_jax.train.recipe import Batch, Data, Optimizer, Recipe, Schedule
+from llama_jax.typing import Foreign, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Lowered:
       argument_bytes: of all arguments.
     """
 
-    lowered: Any
+    lowered: Foreign
     parameter_bytes: int
     optimizer_bytes: int
     cache_bytes: int
@@ -51,7 +52,7 @@ def recipe_of(job: Workload) -> Recipe:
     )
 
 
-def mesh_of_workload(job: Workload, devices: Sequence[Any]) -> jax.sharding.Mesh:
+def mesh_of_workload(job: Workload, devices: Sequence[Foreign]) -> jax.sharding.Mesh:
     """The mesh of a job on devices of its machine."""
     return sharding.make_mesh(job.config, **job.mesh, devices=devices)
 
@@ -103,7 +104,7 @@ def serving_model(job: Workload) -> Llama:
     return flatten_heads(model) if job.machine.chip.platform == "tpu" else model
 
 
-def abstract_cache(model: Llama, job: Workload) -> Any:
+def abstract_cache(model: Llama, job: Workload) -> PyTree:
     """The cache of a job, without data; its mesh must be in use."""
     mesh = jax.sharding.get_mesh()
     cache = jax.eval_shape(lambda: model.init_cache(job.batch, job.seq_len))
@@ -112,20 +113,20 @@ def abstract_cache(model: Llama, job: Workload) -> Any:
     )
 
 
-def _placed(model: Llama, axes: tuple[str, ...], shape: tuple[int, ...], dtype: Any) -> Any:
+def _placed(model: Llama, axes: tuple[str, ...], shape: tuple[int, ...], dtype: DTypeLike) -> PyTree:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=model.rules.sharding(axes, shape))
 
 
-def _rows(model: Llama, job: Workload, dtype: Any) -> Any:
+def _rows(model: Llama, job: Workload, dtype: DTypeLike) -> PyTree:
     return _placed(model, ("batch",), (job.batch,), dtype)
 
 
-def lowered(program: Any, args: Any, model: Llama, *, optimizer: Any = None, cache: Any = None) -> Lowered:
+def lowered(program: Foreign, args: PyTree, model: Llama, *, optimizer: PyTree = None, cache: PyTree = None) -> Lowered:
     """A lowered program with the bytes of its arguments."""
     return Lowered(program, bytes_held(model), bytes_held(optimizer), bytes_held(cache), bytes_held(args))
 
 
-def bytes_held(tree: Any) -> int:
+def bytes_held(tree: PyTree) -> int:
     """Bytes that each device holds of a tree of abstract arrays."""
     held = 0
     for x in jax.tree.leaves(tree):

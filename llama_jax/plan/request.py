@@ -13,12 +13,13 @@ from llama_jax.config import ModelConfig
 from llama_jax.config.hf import from_hf_config
 from llama_jax.config.presets import PRESETS
 from llama_jax.costs import candidates, tuned
+from llama_jax.costs.choose import choose
 from llama_jax.costs.estimate import Mode, Workload
 from llama_jax.costs.machines import CHIPS, Machine, machine
 from llama_jax.costs.tuned import TunedEntry
 from llama_jax.plan.make import check, mesh_of_machine
+from llama_jax.train import choose as train_choose
 from llama_jax.train.checks import check_divides, check_numbers
-from llama_jax.train.choose import choose
 from llama_jax.train.recipe import Recipe
 
 BATCH = 8  # of decode and prefill
@@ -95,21 +96,17 @@ def job(
         check(dataclasses.replace(asked, mesh=mesh_of_machine(asked)), batch=False)
     else:
         check(asked)
-    if (
-        row
-        and mesh in (None, dict(row.mesh))
-        and remat in (None, row.remat)
-        and (found := _as_tuned(asked, row, microbatches))
-    ):
-        return found, f"the tuned table, {row.machine}"
-    if mesh is not None and (mode != "train" or (remat and microbatches)):
+    by_hand = mesh is not None and (mode != "train" or bool(remat and microbatches))
+    found = choose(asked, mesh=mesh, remat=remat, microbatches=microbatches)
+    if found and found[1]:
+        return found[0], f"the tuned table, {found[1].machine}"
+    if by_hand:
         return asked, "as given"
-    nothing_given = mesh is None and remat is None and microbatches is None
-    jobs = candidates.enumerate(asked, mesh=mesh, remat=remat, microbatches=microbatches)
-    if not jobs:
+    if found is None:
         check(dataclasses.replace(asked, mesh=mesh or mesh_of_machine(asked)))
         raise ValueError(f"nothing divides a batch of {size} x {length} on {where.name}")
-    return candidates.ranked(jobs, candidates.SHARE)[0], "arithmetic" if nothing_given else "arithmetic, and as given"
+    nothing_given = mesh is None and remat is None and microbatches is None
+    return found[0], "arithmetic" if nothing_given else "arithmetic, and as given"
 
 
 def _sizes(
@@ -120,19 +117,6 @@ def _sizes(
     length = length if seq_len is None else seq_len
     size = row.batch if row and row.seq_len == length else where.devices if mode == "train" else BATCH
     return size if batch is None else batch, length
-
-
-def _as_tuned(asked: Workload, row: TunedEntry, microbatches: int | None) -> Workload | None:
-    """The workload as the table has it; None where its batch does not divide so."""
-    ways = row.mesh.get("data", 1) * row.mesh.get("fsdp", 1)
-    parts = microbatches or (max(1, -(-asked.batch // (ways * row.rows))) if asked.mode == "train" else 1)
-    if asked.batch % (ways * parts):
-        return None
-    return dataclasses.replace(
-        asked, mesh=dict(row.mesh), remat=row.remat, microbatches=parts,
-        attention=row.attention if asked.attention == "auto" else asked.attention,
-        compiler_options=row.compiler_options,
-    )  # fmt: skip
 
 
 def of_recipe(recipe: Recipe, on: str) -> tuple[Recipe, Workload]:
@@ -152,9 +136,9 @@ def of_recipe(recipe: Recipe, on: str) -> tuple[Recipe, Workload]:
         rows = [machine(row.machine) for row in tuned.rows_of(config, "train") if row.seq_len >= batch.seq_len]
         tpus = [chip for chip in CHIPS.values() if chip.dimensions]
         choices = [*rows, *sorted(candidates.machines_that_fit(asked, tpus), key=lambda m: m.devices)]
-        jobs = (_job(choose(recipe, config, where), where) for where in choices)
+        jobs = (_job(train_choose.choose(recipe, config, where), where) for where in choices)
         asked = next((job for job in jobs if candidates.fits(job)), asked)
-    chosen = choose(recipe, config, asked.machine)
+    chosen = train_choose.choose(recipe, config, asked.machine)
     check_divides(chosen, sharding.parse_mesh(chosen.mesh))
     return chosen, _job(chosen, asked.machine)
 

@@ -10,9 +10,9 @@ import dataclasses
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 from llama_jax.text.facts import AddedToken, Facts
+from llama_jax.typing import Foreign
 
 # Control tokens that end a turn or a text, wherever a vocabulary has them.
 STOP_TOKENS = (
@@ -64,8 +64,8 @@ def is_marker(token: AddedToken, facts: Facts) -> bool:
     """Tells whether a token steers the model, so that typed text must never become it.
 
     Args:
-        token: An added token, with its id.
-        facts: Of its tokenizer. A token that separates turns in the chat template is a marker, whatever its flags.
+      token: an added token, with its id.
+      facts: of its tokenizer. A token that separates turns in the chat template is a marker, whatever its flags.
     """
     text = token.content
     if token.special or text in _TURN_TOKENS or text in facts.special_tokens.values() or token.id in facts.eos_ids:
@@ -93,15 +93,15 @@ def merge_added(
     """Merges the added tokens of a vocabulary with those of the files beside it.
 
     Args:
-        own: The vocabulary's, with their ids.
-        facts: What the files beside it say.
-        size: One more than the vocabulary's highest id.
-        find: Returns the id of an ordinary token, None where there is none of that text.
-        is_free: Whether an id has no text of its own, or only that of a placeholder.
+      own: the vocabulary's, with their ids.
+      facts: what the files beside it say.
+      size: one more than the vocabulary's highest id.
+      find: returns the id of an ordinary token, None where there is none of that text.
+      is_free: whether an id has no text of its own, or only that of a placeholder.
 
     Returns:
-        Id to token. Ids are the vocabulary's own, else those that the files give, else the next ones, in
-        transformers' order and as long as the model has rows for them.
+      Id to token. Ids are the vocabulary's own, else those that the files give, else the next ones, in
+      transformers' order and as long as the model has rows for them.
     """
     merged = {token.id: token for token in own if token.id is not None}
     ids = {token.content: i for i, token in merged.items()}
@@ -139,12 +139,12 @@ def _gets(i: int, text: str, wanted: int | None, rows: int | None) -> bool:
     return True
 
 
-def library_tokens(tokens: Iterable[AddedToken], *, special: Callable[[AddedToken], bool]) -> list[Any]:
+def library_tokens(tokens: Iterable[AddedToken], *, special: Callable[[AddedToken], bool]) -> list[Foreign]:
     """Returns the tokens as the `tokenizers` library has them.
 
     Args:
-        tokens: The added tokens.
-        special: Which of them the library's switch `encode_special_tokens` leaves alone.
+      tokens: the added tokens.
+      special: which of them the library's switch `encode_special_tokens` leaves alone.
     """
     from tokenizers import AddedToken as LibraryToken
 
@@ -161,7 +161,7 @@ def library_tokens(tokens: Iterable[AddedToken], *, special: Callable[[AddedToke
     ]
 
 
-def from_library(tokens: Mapping[int, Any]) -> list[AddedToken]:
+def from_library(tokens: Mapping[int, Foreign]) -> list[AddedToken]:
     """Returns the `tokenizers` library's added tokens as ours; `tokens` is id to token."""
     return [
         AddedToken(t.content, i, t.special, t.lstrip, t.rstrip, t.normalized, t.single_word) for i, t in tokens.items()
@@ -172,7 +172,7 @@ class Splitter:
     """Finds added tokens in text, as transformers does: it is the library's own search.
 
     Args:
-        tokens: What to find; several may have one id.
+      tokens: what to find; several may have one id.
     """
 
     def __init__(self, tokens: Iterable[AddedToken]):

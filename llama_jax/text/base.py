@@ -99,13 +99,13 @@ class BaseTokenizer:
         """Sorts the added tokens into what may be typed and what is shown.
 
         Args:
-            size: Number of ids.
-            added: Id to added token.
-            facts: What the files beside the vocabulary say.
-            add_bos: The tokenizer puts BOS before a plain prompt, where the files are silent.
-            unk: Id of the unknown token.
-            find: Returns the id of an ordinary token, None where there is none of that text.
-            aliases: Other names of control tokens.
+          size: number of ids.
+          added: id to added token.
+          facts: what the files beside the vocabulary say.
+          add_bos: the tokenizer puts BOS before a plain prompt, where the files are silent.
+          unk: id of the unknown token.
+          find: returns the id of an ordinary token, None where there is none of that text.
+          aliases: other names of control tokens.
         """
         special = facts.special_tokens
         control = {token.content: i for i, token in sorted(added.items()) if is_marker(token, facts)}
@@ -169,9 +169,9 @@ class BaseTokenizer:
         """Builds Code Llama's prompt for the text between `prefix` and `suffix`.
 
         Args:
-            prefix: Text before the gap.
-            suffix: Text after the gap; it gets no leading space of SentencePiece's.
-            suffix_first: The SPM order (suffix, prefix, middle) for the default PSM.
+          prefix: text before the gap.
+          suffix: text after the gap; it gets no leading space of SentencePiece's.
+          suffix_first: the SPM order (suffix, prefix, middle) for the default PSM.
         """
         names = ["▁<PRE>", "▁<SUF>", "▁<MID>"]
         if self.bos_id is None or any(name not in self.control_tokens for name in names):

@@ -8,12 +8,12 @@ import dataclasses
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from llama_jax.text.added import from_library, library_tokens, merge_added
 from llama_jax.text.base import BaseTokenizer, valid
 from llama_jax.text.facts import AddedToken, Facts
 from llama_jax.text.pre_tokenizers import LLAMA3_REGEX
+from llama_jax.typing import Foreign
 
 # GPT-2's printable stand-ins for bytes: itself where Latin-1 prints it, else 256 and up.
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -27,10 +27,10 @@ class BPETokenizer(BaseTokenizer):
 
     def __init__(
         self,
-        backend: Any,
+        backend: Foreign,
         facts: Facts,
         *,
-        added: Mapping[int, Any],
+        added: Mapping[int, Foreign],
         byte_level: bool,
         drops_space: bool,
         add_bos: bool,
@@ -38,13 +38,13 @@ class BPETokenizer(BaseTokenizer):
         """Wraps a model.
 
         Args:
-            backend: A `tokenizers.Tokenizer`: its model, normalizer and pre-tokenizer are used.
-            facts: What the files beside it say.
-            added: Id to the library's `AddedToken`. `added.py` tells which are control tokens; the others (runs of
-                spaces, say) are text with an id of their own.
-            byte_level: Tokens are spelt with GPT-2's stand-ins for bytes, not with `▁` and `<0x0A>`.
-            drops_space: Decoding removes one leading space.
-            add_bos: The tokenizer puts BOS before a plain prompt.
+          backend: A `tokenizers.Tokenizer`: its model, normalizer and pre-tokenizer are used.
+          facts: what the files beside it say.
+          added: id to the library's `AddedToken`. `added.py` tells which are control tokens; the others (runs of
+            spaces, say) are text with an id of their own.
+          byte_level: tokens are spelt with GPT-2's stand-ins for bytes, not with `▁` and `<0x0A>`.
+          drops_space: decoding removes one leading space.
+          add_bos: the tokenizer puts BOS before a plain prompt.
         """
         # An id without a text is free: the library gives added tokens consecutive ids, the files may not.
         tokens = merge_added(
@@ -123,7 +123,7 @@ class BPETokenizer(BaseTokenizer):
     def _plain(self, text: str, *, prefix: bool) -> list[int]:
         return self._ids((self._text_view if prefix else self._inner_view).encode(text, add_special_tokens=False))
 
-    def _ids(self, encoding: Any) -> list[int]:
+    def _ids(self, encoding: Foreign) -> list[int]:
         ids: list[int] = encoding.ids
         return [self._moved.get(i, i) for i in ids] if self._moved else ids
 
@@ -135,9 +135,9 @@ class TiktokenTokenizer(BaseTokenizer):
         """Loads the ranks.
 
         Args:
-            data: The bytes of the file: lines of base64 token and rank.
-            facts: What the files beside it say.
-            source: Where the bytes come from, for error messages.
+          data: the bytes of the file: lines of base64 token and rank.
+          facts: what the files beside it say.
+          source: where the bytes come from, for error messages.
         """
         import tiktoken
 
@@ -206,9 +206,9 @@ def load_tokenizer_json(data: bytes, facts: Facts, *, source: str) -> BPETokeniz
     """Loads a `tokenizer.json` whose decoder is byte-level or SentencePiece-like.
 
     Args:
-        data: The bytes of the file.
-        facts: What the files beside it say.
-        source: Where the bytes come from, for error messages.
+      data: the bytes of the file.
+      facts: what the files beside it say.
+      source: where the bytes come from, for error messages.
     """
     from tokenizers import Tokenizer
 
@@ -234,7 +234,7 @@ def load_tokenizer_json(data: bytes, facts: Facts, *, source: str) -> BPETokeniz
     )
 
 
-def _first_token(backend: Any, facts: Facts, source: str) -> tuple[Facts, bool]:
+def _first_token(backend: Foreign, facts: Facts, source: str) -> tuple[Facts, bool]:
     """Returns the facts with the BOS that a tokenizer.json has, and whether it puts it before a text."""
     bos = backend.token_to_id(facts.special_tokens.get("bos_token", ""))
     bos = facts.bos_id if bos is None else bos
@@ -255,13 +255,13 @@ def _first_token(backend: Any, facts: Facts, source: str) -> tuple[Facts, bool]:
     return facts, bos is not None and first == [bos]
 
 
-def byte_level_backend(model: Any, regexes: Sequence[str], added: Sequence[Any]) -> Any:
+def byte_level_backend(model: Foreign, regexes: Sequence[str], added: Sequence[Foreign]) -> Foreign:
     """Puts a byte-level pre-tokenizer and decoder round a `tokenizers` model.
 
     Args:
-        model: A `tokenizers.models.BPE`, spelt with GPT-2's stand-ins for bytes.
-        regexes: They split text one after the other.
-        added: `AddedToken`s, in the order of their ids.
+      model: A `tokenizers.models.BPE`, spelt with GPT-2's stand-ins for bytes.
+      regexes: they split text one after the other.
+      added: `AddedToken`s, in the order of their ids.
     """
     from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 
@@ -274,7 +274,7 @@ def byte_level_backend(model: Any, regexes: Sequence[str], added: Sequence[Any])
     return backend
 
 
-def _view(backend: Any, added: Sequence[Any], *, text_only: bool, prefix: bool = True) -> Any:
+def _view(backend: Foreign, added: Sequence[Foreign], *, text_only: bool, prefix: bool = True) -> Foreign:
     """Shares the backend's model under its own added tokens, with or without the prefix of a text's start."""
     from tokenizers import Tokenizer
 
@@ -287,7 +287,7 @@ def _view(backend: Any, added: Sequence[Any], *, text_only: bool, prefix: bool =
     return view
 
 
-def _without_prefix(component: Any) -> Any:
+def _without_prefix(component: Foreign) -> Foreign:
     before = _state(component)
     state = re.sub(rb'"prepend_scheme":"\w+"', b'"prepend_scheme":"never"', before)
     state = re.sub(rb'"prepend":"[^"]*"', b'"prepend":""', state)
@@ -299,7 +299,7 @@ def _without_prefix(component: Any) -> Any:
     return bare
 
 
-def _state(component: Any) -> bytes:
+def _state(component: Foreign) -> bytes:
     return b"" if component is None else component.__getstate__()
 
 

@@ -16,8 +16,9 @@ from llama_jax.text.base import Tokenizer, any_of, spellings
 from llama_jax.text.template import ChatError as ChatError
 from llama_jax.text.template import ChatTemplateError as ChatTemplateError
 from llama_jax.text.template import render
+from llama_jax.typing import Fields
 
-Message = Mapping[str, Any]
+Message = Fields
 Tools = Sequence[Any] | None
 
 # What separates turns in formats that spell it as ordinary text; typed in a message, it would forge a turn.
@@ -43,13 +44,13 @@ def chat_format(tokenizer: Tokenizer, name: str | None = None) -> ChatFormat:
     """Chooses the chat format of a checkpoint.
 
     Args:
-        tokenizer: The checkpoint's tokenizer.
-        name: "llama2", "llama3", "codellama70b" or "template" force a format, "template:NAME" one of several
-            templates. None takes the checkpoint's own template. Where it has none, that is a guess, the format of the
-            generation that the vocabulary belongs to, and a warning says so.
+      tokenizer: the checkpoint's tokenizer.
+      name: "llama2", "llama3", "codellama70b" or "template" force a format, "template:NAME" one of several
+        templates. None takes the checkpoint's own template. Where it has none, that is a guess, the format of the
+        generation that the vocabulary belongs to, and a warning says so.
 
     Raises:
-        ChatError: there is no such format, or the vocabulary lacks what it needs.
+      ChatError: there is no such format, or the vocabulary lacks what it needs.
     """
     if name is not None:
         return format_named(name)(tokenizer)
@@ -232,12 +233,12 @@ class TemplateChat:
         """Takes the checkpoint's template.
 
         Args:
-            tokenizer: The checkpoint's tokenizer.
-            template: The name of one of several templates. None takes the default one, and the one named `tool_use`
-                where there are tools.
+          tokenizer: the checkpoint's tokenizer.
+          template: the name of one of several templates. None takes the default one, and the one named `tool_use`
+            where there are tools.
 
         Raises:
-            ChatError: there is no such template.
+          ChatError: there is no such template.
         """
         named = tokenizer.chat_templates
         if template is not None:

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from llama_jax.typing import Fields, JsonObject
+
 TEMPLATE_FOLDER = "additional_chat_templates"  # NAME.jinja: transformers' place for every template but the default
 _LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast")
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -21,13 +23,13 @@ class AddedToken:
     """A token that is found in a text before its vocabulary splits the rest.
 
     Attributes:
-        content: Its text.
-        id: Its id; None where the files name it without one, so that the vocabulary's or the next free id is meant.
-        special: It steers the model: it is not shown in decoded text. Others are words.
-        lstrip: Spaces before it belong to it.
-        rstrip: Spaces after it belong to it.
-        normalized: It is looked for in the text that the normalizer has been through.
-        single_word: It is not found inside a word.
+      content: its text.
+      id: its id; None where the files name it without one, so that the vocabulary's or the next free id is meant.
+      special: it steers the model: it is not shown in decoded text. Others are words.
+      lstrip: spaces before it belong to it.
+      rstrip: spaces after it belong to it.
+      normalized: it is looked for in the text that the normalizer has been through.
+      single_word: it is not found inside a word.
     """
 
     content: str
@@ -63,8 +65,8 @@ def file_facts(files: Mapping[str, bytes], folder: Path = Path()) -> Facts:
     """Gathers what the files beside a vocabulary say about it.
 
     Args:
-        files: File name to content.
-        folder: Where they are stored, for error messages.
+      files: file name to content.
+      folder: where they are stored, for error messages.
     """
     config = _read_json(files, "tokenizer_config.json", folder)
     legacy_map = _read_json(files, "special_tokens_map.json", folder)
@@ -100,9 +102,9 @@ def file_facts(files: Mapping[str, bytes], folder: Path = Path()) -> Facts:
     )
 
 
-def _named(sources: tuple[dict[str, Any], ...]) -> dict[str, Any]:
+def _named(sources: tuple[JsonObject, ...]) -> JsonObject:
     """Returns the tokens that the files name by a role, as they spell them; the last file decides."""
-    named: dict[str, Any] = dict.fromkeys(_ROLES)  # transformers numbers new tokens in this order
+    named: JsonObject = dict.fromkeys(_ROLES)  # transformers numbers new tokens in this order
     for source in sources:  # an empty name, as in the first conversions of LLaMA, names nothing
         named |= {k: v for k, v in source.items() if k.endswith("_token") and _content(v)}
         named |= {k: v for key in _EXTRA for k, v in _mapping(source.get(key)).items() if _content(v)}
@@ -113,8 +115,8 @@ def with_named_templates(files: dict[str, bytes], named: Mapping[str, bytes]) ->
     """Puts the templates of files of their own into `tokenizer_config.json`, where every format can carry them.
 
     Args:
-        files: File name to content, of a tokenizer.
-        named: Name to content of the files of `additional_chat_templates`.
+      files: file name to content, of a tokenizer.
+      named: name to content of the files of `additional_chat_templates`.
     """
     if not named:
         return files
@@ -131,11 +133,11 @@ def _content(value: Any) -> str:
     return text if isinstance(text, str) else ""
 
 
-def _mapping(value: Any) -> Mapping[str, Any]:
+def _mapping(value: Any) -> Fields:
     return value if isinstance(value, dict) and "content" not in value else {}
 
 
-def _extras(sources: tuple[dict[str, Any], ...]) -> Iterator[Any]:
+def _extras(sources: tuple[JsonObject, ...]) -> Iterator[Any]:
     for source in sources:
         for key in _EXTRA:
             value = source.get(key)
@@ -145,8 +147,8 @@ def _extras(sources: tuple[dict[str, Any], ...]) -> Iterator[Any]:
 def _added_tokens(
     files: Mapping[str, bytes],
     folder: Path,
-    config: Mapping[str, Any],
-    named: Mapping[str, Any],
+    config: Fields,
+    named: Fields,
     extras: list[Any],
     *,
     decides: bool,
@@ -165,7 +167,7 @@ def _added_tokens(
     return (*with_id, *(t for t in tokens.values() if t.id is None))
 
 
-def _by_name(named: Mapping[str, Any], extras: list[Any]) -> dict[str, AddedToken]:
+def _by_name(named: Fields, extras: list[Any]) -> dict[str, AddedToken]:
     """Returns the tokens that are named by a role, or listed beside these, by their texts."""
     tokens: dict[str, AddedToken] = {}
     for value in (*named.values(), *extras):
@@ -212,7 +214,7 @@ def _templates(files: Mapping[str, bytes], folder: Path) -> dict[str, str]:
     return {}
 
 
-def _read_json(files: Mapping[str, bytes], name: str, folder: Path) -> dict[str, Any]:
+def _read_json(files: Mapping[str, bytes], name: str, folder: Path) -> JsonObject:
     try:
         value = json.loads(files.get(name, b"{}"))
     except ValueError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from llama_jax.text.added import STOP_TOKENS
@@ -25,6 +25,7 @@ from llama_jax.text.spm import (
     Spec,
     write_model,
 )
+from llama_jax.typing import Fields, Foreign
 
 # tokenizer.ggml.model -> the kind of SentencePiece model; "gpt2" is byte-level BPE, and of others there is no Llama.
 _SENTENCEPIECE = {"llama": ModelType.BPE, "t5": ModelType.UNIGRAM}
@@ -71,7 +72,7 @@ class Vocabulary(NamedTuple):
     texts: dict[int, bytes]
 
 
-def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> BaseTokenizer | None:
+def tokenizer_from_gguf(metadata: Fields) -> BaseTokenizer | None:
     """Builds the tokenizer that a GGUF file's metadata describes.
 
     Args:
@@ -100,22 +101,22 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> BaseTokenizer | None:
     return _ByteLevel(_backend(metadata, vocabulary), facts, vocabulary, add_bos=_pre_tokenizer(metadata).add_bos)
 
 
-def model_from_gguf(metadata: Mapping[str, Any]) -> bytes:
+def model_from_gguf(metadata: Fields) -> bytes:
     """Writes GGUF metadata of kind `llama` or `t5` as a serialized SentencePiece model, a `tokenizer.model`."""
     return _model(metadata, read_vocabulary(metadata))
 
 
-def backend_from_gguf(metadata: Mapping[str, Any]) -> Any:
+def backend_from_gguf(metadata: Fields) -> Foreign:
     """Builds the `tokenizers.Tokenizer` that GGUF metadata of kind `gpt2` describes."""
     return _backend(metadata, read_vocabulary(metadata))
 
 
-def is_sentencepiece(metadata: Mapping[str, Any]) -> bool:
+def is_sentencepiece(metadata: Fields) -> bool:
     """Tells whether a GGUF file's vocabulary is SentencePiece's."""
     return metadata.get(f"{_KEYS}model") in _SENTENCEPIECE
 
 
-def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
+def read_vocabulary(metadata: Fields) -> Vocabulary:
     """Reads the tokens of a GGUF file and their types."""
     tokens = _strings(metadata, "tokens")
     types = [int(kind) for kind in _array(metadata, "token_type", len(tokens))]
@@ -153,7 +154,7 @@ def _byte(token: str) -> bytes:
     return bytes.fromhex(byte[1]) if byte else token.encode()
 
 
-def _unknown(metadata: Mapping[str, Any], types: list[int]) -> int:
+def _unknown(metadata: Fields, types: list[int]) -> int:
     """Returns the id of the unknown token: the one that is named, else the first of that type, else 0."""
     return next(iter(_ids(metadata, "unknown_token_id", len(types))), types.index(UNKNOWN) if UNKNOWN in types else 0)
 
@@ -188,7 +189,7 @@ def _spelt(token: str) -> bytes:
         return token.encode()
 
 
-def _facts(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> Facts:
+def _facts(metadata: Fields, vocabulary: Vocabulary) -> Facts:
     tokens, types, _ = vocabulary
     size = len(_array(metadata, "tokens"))
     ids = {role: next(iter(_ids(metadata, f"{role}_token_id", size, warn=True)), None) for role in _NAMED}
@@ -216,7 +217,7 @@ def _facts(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> Facts:
     )
 
 
-def _ids(metadata: Mapping[str, Any], key: str, size: int, *, warn: bool = False) -> list[int]:
+def _ids(metadata: Fields, key: str, size: int, *, warn: bool = False) -> list[int]:
     """Returns the ids under `tokenizer.ggml.<key>`, those that are tokens."""
     value: Any = metadata.get(f"{_KEYS}{key}")
     values: Any = value.tolist() if hasattr(value, "tolist") else value
@@ -229,7 +230,7 @@ def _ids(metadata: Mapping[str, Any], key: str, size: int, *, warn: bool = False
     return [i for i in values if 0 <= i < size]
 
 
-def _templates(metadata: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _templates(metadata: Fields) -> Iterator[tuple[str, str]]:
     """Yields names and texts of the chat templates; `default` is the one without a name."""
     for key, value in metadata.items():
         name = key.removeprefix("tokenizer.chat_template")
@@ -241,7 +242,7 @@ def _templates(metadata: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield name.removeprefix(".") or "default", value
 
 
-def _warn_of_unread(metadata: Mapping[str, Any]) -> None:
+def _warn_of_unread(metadata: Fields) -> None:
     """Names the keys of the tokenizer that nothing here reads, unless their value is a neutral one."""
     known = COMPUTED | NEUTRAL.keys()
     unread = [
@@ -256,7 +257,7 @@ def _warn_of_unread(metadata: Mapping[str, Any]) -> None:
         )
 
 
-def _array(metadata: Mapping[str, Any], key: str, length: int | None = None) -> list[Any]:
+def _array(metadata: Fields, key: str, length: int | None = None) -> list[Any]:
     """Returns the array under `tokenizer.ggml.<key>` as a list, of `length` where that is given."""
     values = metadata.get(f"{_KEYS}{key}")
     if values is None:
@@ -267,7 +268,7 @@ def _array(metadata: Mapping[str, Any], key: str, length: int | None = None) -> 
     return values
 
 
-def _strings(metadata: Mapping[str, Any], key: str) -> list[str]:
+def _strings(metadata: Fields, key: str) -> list[str]:
     values = _array(metadata, key)
     wrong = next((value for value in values if not isinstance(value, str)), None)
     if wrong is not None:
@@ -278,7 +279,7 @@ def _strings(metadata: Mapping[str, Any], key: str) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _model(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> bytes:
+def _model(metadata: Fields, vocabulary: Vocabulary) -> bytes:
     tokens, types, _ = vocabulary
     scores = _array(metadata, "scores", len(_array(metadata, "tokens")))
     charsmap = metadata.get(f"{_KEYS}precompiled_charsmap")
@@ -291,7 +292,7 @@ def _model(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> bytes:
     return write_model(map(Piece, tokens, map(float, scores), types), spec)
 
 
-def _pre_tokenizer(metadata: Mapping[str, Any]) -> Any:
+def _pre_tokenizer(metadata: Fields) -> Foreign:
     name = metadata.get(f"{_KEYS}pre")
     if not name:
         name = "llama-bpe" if "<|begin_of_text|>" in _array(metadata, "tokens") else "default"
@@ -306,7 +307,7 @@ def _pre_tokenizer(metadata: Mapping[str, Any]) -> Any:
     return PRE_TOKENIZERS[name]
 
 
-def _backend(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> Any:
+def _backend(metadata: Fields, vocabulary: Vocabulary) -> Foreign:
     from tokenizers import AddedToken, models
 
     tokens, types, _ = vocabulary
@@ -355,7 +356,7 @@ class _SentencePiece(SentencePieceTokenizer):
 class _ByteLevel(BPETokenizer):
     """The vocabulary of a GGUF file of kind `gpt2`."""
 
-    def __init__(self, backend: Any, facts: Facts, vocabulary: Vocabulary, *, add_bos: bool):
+    def __init__(self, backend: Foreign, facts: Facts, vocabulary: Vocabulary, *, add_bos: bool):
         added = backend.get_added_tokens_decoder()
         super().__init__(backend, facts, added=added, byte_level=True, drops_space=False, add_bos=add_bos)
         self._own_texts = vocabulary.texts

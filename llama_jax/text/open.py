@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from llama_jax.text import gguf
 from llama_jax.text.added import is_control_like as is_control_like
@@ -14,17 +13,18 @@ from llama_jax.text.bpe import TiktokenTokenizer, load_tokenizer_json
 from llama_jax.text.facts import TEMPLATE_FOLDER, file_facts, with_named_templates
 from llama_jax.text.facts import AddedToken as AddedToken
 from llama_jax.text.spm import SentencePieceTokenizer
+from llama_jax.typing import Fields
 
 
 def load_tokenizer(folder: Path) -> Tokenizer | None:
     """Loads the tokenizer of a Hugging Face or Meta folder.
 
     Args:
-        folder: Holds `tokenizer.json` (preferred) or `tokenizer.model` (SentencePiece or tiktoken). Beside a
-            `params.json`, `tokenizer.model` may be one folder up.
+      folder: holds `tokenizer.json` (preferred) or `tokenizer.model` (SentencePiece or tiktoken). Beside a
+        `params.json`, `tokenizer.model` may be one folder up.
 
     Returns:
-        The tokenizer, or None where there is neither file.
+      The tokenizer, or None where there is neither file.
     """
     folder = Path(folder)
     return tokenizer_from_files(read_files(folder, (*TOKENIZER_FILES, "config.json", "generation_config.json")), folder)
@@ -34,12 +34,12 @@ def read_files(folder: Path, names: Iterable[str] = TOKENIZER_FILES) -> dict[str
     """Reads the files of a folder's tokenizer.
 
     Args:
-        folder: A Hugging Face, native or Meta folder.
-        names: The files to look for.
+      folder: A Hugging Face, native or Meta folder.
+      names: the files to look for.
 
     Returns:
-        File name to content, of the files that exist; `tokenizer_config.json` with the templates that are stored in
-        files of their own, beside the default one, in `additional_chat_templates`.
+      File name to content, of the files that exist; `tokenizer_config.json` with the templates that are stored in
+      files of their own, beside the default one, in `additional_chat_templates`.
     """
     folder = Path(folder).absolute()
     names = tuple(names)
@@ -56,11 +56,11 @@ def tokenizer_from_files(files: Mapping[str, bytes], folder: Path = Path()) -> T
     """Builds the tokenizer that files of a folder describe.
 
     Args:
-        files: File name to content.
-        folder: Where they are, for error messages.
+      files: file name to content.
+      folder: where they are, for error messages.
 
     Returns:
-        The tokenizer, or None without `tokenizer.json` and `tokenizer.model`.
+      The tokenizer, or None without `tokenizer.json` and `tokenizer.model`.
     """
     name = next((name for name in VOCABULARY_FILES if name in files), None)
     if name is None:
@@ -78,13 +78,13 @@ def is_tiktoken(model: bytes) -> bool:
     return re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", model) is not None
 
 
-def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer | None:
+def tokenizer_from_gguf(metadata: Fields) -> Tokenizer | None:
     """Builds the tokenizer that a GGUF file's metadata describes.
 
     Args:
-        metadata: Key to value; arrays may be lists or numpy arrays.
+      metadata: key to value; arrays may be lists or numpy arrays.
 
     Returns:
-        The tokenizer, or None where the file holds none.
+      The tokenizer, or None where the file holds none.
     """
     return gguf.tokenizer_from_gguf(metadata)

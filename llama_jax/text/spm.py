@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from llama_jax.text.added import is_control_like, merge_added
 from llama_jax.text.base import BaseTokenizer
 from llama_jax.text.facts import AddedToken, Facts
+from llama_jax.typing import Foreign
 
 # Token types: GGUF's numbers are SentencePiece's own.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -37,19 +38,19 @@ class SentencePieceTokenizer(BaseTokenizer):
         """Loads a model.
 
         Args:
-            model: The bytes of a `tokenizer.model`.
-            facts: What the files beside it say.
-            source: Where the bytes come from, for error messages.
+          model: the bytes of a `tokenizer.model`.
+          facts: what the files beside it say.
+          source: where the bytes come from, for error messages.
         """
         from sentencepiece import SentencePieceProcessor
 
-        def with_prefix(prefix: bool) -> Any:
+        def with_prefix(prefix: bool) -> Foreign:
             # Concatenated protobuf messages merge: this adds normalizer_spec { add_dummy_prefix: ... }.
             return SentencePieceProcessor(model_proto=model + _field(3, _field(3, int(prefix))))
 
         try:
-            sp: Any = SentencePieceProcessor(model_proto=model)
-            self._bare: Any = with_prefix(False)
+            sp: Foreign = SentencePieceProcessor(model_proto=model)
+            self._bare: Foreign = with_prefix(False)
         except RuntimeError as error:
             raise ValueError(
                 f"{source} is neither a SentencePiece model nor a tiktoken file: get it again ({error})"
@@ -98,7 +99,7 @@ class SentencePieceTokenizer(BaseTokenizer):
         return (self._sp if prefix else self._bare).encode(text)
 
 
-def _plausible_ends(eos_ids: tuple[int, ...], sp: Any, source: str) -> tuple[int, ...]:
+def _plausible_ends(eos_ids: tuple[int, ...], sp: Foreign, source: str) -> tuple[int, ...]:
     """Returns the ids that end a text, without the model's BOS where a file took it for the end."""
     wrong = sp.bos_id()
     if wrong not in eos_ids or wrong == sp.eos_id() or sp.eos_id() < 0 or sp.eos_id() in eos_ids:

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from llama_jax.typing import Foreign
+
 _DEADLINE, _TICK = "template deadline", "template tick"  # no template can spell a name with a space
 SECONDS = 5.0  # of processor time; a thousand messages take a thousandth of that
 
@@ -21,7 +23,7 @@ class ChatTemplateError(ChatError):
     """The checkpoint's chat template failed or refused the conversation."""
 
 
-def render(source: str, **variables: Any) -> str:
+def render(source: str, **variables: object) -> str:
     """Renders a chat template; whatever goes wrong in it is a `ChatTemplateError`."""
     try:
         return _compile(source).render({_DEADLINE: time.thread_time() + SECONDS}, **variables)
@@ -42,7 +44,7 @@ def _compile(source: str) -> Any:
 
         tags = {"generation"}  # noqa: RUF012
 
-        def parse(self, parser: Any) -> nodes.Node:
+        def parse(self, parser: Foreign) -> nodes.Node:
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             return nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
@@ -53,11 +55,11 @@ def _compile(source: str) -> Any:
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    def tojson(x: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    def tojson(x: object, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
         return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     @jinja2.pass_context
-    def tick(context: Any, _: Any = None) -> bool:
+    def tick(context: Any, _: object = None) -> bool:
         if time.thread_time() > context[_DEADLINE]:
             raise TimeoutError(f"it still ran after {SECONDS} seconds")
         return True
@@ -78,7 +80,7 @@ def _compile(source: str) -> Any:
             tick(context)
             return super().call(context, obj, *args, **kwargs)
 
-        def unsafe_undefined(self, obj: Any, attribute: str) -> Any:  # Jinja's own prints as nothing
+        def unsafe_undefined(self, obj: object, attribute: str) -> Any:  # Jinja's own prints as nothing
             raise jinja2.exceptions.SecurityError(f"a template may not reach for {attribute!r}")
 
     extensions = [GenerationTag, ext.loopcontrols]

@@ -23,6 +23,7 @@ from llama_jax.train.optim import adamw, learning_rate
 from llama_jax.train.recipe import Recipe
 from llama_jax.train.state import TrainState, new_state
 from llama_jax.train.step import compiled
+from llama_jax.typing import PyTree
 
 if TYPE_CHECKING:
     from llama_jax.weights.checkpoint import Checkpoint
@@ -78,7 +79,7 @@ def abstract_state(recipe: Recipe, config: ModelConfig, optimizer: optax.Gradien
     return jax.tree.map(placed, state)
 
 
-def abstract_step(recipe: Recipe) -> tuple[Any, tuple[Any, ...]]:
+def abstract_step(recipe: Recipe) -> tuple[PyTree, tuple[PyTree, ...]]:
     """The jitted step of a recipe's last stage on the mesh in use, and its abstract arguments.
 
     To trace, to lower, and to compile for machines that are not there.

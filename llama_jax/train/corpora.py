@@ -9,11 +9,12 @@ import logging
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llama_jax.data.corpus import Corpus, changed_facts, check_tokenizer, open_corpus
 from llama_jax.data.rows.plan import WINDOW, RowPlan
 from llama_jax.train.recipe import Recipe
+from llama_jax.typing import JsonObject
 
 if TYPE_CHECKING:
     pass
@@ -88,7 +89,7 @@ def row_plan(recipe: Recipe, corpora: Corpora) -> RowPlan:
     return RowPlan(corpora.train, seq_len=recipe.batch.seq_len, seed=recipe.seed, weights=weights)
 
 
-def what_is_read(recipe: Recipe, corpora: Corpora) -> dict[str, Any]:
+def what_is_read(recipe: Recipe, corpora: Corpora) -> JsonObject:
     """What the order of the rows depends on: a run that resumes must have the same."""
     return {
         "seed": recipe.seed,
@@ -99,7 +100,7 @@ def what_is_read(recipe: Recipe, corpora: Corpora) -> dict[str, Any]:
     }
 
 
-def facts_of(corpora: list[Corpus]) -> list[dict[str, Any]]:
+def facts_of(corpora: list[Corpus]) -> list[JsonObject]:
     """What identifies each corpus, wherever it is stored."""
     names = ("documents", "tokens", "tokenizer_sha256", "fingerprint", "content")
     return [{name: getattr(corpus.manifest, name) for name in names} for corpus in corpora]
@@ -113,7 +114,7 @@ def measured_on(recipe: Recipe, corpora: Corpora) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12] if corpora.validation else ""
 
 
-def changed_reads(before: dict[str, Any], recipe: Recipe, corpora: Corpora) -> list[str]:
+def changed_reads(before: JsonObject, recipe: Recipe, corpora: Corpora) -> list[str]:
     """Says what the order of the rows depended on and now is something else, a phrase for each.
 
     Args:

@@ -42,6 +42,7 @@ from llama_jax.train.state import TrainState, describe, from_named_arrays, named
 from llama_jax.train.step import compiled
 from llama_jax.train.stop import StopRequest, on_request
 from llama_jax.train.validation import Validator
+from llama_jax.typing import JsonObject
 from llama_jax.weights.checkpoint import Checkpoint
 from llama_jax.weights.formats.hf import hf_texts
 from llama_jax.weights.formats.native import is_stacked
@@ -126,10 +127,10 @@ class TrainingRun:
             guards.enter_context(only_one(output))
         check_output(output, CHECKPOINTS, self.total)
         self.step = self.rows = 0
-        self.last: dict[str, Any] = {}
+        self.last: JsonObject = {}
         self.validated: dict[str, float] = {}
         self.validated_step: int | None = None
-        self.changes: list[dict[str, Any]] = []
+        self.changes: list[JsonObject] = []
         self._save_owed = False
         self._whole_was_said = initial is not None  # by what reads it
         self.state = self._restored(steps[-1]) if steps else self._new(initial)
@@ -201,7 +202,7 @@ class TrainingRun:
         self._remember(step, progress, resume.to_say(found, self.recipe))
         return from_named_arrays(abstract, items)
 
-    def _remember(self, step: int, progress: dict[str, Any], changed: list[resume.Change]) -> None:
+    def _remember(self, step: int, progress: JsonObject, changed: list[resume.Change]) -> None:
         """Takes up what the run decided by when this checkpoint was saved; an older version recorded less."""
         self.step, self.rows = step, progress["rows"]
         self.last = dict(progress.get("last", {}))

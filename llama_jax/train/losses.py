@@ -7,13 +7,13 @@ its gradient at once, and dropped: three products with the head, where computing
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from llama_jax.costs.estimate import LOSS_TOKENS
 from llama_jax.model import Llama
+from llama_jax.typing import PyTree
 
 TOKENS = LOSS_TOKENS  # of one device in a chunk: 525 MB of logits at a vocabulary of 128,256
 
@@ -101,7 +101,7 @@ def cross_entropy(
     no_sums = (jnp.float32(0),) * 3
 
     @jax.custom_vjp
-    def sums(x_nBtD, weights, *rest) -> Any:
+    def sums(x_nBtD, weights, *rest) -> PyTree:
         def step(total, parts):
             return jax.tree.map(jnp.add, total, chunk(parts[0], weights, *parts[1:])[1]), None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax
 import optax
@@ -11,6 +10,7 @@ import optax
 from llama_jax.config.params import DECAYED, place_of
 from llama_jax.ops.weights import name_of
 from llama_jax.train.recipe import Optimizer, Schedule
+from llama_jax.typing import PyTree
 
 
 def learning_rate(schedule: Schedule) -> optax.Schedule:
@@ -78,7 +78,7 @@ def adamw(options: Optimizer) -> optax.GradientTransformation:
     )
 
 
-def matrices(model: Any) -> Any:
+def matrices(model: PyTree) -> PyTree:
     """Which parameters decay, by their kind: a tree of bools like `model`, or like its gradient."""
     layers = model.config.layers
     return jax.tree_util.tree_map_with_path(lambda path, _: place_of(name_of(path), layers).spec.kind in DECAYED, model)

@@ -7,13 +7,13 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llama_jax.data.prepare.system import naming
 from llama_jax.files import write_whole
 from llama_jax.progress import rich_bar
+from llama_jax.typing import Fields, Foreign, JsonObject
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 CURVES, WANDB = "curves.png", "wandb_id"
@@ -43,7 +43,7 @@ class Reporter:
         step: int,
         tensorboard: bool,
         wandb: str,
-        recipe: Mapping[str, Any],
+        recipe: Fields,
     ):
         self._main, self._file, self._events, self._wandb, self._bar = main, None, None, None, None
         if not main:
@@ -65,7 +65,7 @@ class Reporter:
             self._bar.start()
             self._task = self._bar.add_task("", total=total_steps, completed=step, text="")
 
-    def step(self, values: Mapping[str, Any]) -> None:
+    def step(self, values: Fields) -> None:
         """Takes one step's metrics: `step` and numbers."""
         if not self._main:
             return
@@ -128,12 +128,12 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
-def read_metrics(output: Path) -> list[dict[str, Any]]:
+def read_metrics(output: Path) -> list[JsonObject]:
     """The objects of a run's `metrics.jsonl`, without a last line that was cut short by a kill."""
     return _read(output / METRICS)
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def _read(path: Path) -> list[JsonObject]:
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
@@ -152,7 +152,7 @@ def draw_curves(output: Path) -> Path | None:
     panels = figure.subplots(2, 2)
     panels = panels.flat
 
-    def curve(panel: Any, name: str, label: str, **style: Any) -> None:
+    def curve(panel: Foreign, name: str, label: str, **style: object) -> None:
         points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         if points:
             panel.plot(*zip(*points, strict=True), label=label, **style)
@@ -189,7 +189,7 @@ def finite_or_none(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value  # JSON has no NaN
 
 
-def _text(values: Mapping[str, Any]) -> str:
+def _text(values: Fields) -> str:
     loss = values["loss"]
     text = f"loss {loss:.4f}" if values.get("finite", True) else "not finite, step skipped"
     text += f"  lr {values['learning_rate']:.2e}  {values['tokens_per_second']:,.0f} tokens/s"
@@ -204,7 +204,7 @@ def _text(values: Mapping[str, Any]) -> str:
     return text
 
 
-def _start_wandb(project: str, output: Path, recipe: Mapping[str, Any]) -> Any:
+def _start_wandb(project: str, output: Path, recipe: Fields) -> Foreign:
     try:
         import wandb  # pyright: ignore[reportMissingImports]
     except ImportError as error:

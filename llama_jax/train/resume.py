@@ -15,6 +15,7 @@ from llama_jax.checkpoint.arrays import DamagedError
 from llama_jax.config import ModelConfig
 from llama_jax.distributed.agreement import differences, shown
 from llama_jax.train.recipe import Recipe
+from llama_jax.typing import Fields, JsonObject
 
 # Fields, and all below them, that may differ from the run that is resumed. Everything else is refused, unless
 # `allow_changes` names it: what is not in this list is what the run is.
@@ -60,7 +61,7 @@ def check_allowed(recipe: Recipe) -> None:
             found = found[part]
 
 
-def recorded(folder: Path, name: str) -> dict[str, Any]:
+def recorded(folder: Path, name: str) -> JsonObject:
     """Returns the recipe that a checkpoint was saved with; of one that has none, the model of its configuration.
 
     Args:
@@ -83,7 +84,7 @@ def recorded(folder: Path, name: str) -> dict[str, Any]:
         raise DamagedError(f"{folder / name}: cannot be read ({error})") from error
 
 
-def changes(before: Mapping[str, Any], recipe: Recipe, config: ModelConfig) -> list[Change]:
+def changes(before: Fields, recipe: Recipe, config: ModelConfig) -> list[Change]:
     """Returns the fields that were recorded, are there still, and have other values now.
 
     Args:
@@ -127,10 +128,10 @@ def to_say(found: list[Change], recipe: Recipe) -> list[Change]:
     return [change for change in found if _within(change.field, (*SAID, *recipe.allow_changes))]
 
 
-def of_all_processes(recipe: Recipe) -> dict[str, Any]:
+def of_all_processes(recipe: Recipe) -> JsonObject:
     """Returns the fields of a recipe that processes must have alike, nested as in the recipe."""
 
-    def kept(fields: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    def kept(fields: Fields, prefix: str) -> JsonObject:
         found = {}
         for key, value in fields.items():
             name = f"{prefix}{key}"

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from llama_jax.model import Llama
 from llama_jax.ops.weights import name_of
 from llama_jax.train.trainable import join, split
+from llama_jax.typing import PyTree
 
 
 @jax.tree_util.register_dataclass
@@ -53,8 +54,9 @@ def new_state(
       trains: whether the parameter of a name trains; None trains all.
     """
     zero = jnp.zeros((), jnp.int32)
-    trainable, frozen = (model, None) if trains is None else split(model, trains)
-    moments = optimizer.init(trainable)  # pyright: ignore[reportArgumentType]
+    halves: tuple[PyTree, PyTree] = (model, None) if trains is None else split(model, trains)
+    trainable, frozen = halves
+    moments = optimizer.init(trainable)
     return TrainState(trainable, moments, zero, zero, zero, frozen)
 
 

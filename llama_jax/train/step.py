@@ -15,6 +15,7 @@ from llama_jax.train.losses import Loss
 from llama_jax.train.objective import BatchArrays, Objective
 from llama_jax.train.state import TrainState
 from llama_jax.train.trainable import join
+from llama_jax.typing import PyTree
 
 MULTIPLIED = ("matrix", "expert")  # the kinds of parameters that large products are with
 
@@ -67,10 +68,10 @@ def train_step(
     def widened(gradient):
         return jax.tree.map(lambda d, w: d.astype(w.dtype), gradient, state.trainable)
 
-    def update(model, opt_state, gradient):
+    def update(model: PyTree, opt_state: PyTree, gradient: PyTree) -> tuple[PyTree, PyTree]:
         gradient = widened(gradient)  # in here, so that it is never whole in float32
-        updates, opt_state = optimizer.update(gradient, opt_state, model)  # pyright: ignore
-        return optax.apply_updates(model, updates), opt_state  # pyright: ignore[reportArgumentType]
+        updates, opt_state = optimizer.update(gradient, opt_state, model)
+        return optax.apply_updates(model, updates), opt_state
 
     with jax.named_scope("optimizer"):
         norm = optax.tree.norm(widened(gradient))

@@ -7,14 +7,14 @@ gradient and no moments, and a checkpoint of the run does not hold it: it is rea
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 
 from llama_jax.ops.weights import name_of
+from llama_jax.typing import PyTree
 
 
-def split(model: Any, trains: Callable[[str], bool]) -> tuple[Any, Any]:
+def split(model: PyTree, trains: Callable[[str], bool]) -> tuple[PyTree, PyTree]:
     """Returns the parameters that train and those that are frozen.
 
     Args:
@@ -22,13 +22,13 @@ def split(model: Any, trains: Callable[[str], bool]) -> tuple[Any, Any]:
       trains: whether the parameter of that name (`ops.weights.name_of`) trains.
     """
 
-    def half(kept: bool) -> Any:
+    def half(kept: bool) -> PyTree:
         return jax.tree_util.tree_map_with_path(lambda path, w: w if trains(name_of(path)) == kept else None, model)
 
     return half(True), half(False)
 
 
-def join(trainable: Any, frozen: Any) -> Any:
+def join(trainable: PyTree, frozen: PyTree) -> PyTree:
     """Returns the model of both halves; `frozen` is None where everything trains."""
     if frozen is None:
         return trainable

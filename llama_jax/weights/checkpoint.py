@@ -6,12 +6,13 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import ml_dtypes
 import numpy as np
 
 from llama_jax.config import ModelConfig
+from llama_jax.typing import Fields
 from llama_jax.weights import params
 from llama_jax.weights.source import CheckpointError, Tensor
 
@@ -46,7 +47,7 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]
     tokenizer: Tokenizer | None
     tokenizer_files: Callable[[], dict[str, bytes]] = dict
-    generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    generation: Fields = dataclasses.field(default_factory=dict)
     left_out: tuple[str, ...] = ()
 
     def tensor(self, row: params.ParamSpec, layer: int | None) -> Tensor:

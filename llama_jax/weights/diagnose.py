@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from llama_jax.config import ConfigError, ModelConfig
+from llama_jax.typing import Fields
 from llama_jax.weights import params
 from llama_jax.weights.source import Tensor
 
@@ -155,7 +156,7 @@ def tensors(
     found: Mapping[str, Tensor],
     config: ModelConfig,
     format: params.Format,
-    said: Mapping[str, Any],
+    said: Fields,
     absent: Mapping[str, str],
 ) -> str:
     """Returns what tensors that are not a Llama's are, and the remedy; "" where nothing is known.
@@ -207,7 +208,7 @@ def _other_layers(found: Mapping[str, Tensor], config: ModelConfig, format: para
     )
 
 
-def _headless(found: Mapping[str, Tensor], config: ModelConfig, format: params.Format, said: Mapping[str, Any]) -> str:
+def _headless(found: Mapping[str, Tensor], config: ModelConfig, format: params.Format, said: Fields) -> str:
     """Returns the remedy where only the output head is missing, else ""."""
     missing = params.expected(config, format).keys() - found.keys() if config.num_layers <= len(found) else set()
     if missing != {params.head_name(format)}:
@@ -233,7 +234,7 @@ METHODS = {
 }  # fmt: skip
 
 
-def check_config(config: Mapping[str, Any]) -> None:
+def check_config(config: Fields) -> None:
     """Refuses a config.json with quantized weights.
 
     Raises:
@@ -252,12 +253,12 @@ def check_config(config: Mapping[str, Any]) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def gguf(metadata: Mapping[str, Any], found: Mapping[str, Tensor]) -> str:
+def gguf(metadata: Fields, found: Mapping[str, Tensor]) -> str:
     """Returns what a GGUF file without a Llama is, and the remedy; "" where it may hold one."""
     return next(_gguf_kinds(metadata, found), "")
 
 
-def _gguf_kinds(metadata: Mapping[str, Any], found: Mapping[str, Tensor]) -> Iterator[str]:
+def _gguf_kinds(metadata: Fields, found: Mapping[str, Tensor]) -> Iterator[str]:
     kind, architecture = metadata.get("general.type"), metadata.get("general.architecture")
     if kind == "adapter" or any(name.endswith((".lora_a", ".lora_b")) for name in found):
         yield "a LoRA adapter: merge it into its base with llama.cpp's `llama-export-lora`, and give the result"

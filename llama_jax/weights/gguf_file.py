@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from llama_jax.typing import JsonObject
 from llama_jax.weights.dequantize import BLOCK_FORMATS, dequantize
 from llama_jax.weights.source import DOWNLOAD_AGAIN, CheckpointError, Index, Tensor, exists, map_file, plain_tensor
 
@@ -69,7 +70,7 @@ class GGUFFile:
     """
 
     path: Path
-    metadata: dict[str, Any]
+    metadata: JsonObject
     tensors: dict[str, Tensor]
 
 
@@ -193,8 +194,8 @@ def _check_version(header: _Header) -> None:
         raise header.error(f"GGUF version {version}; versions 2 and 3 are supported", OTHER_FILE)
 
 
-def _read_metadata(header: _Header, count: int) -> dict[str, Any]:
-    metadata: dict[str, Any] = {}
+def _read_metadata(header: _Header, count: int) -> JsonObject:
+    metadata: JsonObject = {}
     for _ in range(count):  # a false count meets the end of the file
         key = header.string()
         if key in metadata:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from llama_jax.loaded import LoadedLlama
 from llama_jax.progress import SMALL as FAST
 from llama_jax.progress import progress
+from llama_jax.typing import Foreign
 
 if TYPE_CHECKING:
     import jax
@@ -148,7 +149,7 @@ def read_model(
 class _Parameter:
     """One parameter of the model: where it is stored, and which parts of it this process reads."""
 
-    def __init__(self, checkpoint: Checkpoint, name: str, shape: tuple[int, ...], sharding: Any):
+    def __init__(self, checkpoint: Checkpoint, name: str, shape: tuple[int, ...], sharding: Foreign):
         from llama_jax.weights import params
 
         self._checkpoint, self._shape, self._sharding = checkpoint, shape, sharding
@@ -202,7 +203,7 @@ class _Parameter:
         with jax.set_mesh(self._sharding.mesh):
             return jax.jit(lambda x: jax.reshard(x, self._sharding.spec))(array)
 
-    def _shared_out(self) -> Any:
+    def _shared_out(self) -> Foreign:
         """The sharding to read with: where devices of several processes hold the same, each of them gets a part.
 
         From storage that all share, a replica would else cost as much as the first copy.

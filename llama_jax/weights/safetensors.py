@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from llama_jax.typing import JsonObject
 from llama_jax.weights import foreign
 from llama_jax.weights.sink import Entry, write_pieces
 from llama_jax.weights.source import DOWNLOAD_AGAIN, CheckpointError, Tensor, map_file, plain_tensor
@@ -111,7 +112,7 @@ def _check_entry(path: Path, name: str, entry: Any) -> _Entry:
     return _Entry(first, last, dtype, shape)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, Any]]) -> JsonObject:
     if len(result := dict(pairs)) < len(pairs):
         raise ValueError("a name is there twice")
     return result
@@ -133,7 +134,7 @@ def write_safetensors(
       metadata: goes into the header; transformers wants {"format": "pt"}.
     """
     names = {dtype: kind for kind, dtype in DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    header: JsonObject = {"__metadata__": dict(metadata)}
     end = 0
     for entry in entries:
         first, end = end, end + entry.nbytes

@@ -193,7 +193,7 @@ def write_torch_file(path: Path, entries: Sequence[Entry], advance: Callable[[in
 def _pickled(entries: Sequence[Entry]) -> bytes:
     """Returns torch's pickle of a dictionary of contiguous tensors."""
 
-    def value(x: Any) -> bytes:  # of plain Python, without the marks at both ends of a pickle
+    def value(x: object) -> bytes:  # of plain Python, without the marks at both ends of a pickle
         return pickle.dumps(x, protocol=2)[2:-1]
 
     def name(x: str) -> bytes:

@@ -19,6 +19,7 @@ import numpy as np
 
 from llama_jax.config import ModelConfig
 from llama_jax.config import keys as config_keys
+from llama_jax.typing import Fields
 from llama_jax.weights import diagnose, params
 from llama_jax.weights.source import CheckpointError, Tensor, common_dtype
 
@@ -110,7 +111,7 @@ def settle(
     config: ModelConfig,
     tensors: Mapping[str, Tensor],
     *,
-    said: Mapping[str, Any] | None = None,
+    said: Fields | None = None,
     notes: Iterable[str] = (),
     left_out: Iterable[str] = (),
     absent: Mapping[str, str] | None = None,
@@ -150,7 +151,7 @@ def settle(
     return Settled(config, kept, (*out, *_left_out_keys(format, said or {})))
 
 
-def _left_out_keys(format: params.Format, said: Mapping[str, Any]) -> tuple[str, ...]:
+def _left_out_keys(format: params.Format, said: Fields) -> tuple[str, ...]:
     """Returns sentences on keys of the configuration that were not used."""
     ignored = config_keys.ignored_keys(format, said)
     return (f"keys of the configuration that no Llama uses: {', '.join(ignored)}",) if ignored else ()

@@ -13,13 +13,13 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from llama_jax.data.manifest import MANIFEST, UNFINISHED, Manifest, is_corpus_file, shard_files, tokenizer_sha256
 from llama_jax.data.prepare.prepare import check_same, make_encoder, make_manifest, prepare_with, tokenizer_files
 from llama_jax.data.prepare.request import Request, make_tasks, tokenizer_id
 from llama_jax.data.prepare.shards import Done, ShardWork, Task
 from llama_jax.data.prepare.streams import beam_files
+from llama_jax.typing import Foreign
 
 
 def prepare_on_beam(
@@ -33,18 +33,18 @@ def prepare_on_beam(
     """Prepares a corpus on Apache Beam; after an interruption, the same call resumes.
 
     Args:
-        request: What `make_request` returns; every worker must reach the input under the same paths.
-        out: Folder of the corpus, which all workers reach: on a shared disk, or `gs://...`.
-        runner: DirectRunner, DataflowRunner, FlinkRunner, SparkRunner or another one that Beam knows.
-        options: Of the runner and the pipeline, as `NAME=VALUE` or `NAME`.
-        reference: For the manifest, as in `prepare`.
+      request: what `make_request` returns; every worker must reach the input under the same paths.
+      out: folder of the corpus, which all workers reach: on a shared disk, or `gs://...`.
+      runner: DirectRunner, DataflowRunner, FlinkRunner, SparkRunner or another one that Beam knows.
+      options: of the runner and the pipeline, as `NAME=VALUE` or `NAME`.
+      reference: for the manifest, as in `prepare`.
 
     Returns:
-        The manifest.
+      The manifest.
 
     Raises:
-        ValueError: Apache Beam is not installed or does not know the runner, or as `prepare` raises.
-        OSError: As `prepare` raises.
+      ValueError: apache Beam is not installed or does not know the runner, or as `prepare` raises.
+      OSError: as `prepare` raises.
     """
     beam_files()  # says what to install
     if pipe := next((piece for piece in request.pieces if piece.stream), None):
@@ -86,7 +86,7 @@ def _prepare_remote(request: Request, out: str, flags: list[str], reference: Map
     return manifest
 
 
-def _pipeline(flags: list[str], tasks: Sequence[Task], write: Any) -> None:
+def _pipeline(flags: list[str], tasks: Sequence[Task], write: Foreign) -> None:
     """Runs a pipeline that writes shards, each of which leaves a mark when it is finished."""
     import apache_beam as beam  # pyright: ignore[reportMissingImports]
     from apache_beam.options.pipeline_options import PipelineOptions  # pyright: ignore[reportMissingImports]
@@ -134,7 +134,7 @@ def _read(path: str) -> bytes:
         return file.read()
 
 
-def _create(path: str) -> Any:
+def _create(path: str) -> Foreign:
     return beam_files().create(path, compression_type="uncompressed")
 
 

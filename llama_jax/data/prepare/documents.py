@@ -16,6 +16,7 @@ from llama_jax.data.prepare.pieces import AGAIN, InputSlice, file_version, open_
 from llama_jax.data.prepare.signatures import BOM, HEAD, foreign, page
 from llama_jax.data.prepare.streams import is_damage, open_binary, peek
 from llama_jax.data.prepare.system import told
+from llama_jax.typing import JsonObject
 
 InvalidUtf8 = Literal["error", "skip", "replace"]
 
@@ -35,9 +36,9 @@ class Reading:
     """How documents are read.
 
     Attributes:
-        field: Of JSON lines, Parquet files and datasets: the one that holds the text.
-        invalid_utf8: What to do with a document that is not valid UTF-8, or holds NUL bytes: `error`, `skip` it, or
-            `replace` the bad bytes by U+FFFD.
+      field: of JSON lines, Parquet files and datasets: the one that holds the text.
+      invalid_utf8: what to do with a document that is not valid UTF-8, or holds NUL bytes: `error`, `skip` it, or
+        `replace` the bad bytes by U+FFFD.
     """
 
     field: str = "text"
@@ -52,12 +53,12 @@ def read_piece(piece: InputSlice, reading: Reading, skipped: Counter[str] | None
     """Reads the documents of a piece, in order; empty ones too.
 
     Args:
-        piece: One of `find_pieces`.
-        reading: How.
-        skipped: Counts what is left out: `invalid_utf8` documents.
+      piece: one of `find_pieces`.
+      reading: how.
+      skipped: counts what is left out: `invalid_utf8` documents.
 
     Raises:
-        ValueError: A document cannot be read; the message says where it is and what to do.
+      ValueError: A document cannot be read; the message says where it is and what to do.
     """
     skipped = Counter() if skipped is None else skipped
     check_unchanged(piece)
@@ -196,7 +197,7 @@ def _check_once(line: str, where: Callable[[], str], field: str) -> None:
         raise ValueError(f"{where()}: has the field {field!r} {len(values)} times, with different values: correct it")
 
 
-def _text(record: dict[str, Any], where: Callable[[], str], field: str) -> str:
+def _text(record: JsonObject, where: Callable[[], str], field: str) -> str:
     if field not in record:
         raise ValueError(f"{where()}: has no field {field!r}: name the text's with --field; it has {_list(record)}")
     if not isinstance(record[field], str):

@@ -15,6 +15,7 @@ from typing import Any
 from llama_jax.data.manifest import INPUTS
 from llama_jax.data.prepare.pieces import InputSlice, open_parquet
 from llama_jax.data.prepare.system import naming
+from llama_jax.typing import Fields
 
 SHOWN = 10  # changes that are told one by one
 BLOCK = 1 << 20
@@ -25,12 +26,12 @@ class Record:
     """What a corpus was prepared from.
 
     Attributes:
-        options: By name, what else the corpus depends on.
-        pieces: Of the input, in order.
-        digests: SHA-256 of what each piece read, in hexadecimal; None for what is not on a disk.
+      options: by name, what else the corpus depends on.
+      pieces: of the input, in order.
+      digests: SHA-256 of what each piece read, in hexadecimal; None for what is not on a disk.
     """
 
-    options: Mapping[str, Any]
+    options: Fields
     pieces: Sequence[InputSlice]
     digests: Sequence[str | None]
 
@@ -55,13 +56,13 @@ class Record:
             return None
 
 
-def changes(before: Record, options: Mapping[str, Any], pieces: Sequence[InputSlice]) -> list[str]:
+def changes(before: Record, options: Fields, pieces: Sequence[InputSlice]) -> list[str]:
     """Says what is not as it was, a sentence for each file or option; reads files that only their time tells apart.
 
     Args:
-        before: What the corpus was prepared from.
-        options: What they are now.
-        pieces: What they are now.
+      before: what the corpus was prepared from.
+      options: what they are now.
+      pieces: what they are now.
     """
     then, now = _by_file(before.pieces), _by_file(pieces)
     digests = dict(zip(map(_key, before.pieces), before.digests, strict=True))

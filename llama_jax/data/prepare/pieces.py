@@ -14,12 +14,13 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from llama_jax.data.prepare.signatures import foreign, is_lines, is_parquet, packing, page
 from llama_jax.data.prepare.streams import STDIN_NAMES, beam_files, is_damage, open_binary, open_stored, peek
 from llama_jax.data.prepare.system import naming, told
 from llama_jax.data.prepare.walk import EMPTY, NOT_PACKED, RENAMED, TWICE, Notes, Walk, is_stream
+from llama_jax.typing import Foreign
 
 Format = Literal["auto", "text", "jsonl", "parquet"]
 
@@ -39,16 +40,16 @@ class InputSlice:
     """What one reader reads.
 
     Attributes:
-        kind: text, jsonl, parquet or hf.
-        path: Of the file, or `-` for standard input; hf: the dataset, as NAME, NAME:SPLIT or NAME:CONFIG:SPLIT.
-        name: What the sources of its documents begin with.
-        start: jsonl: byte at or after which its first line starts; parquet: first row group; hf: which shard.
-        stop: The end of what `start` counts, exclusive; None reads to the end. hf: how many shards there are.
-        nbytes: About what has to be read, for progress and for balance; 0 where nobody knows.
-        version: Size and time of the last change of the file, so that a change shows.
-        packed: Whether the file is compressed, so that it cannot be cut.
-        stream: Whether it is a pipe, which can be read only once.
-        given: The input that it belongs to, as it was given.
+      kind: text, jsonl, parquet or hf.
+      path: of the file, or `-` for standard input; hf: the dataset, as NAME, NAME:SPLIT or NAME:CONFIG:SPLIT.
+      name: what the sources of its documents begin with.
+      start: jsonl: byte at or after which its first line starts; parquet: first row group; hf: which shard.
+      stop: the end of what `start` counts, exclusive; None reads to the end. hf: how many shards there are.
+      nbytes: about what has to be read, for progress and for balance; 0 where nobody knows.
+      version: size and time of the last change of the file, so that a change shows.
+      packed: whether the file is compressed, so that it cannot be cut.
+      stream: whether it is a pipe, which can be read only once.
+      given: the input that it belongs to, as it was given.
     """
 
     kind: str
@@ -79,19 +80,19 @@ def find_pieces(
     """Finds the pieces of the input: files, and shards of datasets.
 
     Args:
-        inputs: Files, folders (all files below them, in the order of their names, through symbolic links), `-` or a
-            pipe, and datasets as `hf:NAME`, `hf:NAME:SPLIT` or `hf:NAME:CONFIG:SPLIT`. With Apache Beam also
-            `gs://...`. A file that is given twice is read once.
-        format: Of the files; `auto` goes by the names: .txt, .jsonl, .parquet and so on, or with .gz, .bz2, .xz or
-            .zst after it. How a file is compressed, and whether it is Parquet, its bytes decide.
-        glob: Which files of a folder, by their names.
-        out: The folder of the corpus: it is left out where it is in a folder of the input.
-        notes: Where to say what is left out, and what is read as something else than its name says.
+      inputs: files, folders (all files below them, in the order of their names, through symbolic links), `-` or a
+        pipe, and datasets as `hf:NAME`, `hf:NAME:SPLIT` or `hf:NAME:CONFIG:SPLIT`. With Apache Beam also
+        `gs://...`. A file that is given twice is read once.
+      format: of the files; `auto` goes by the names: .txt, .jsonl, .parquet and so on, or with .gz, .bz2, .xz or
+        .zst after it. How a file is compressed, and whether it is Parquet, its bytes decide.
+      glob: which files of a folder, by their names.
+      out: the folder of the corpus: it is left out where it is in a folder of the input.
+      notes: where to say what is left out, and what is read as something else than its name says.
 
     Raises:
-        FileNotFoundError: A file is not there, or a folder has none.
-        PermissionError: A file or folder may not be read.
-        ValueError: The type of a file is unknown.
+      FileNotFoundError: A file is not there, or a folder has none.
+      PermissionError: A file or folder may not be read.
+      ValueError: the type of a file is unknown.
     """
     notes = Notes() if notes is None else notes
     walk, pieces, streams, seen = Walk(glob, out, notes), [], set(), set()
@@ -171,7 +172,7 @@ def _remote_files(item: str, glob: str) -> Iterator[tuple[str, tuple[int, int]]]
         yield file.path, _remote_version(file)
 
 
-def _remote_version(file: Any) -> tuple[int, int]:
+def _remote_version(file: Foreign) -> tuple[int, int]:
     return file.size_in_bytes, int(file.last_updated_in_seconds * 1e9)
 
 
@@ -263,7 +264,7 @@ def _row_groups(piece: InputSlice) -> int:
 
 
 @contextlib.contextmanager
-def open_parquet(piece: InputSlice) -> Iterator[Any]:
+def open_parquet(piece: InputSlice) -> Iterator[Foreign]:
     """Opens a Parquet file: a `pyarrow.parquet.ParquetFile`."""
     try:
         import pyarrow as pa
@@ -288,7 +289,7 @@ def open_parquet(piece: InputSlice) -> Iterator[Any]:
         yield file
 
 
-def open_dataset(spec: str) -> Any:
+def open_dataset(spec: str) -> Foreign:
     """Opens a Hugging Face dataset for streaming: NAME, NAME:SPLIT or NAME:CONFIG:SPLIT."""
     try:
         import datasets  # pyright: ignore[reportMissingImports]

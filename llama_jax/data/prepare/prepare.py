@@ -47,18 +47,18 @@ def prepare(
     """Prepares a corpus; after an interruption, the same call resumes.
 
     Args:
-        request: What `make_request` returns.
-        out: Folder of the corpus: new, empty, or one where the same preparation has begun or is finished.
-        workers: Processes; None takes one for each CPU that this process may use, 0 works in this process.
-        reference: For the manifest: bits per byte that something else needs for the texts, by its name.
+      request: what `make_request` returns.
+      out: folder of the corpus: new, empty, or one where the same preparation has begun or is finished.
+      workers: processes; None takes one for each CPU that this process may use, 0 works in this process.
+      reference: for the manifest: bits per byte that something else needs for the texts, by its name.
 
     Returns:
-        The manifest.
+      The manifest.
 
     Raises:
-        FileExistsError: The folder holds something else, or another process is preparing it.
-        OSError: The disk is full, or an input cannot be read.
-        ValueError: A document cannot be read, or there is none.
+      FileExistsError: the folder holds something else, or another process is preparing it.
+      OSError: the disk is full, or an input cannot be read.
+      ValueError: A document cannot be read, or there is none.
     """
 
     def run(work: ShardWork, tasks: Sequence[Task]) -> Iterator[Done]:
@@ -176,10 +176,10 @@ def check_same(manifest: Manifest, fingerprint: str, out: object, found: Sequenc
     """Returns the manifest if it is of a finished preparation of the same; else raises FileExistsError.
 
     Args:
-        manifest: Of the folder.
-        fingerprint: Of what is asked for.
-        out: The folder, for the message.
-        found: What has changed, for the message.
+      manifest: of the folder.
+      fingerprint: of what is asked for.
+      out: the folder, for the message.
+      found: what has changed, for the message.
     """
     if manifest.fingerprint != fingerprint:
         why = f" ({listed(found)})" if found else ""
@@ -246,12 +246,12 @@ def tokenizer_files(request: Request, scratch: Path, *, workers: int = 1) -> dic
     """Reads the tokenizer of a request, or trains it.
 
     Args:
-        request: What `make_request` returns.
-        scratch: A folder in which a trained one stays for the next call.
-        workers: 0 trains in this process.
+      request: what `make_request` returns.
+      scratch: A folder in which a trained one stays for the next call.
+      workers: 0 trains in this process.
 
     Returns:
-        The tokenizer's files, by name.
+      The tokenizer's files, by name.
     """
     if request.tokenizer is not None:
         return read_tokenizer(request.tokenizer)

@@ -9,7 +9,6 @@ import logging
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from llama_jax.data.manifest import FORMATS, tokenizer_sha256
 from llama_jax.data.prepare.documents import InvalidUtf8, Reading
@@ -20,6 +19,7 @@ from llama_jax.data.prepare.train_tokenizer import SAMPLE_BYTES
 from llama_jax.data.prepare.walk import Notes
 from llama_jax.text.base import VOCABULARY_FILES
 from llama_jax.text.open import read_files
+from llama_jax.typing import JsonObject
 
 log = logging.getLogger("llama_jax")
 
@@ -32,13 +32,13 @@ class Request:
     """What a corpus is made from, and how.
 
     Attributes:
-        pieces: Of the input.
-        shard_bytes: About how much input makes a shard.
-        reading: How documents are read.
-        tokenizer: Folder or vocabulary file of the tokenizer; None trains one.
-        vocab_size: Of the tokenizer to train.
-        sample_bytes: About how much text to train it on.
-        bos: Whether BOS begins each document; None as the tokenizer says.
+      pieces: of the input.
+      shard_bytes: about how much input makes a shard.
+      reading: how documents are read.
+      tokenizer: folder or vocabulary file of the tokenizer; None trains one.
+      vocab_size: of the tokenizer to train.
+      sample_bytes: about how much text to train it on.
+      bos: whether BOS begins each document; None as the tokenizer says.
     """
 
     pieces: Sequence[InputSlice]
@@ -60,7 +60,7 @@ class Request:
                 " or give --tokenizer"
             )
 
-    def options(self, tokenizer: object) -> dict[str, Any]:
+    def options(self, tokenizer: object) -> JsonObject:
         """Returns by name what else the corpus depends on; `tokenizer` is what `tokenizer_id` gives."""
         return {
             "tokenizer": tokenizer,
@@ -101,22 +101,22 @@ def make_request(
     """Looks at the input, without reading it; what is left out is logged, a line for each reason.
 
     Args:
-        inputs: Files, folders and `hf:` datasets, as `documents.find_pieces` takes.
-        tokenizer: A folder with a tokenizer, such as a checkpoint, or its `tokenizer.json` or `tokenizer.model`.
-        vocab_size: Instead of a tokenizer: train one of this size on the input.
-        sample_bytes: About how much of the input it is trained on.
-        field: Which field of JSON lines, Parquet files and datasets holds the text.
-        format: Of the files; `auto` goes by their names.
-        glob: Which files of a folder.
-        invalid_utf8: What to do with a document that is not valid UTF-8: error, skip or replace.
-        shard_bytes: About how much input makes a shard; None makes some 256 shards of 4 MiB to 1 GiB.
-        bos: Whether BOS begins each document; None as the tokenizer says.
-        out: The folder that the corpus will be in, so that it is left out where it is in a folder of the input.
+      inputs: files, folders and `hf:` datasets, as `documents.find_pieces` takes.
+      tokenizer: A folder with a tokenizer, such as a checkpoint, or its `tokenizer.json` or `tokenizer.model`.
+      vocab_size: instead of a tokenizer: train one of this size on the input.
+      sample_bytes: about how much of the input it is trained on.
+      field: which field of JSON lines, Parquet files and datasets holds the text.
+      format: of the files; `auto` goes by their names.
+      glob: which files of a folder.
+      invalid_utf8: what to do with a document that is not valid UTF-8: error, skip or replace.
+      shard_bytes: about how much input makes a shard; None makes some 256 shards of 4 MiB to 1 GiB.
+      bos: whether BOS begins each document; None as the tokenizer says.
+      out: the folder that the corpus will be in, so that it is left out where it is in a folder of the input.
 
     Raises:
-        FileNotFoundError: An input is not there.
-        PermissionError: An input may not be read.
-        ValueError: An input's type is unknown, or options contradict each other.
+      FileNotFoundError: an input is not there.
+      PermissionError: an input may not be read.
+      ValueError: an input's type is unknown, or options contradict each other.
     """
     notes = Notes()
     pieces = find_pieces(inputs, format=format, glob=glob, out=out, notes=notes)
@@ -159,11 +159,11 @@ def read_tokenizer(path: Path) -> dict[str, bytes]:
     """Reads the files of a tokenizer.
 
     Args:
-        path: A folder, or the vocabulary's file in one; or what else `load` takes.
+      path: A folder, or the vocabulary's file in one; or what else `load` takes.
 
     Raises:
-        FileNotFoundError: There is none.
-        CheckpointError: There is no such checkpoint.
+      FileNotFoundError: there is none.
+      CheckpointError: there is no such checkpoint.
     """
     if path.suffix == ".gguf" or not exists(path):
         from llama_jax.weights.open import open_checkpoint

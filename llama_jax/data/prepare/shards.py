@@ -8,7 +8,6 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -27,6 +26,7 @@ from llama_jax.data.prepare.pieces import InputSlice
 from llama_jax.files import disk_full, is_full, sync, write_whole
 from llama_jax.text.base import Tokenizer
 from llama_jax.text.open import tokenizer_from_files
+from llama_jax.typing import JsonObject
 
 # Tokens that end a document, the first that the vocabulary has; an instruct model's own EOS ends a turn instead.
 END_OF_DOCUMENT = ("</s>", "<|end_of_text|>", "<|endoftext|>")
@@ -38,8 +38,8 @@ class Encoder:
     """Documents to token ids.
 
     Attributes:
-        files: The tokenizer's, by name.
-        bos: Whether BOS begins each document.
+      files: the tokenizer's, by name.
+      bos: whether BOS begins each document.
     """
 
     files: Mapping[str, bytes] = dataclasses.field(repr=False)
@@ -64,7 +64,7 @@ class Encoder:
         """Encodes a document: [BOS] text EOS."""
         return np.array([*self.tokenizer.encode(text, bos=self.bos), self.eos_id], self.dtype)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> JsonObject:
         return {"files": dict(self.files), "bos": self.bos}
 
 
@@ -116,9 +116,9 @@ class ShardWork:
     """Writes shards into a folder: what a worker process does.
 
     Attributes:
-        folder: Of the corpus.
-        encoder: Documents to ids.
-        reading: How documents are read.
+      folder: of the corpus.
+      encoder: documents to ids.
+      reading: how documents are read.
     """
 
     folder: Path
@@ -129,12 +129,12 @@ class ShardWork:
         """Writes one shard: under other names first, and then a mark that it is finished.
 
         Args:
-            task: Which.
-            advance: Called with about how many bytes of input are just done.
+          task: which.
+          advance: called with about how many bytes of input are just done.
 
         Raises:
-            OSError: The disk is full, or as reading raises.
-            ValueError: A document cannot be read.
+          OSError: the disk is full, or as reading raises.
+          ValueError: A document cannot be read.
         """
         unfinished = self.folder / UNFINISHED
         names = shard_files(task.name)
@@ -167,12 +167,12 @@ def write_shard(path: Path, documents: Iterator[Document], encoder: Encoder) -> 
     """Writes the three files of a shard.
 
     Args:
-        path: Of the files, without the suffix.
-        documents: What to write.
-        encoder: Documents to ids.
+      path: of the files, without the suffix.
+      documents: what to write.
+      encoder: documents to ids.
 
     Returns:
-        Number of documents, of tokens, of bytes of text, and the content, see `manifest.Shard`.
+      Number of documents, of tokens, of bytes of text, and the content, see `manifest.Shard`.
     """
     module = array_record()
     records, index, sources = shard_files(path.name)
@@ -206,11 +206,11 @@ def read_task(
     """Reads the documents of a task that are not empty.
 
     Args:
-        task: Which.
-        reading: How.
-        skipped: Counts what is left out.
-        advance: Called with about how many bytes of input are just done.
-        given: Counts the documents of each piece.
+      task: which.
+      reading: how.
+      skipped: counts what is left out.
+      advance: called with about how many bytes of input are just done.
+      given: counts the documents of each piece.
     """
     for i, piece in enumerate(task.pieces):
         left = piece.nbytes

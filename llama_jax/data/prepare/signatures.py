@@ -75,8 +75,8 @@ def foreign(head: bytes, *, certain: bool = False) -> str | None:
     """Returns what a file is that begins so and is not text, and what to do with it.
 
     Args:
-        head: Its first bytes.
-        certain: Only what no text begins with.
+      head: its first bytes.
+      certain: only what no text begins with.
     """
     table = CERTAIN if certain else FOREIGN
     return next(

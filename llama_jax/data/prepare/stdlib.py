@@ -40,15 +40,15 @@ def stdlib_corpus(
     and all of them joined.
 
     Args:
-        folder: Where that folder is made; None takes the cache's `data`.
-        vocab_size: Of the tokenizer, which is trained on the training corpus.
-        workers: Processes; None takes one for each CPU.
+      folder: where that folder is made; None takes the cache's `data`.
+      vocab_size: of the tokenizer, which is trained on the training corpus.
+      workers: processes; None takes one for each CPU.
 
     Returns:
-        The folders of the training and the validation corpus.
+      The folders of the training and the validation corpus.
 
     Raises:
-        ValueError: This Python has no source code of its standard library.
+      ValueError: this Python has no source code of its standard library.
     """
     train, validation = split(find_sources())
     key = "\n".join([f"{VERSION} {vocab_size}", *(f"{piece.name} {piece.version}" for piece in train + validation)])

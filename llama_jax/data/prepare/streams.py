@@ -13,6 +13,7 @@ from typing import IO, Any
 
 from llama_jax.data.prepare.signatures import HEAD, packing
 from llama_jax.data.prepare.system import naming
+from llama_jax.typing import Foreign
 
 STDIN = "-"
 STDIN_NAMES = (STDIN, "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")
@@ -25,15 +26,15 @@ def open_binary(path: str, *, whole: bool = True) -> Iterator[IO[bytes]]:
     """Opens a file, and decompresses it if its bytes say that it is compressed.
 
     Args:
-        path: A file, `-` for standard input, or a URL that Apache Beam opens.
-        whole: False where only a part of the file is wanted, which a compressed one does not have.
+      path: A file, `-` for standard input, or a URL that Apache Beam opens.
+      whole: False where only a part of the file is wanted, which a compressed one does not have.
 
     Raises:
-        OSError: As the system says, with the file's name.
-        ValueError: A part of a compressed file is wanted, or a package is missing.
+      OSError: as the system says, with the file's name.
+      ValueError: A part of a compressed file is wanted, or a package is missing.
     """
     with naming(path), contextlib.ExitStack() as stack:
-        file: Any = stack.enter_context(open_stored(path))
+        file: Foreign = stack.enter_context(open_stored(path))
         for _ in range(NESTED):
             head, file = peek(file)
             if (kind := packing(head)) is None:
@@ -44,7 +45,7 @@ def open_binary(path: str, *, whole: bool = True) -> Iterator[IO[bytes]]:
         yield file
 
 
-def open_stored(path: str) -> Any:
+def open_stored(path: str) -> Foreign:
     """Opens a file as it is stored."""
     if "://" in path:
         return beam_files().open(path, compression_type="uncompressed")
@@ -53,7 +54,7 @@ def open_stored(path: str) -> Any:
     return open(path, "rb")
 
 
-def peek(file: Any) -> tuple[bytes, Any]:
+def peek(file: Foreign) -> tuple[bytes, Foreign]:
     """Returns the first bytes of a file, and the file from its beginning."""
     if file.seekable():
         at = file.tell()
@@ -73,7 +74,7 @@ def is_damage(error: Exception) -> bool:
     return type(error).__module__.partition(".")[0] in ("zstd", "zstandard", "compression", "_zstd", "pyarrow")
 
 
-def beam_files() -> Any:
+def beam_files() -> Foreign:
     """Apache Beam's access to files anywhere."""
     try:
         from apache_beam.io.filesystems import FileSystems  # pyright: ignore[reportMissingImports]
@@ -82,7 +83,7 @@ def beam_files() -> Any:
     return FileSystems
 
 
-def _unpacked(kind: str, file: Any, path: str) -> io.BufferedReader:
+def _unpacked(kind: str, file: Foreign, path: str) -> io.BufferedReader:
     new = {
         "gzip": lambda: functools.partial(zlib.decompressobj, 16 + zlib.MAX_WBITS),
         "bz2": lambda: bz2.BZ2Decompressor,
@@ -93,7 +94,7 @@ def _unpacked(kind: str, file: Any, path: str) -> io.BufferedReader:
     return io.BufferedReader(_Unpacked(file, new, padding=b"\0" if kind in ("gzip", "xz") else b""), 1 << 20)
 
 
-def _zstd(path: str) -> Callable[[], Any]:
+def _zstd(path: str) -> Callable[[], Foreign]:
     try:
         import zstandard  # pyright: ignore[reportMissingImports]
 
@@ -109,7 +110,7 @@ def _zstd(path: str) -> Callable[[], Any]:
 class _Joined(io.RawIOBase):
     """Some bytes that were read already, and then the rest of their file."""
 
-    def __init__(self, head: bytes, file: Any):
+    def __init__(self, head: bytes, file: Foreign):
         self._head, self._file = head, file
 
     def readable(self) -> bool:
@@ -125,9 +126,9 @@ class _Joined(io.RawIOBase):
 class _Unpacked(io.RawIOBase):
     """Compressed streams, one after the other; one that breaks off or is followed by other bytes is an error."""
 
-    def __init__(self, file: Any, new: Callable[[], Any], *, padding: bytes = b""):
+    def __init__(self, file: Foreign, new: Callable[[], Foreign], *, padding: bytes = b""):
         self._file, self._new, self._padding = file, new, padding
-        self._decoder: Any = None
+        self._decoder: Foreign = None
         self._ready = memoryview(b"")
 
     def readable(self) -> bool:

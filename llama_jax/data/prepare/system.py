@@ -29,9 +29,9 @@ def told(error: OSError, path: object, do: str = "read") -> OSError:
     """Returns the error with words that name the file; one that says enough already is returned itself.
 
     Args:
-        error: What the system said.
-        path: The file or folder, where the error names none.
-        do: What was tried: read or write.
+      error: what the system said.
+      path: the file or folder, where the error names none.
+      do: what was tried: read or write.
     """
     if error.errno is None or error.strerror is None:  # not the system's, or in words already
         return error

@@ -23,14 +23,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     makes a seventh fewer tokens of Python code.
 
     Args:
-        texts: To train on; the same texts give the same bytes.
-        vocab_size: Number of tokens: `<unk>` 0, `<s>` 1, `</s>` 2, the bytes 3 to 258, and what is learned.
+      texts: to train on; the same texts give the same bytes.
+      vocab_size: number of tokens: `<unk>` 0, `<s>` 1, `</s>` 2, the bytes 3 to 258, and what is learned.
 
     Returns:
-        The content of a `tokenizer.model`.
+      The content of a `tokenizer.model`.
 
     Raises:
-        ValueError: The vocabulary is too small, or too large for the texts.
+      ValueError: the vocabulary is too small, or too large for the texts.
     """
     from sentencepiece import SentencePieceTrainer
 
@@ -74,9 +74,9 @@ def sample_texts(pieces: Sequence[InputSlice], reading: Reading, nbytes: int = S
     A sample takes the beginnings of pieces, in an order that only the pieces' names decide.
 
     Args:
-        pieces: Of `find_pieces`.
-        reading: How documents are read.
-        nbytes: About how much text to read.
+      pieces: of `find_pieces`.
+      reading: how documents are read.
+      nbytes: about how much text to read.
     """
     sizes = [piece.nbytes for piece in pieces]
     share = nbytes
@@ -102,9 +102,9 @@ class TrainingWork:
     """Trains a tokenizer on pieces: what a worker process does, as the trainer does not listen to Ctrl-C.
 
     Attributes:
-        vocab_size: As of `train_tokenizer`.
-        reading: As of `sample_texts`.
-        nbytes: As of `sample_texts`.
+      vocab_size: as of `train_tokenizer`.
+      reading: as of `sample_texts`.
+      nbytes: as of `sample_texts`.
     """
 
     vocab_size: int

@@ -61,9 +61,9 @@ class Walk:
     A file is read once, whatever the number of its paths: the first path counts. Hard links are files of their own.
 
     Args:
-        glob: Which files of a folder, by their names.
-        out: The folder of the corpus, which is no input.
-        notes: Where to say what is left out.
+      glob: which files of a folder, by their names.
+      out: the folder of the corpus, which is no input.
+      notes: where to say what is left out.
     """
 
     def __init__(self, glob: str, out: str | os.PathLike[str] | None, notes: Notes):
@@ -77,9 +77,9 @@ class Walk:
         """Yields path and status of the files of an input.
 
         Raises:
-            FileNotFoundError: It is not there, or has no file.
-            PermissionError: A folder or a file may not be read.
-            ValueError: It is the folder of the corpus, a socket or a device.
+          FileNotFoundError: it is not there, or has no file.
+          PermissionError: A folder or a file may not be read.
+          ValueError: it is the folder of the corpus, a socket or a device.
         """
         path = os.path.expanduser(item)
         status = self._status(item, path)

@@ -44,17 +44,17 @@ def run(work: Work[Task, Result], tasks: Sequence[Task], *, workers: int, advanc
     Closing the iterator, an error or Ctrl-C ends the workers at once. They ignore Ctrl-C themselves.
 
     Args:
-        work: What to do.
-        tasks: What to do it with, begun in this order.
-        workers: Most processes; 0 does everything in this one, where a long call out of Python does not hear Ctrl-C.
-        advance: Called here with what the workers' `advance` is called with, summed up over a moment.
+      work: what to do.
+      tasks: what to do it with, begun in this order.
+      workers: most processes; 0 does everything in this one, where a long call out of Python does not hear Ctrl-C.
+      advance: called here with what the workers' `advance` is called with, summed up over a moment.
 
     Yields:
-        The results, as they come.
+      The results, as they come.
 
     Raises:
-        OSError: A worker was killed.
-        Exception: What `work` raises.
+      OSError: A worker was killed.
+      Exception: what `work` raises.
     """
     if workers <= 0:
         for task in tasks:
@@ -98,7 +98,7 @@ def serve(number: int) -> None:
     """Does the tasks that come over a connection: the main function of a worker.
 
     Args:
-        number: File descriptor of the connection.
+      number: file descriptor of the connection.
     """
     threading.Thread(target=_end_with_parent, daemon=True).start()
     connection = Connection(number)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.ops.attention import context
+from llama_jax.typing import Foreign
 
 BLOCKS = (1024, 512, 256, 128)  # queries, and keys: multiples of a register's 128 lanes, the largest that VMEM holds
 
@@ -75,7 +75,7 @@ def _pad(x: jax.Array, axis: int, multiple: int) -> jax.Array:
     return jnp.pad(x, extra)
 
 
-def _kernel(T: int, S: int, shards: int, block: int, shard: int | jax.Array, interpret: bool) -> Any:
+def _kernel(T: int, S: int, shards: int, block: int, shard: int | jax.Array, interpret: bool) -> Foreign:
     """The kernel for the queries of one of `shards` devices.
 
     JAX's own `make_splash_mha` looks at every element of the mask (50 s for 131,072 tokens); whether a block is empty
@@ -107,7 +107,7 @@ def _not_after(row, slot):
     return row >= slot
 
 
-def _mask_info(rows: list[np.ndarray], S: int, block: int, shard: int | jax.Array, *, by_column: bool) -> Any:
+def _mask_info(rows: list[np.ndarray], S: int, block: int, shard: int | jax.Array, *, by_column: bool) -> Foreign:
     """What the kernel reads from scalar memory: which blocks to compute, and which to fetch meanwhile.
 
     Args:

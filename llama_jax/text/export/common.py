@@ -11,6 +11,7 @@ from llama_jax.text.base import Tokenizer
 from llama_jax.text.facts import AddedToken as Added
 from llama_jax.text.open import read_files as read_files  # of the folder that a tokenizer comes from
 from llama_jax.text.samples import sample_texts as sample_texts
+from llama_jax.typing import JsonObject
 
 
 @contextlib.contextmanager
@@ -43,7 +44,7 @@ def to_json(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, indent=2).encode()
 
 
-def state_of(tokenizer_json: bytes) -> dict[str, Any]:
+def state_of(tokenizer_json: bytes) -> JsonObject:
     """Parses a `tokenizer.json` of any age as the library of today would write it."""
     from tokenizers import Tokenizer
 

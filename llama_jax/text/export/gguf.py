@@ -25,6 +25,7 @@ from llama_jax.text.spm import (
     read_pieces,
     read_spec,
 )
+from llama_jax.typing import Fields, JsonObject
 
 # tokenizer.ggml.<name>_token_id -> how Llama 3 and Code Llama spell it.
 _GGUF_NAMES = {
@@ -37,20 +38,20 @@ _GGUF_NAMES = {
 
 
 @refuses_wrong_types("the tokenizer's files")
-def gguf_metadata(files: Mapping[str, bytes], vocab_size: int, stop_ids: Sequence[int] = ()) -> dict[str, Any]:
+def gguf_metadata(files: Mapping[str, bytes], vocab_size: int, stop_ids: Sequence[int] = ()) -> JsonObject:
     """Returns the tokenizer's part of a GGUF file's metadata.
 
     Args:
-        files: Tokenizer files.
-        vocab_size: Rows of the embedding; llama.cpp wants as many tokens, so unused ones fill up, and added tokens
-            that have no row are left out.
-        stop_ids: Ids that end generation, besides those that the files name.
+      files: tokenizer files.
+      vocab_size: rows of the embedding; llama.cpp wants as many tokens, so unused ones fill up, and added tokens
+        that have no row are left out.
+      stop_ids: ids that end generation, besides those that the files name.
 
     Returns:
-        `tokenizer.*` keys to str, int, bool, bytes, list[str], list[float] or list[int].
+      `tokenizer.*` keys to str, int, bool, bytes, list[str], list[float] or list[int].
 
     Raises:
-        ValueError: a file is damaged, there are more than `vocab_size` tokens, or llama.cpp has no such tokenizer.
+      ValueError: a file is damaged, there are more than `vocab_size` tokens, or llama.cpp has no such tokenizer.
     """
     files = hf_files(files)
     tokenizer = tokenizer_from_files(files)
@@ -95,9 +96,9 @@ def _tokens(
     return [texts.get(i, f"[PAD{i}]") for i in rows], [kinds.get(i, NORMAL) for i in rows]
 
 
-def _chat_templates(tokenizer: Tokenizer) -> dict[str, Any]:
+def _chat_templates(tokenizer: Tokenizer) -> JsonObject:
     named = {name: text for name, text in templates_of(tokenizer).items() if name != "default"}
-    found: dict[str, Any] = {f"tokenizer.chat_template.{name}": text for name, text in named.items()}
+    found: JsonObject = {f"tokenizer.chat_template.{name}": text for name, text in named.items()}
     if named:
         found = {"tokenizer.chat_templates": list(named), **found}
     if tokenizer.chat_template is not None:
@@ -105,7 +106,7 @@ def _chat_templates(tokenizer: Tokenizer) -> dict[str, Any]:
     return found
 
 
-def gguf_warnings(metadata: Mapping[str, Any]) -> list[str]:
+def gguf_warnings(metadata: Fields) -> list[str]:
     """Returns what llama.cpp does otherwise with the metadata of `gguf_metadata`, in words."""
     keys = ("precompiled_charsmap", "remove_extra_whitespaces")
     held = [key for key in keys if metadata.get(f"tokenizer.ggml.{key}")]
@@ -116,7 +117,7 @@ def gguf_warnings(metadata: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _gguf_roles(tokenizer: Tokenizer, tokens: list[str], stop_ids: Sequence[int]) -> dict[str, Any]:
+def _gguf_roles(tokenizer: Tokenizer, tokens: list[str], stop_ids: Sequence[int]) -> JsonObject:
     """Returns the special ids by GGUF's names."""
     ids, special = {text: i for i, text in enumerate(tokens)}, tokenizer.special_tokens
     roles = {
@@ -130,11 +131,11 @@ def _gguf_roles(tokenizer: Tokenizer, tokens: list[str], stop_ids: Sequence[int]
     known = {ids[name] for name in STOP_TOKENS if name in ids} | {roles[role] for role in ("eos", "eot", "eom")}
     if roles["eos"] is None and ends:
         roles["eos"] = ends[0]
-    found: dict[str, Any] = {f"{role}_token_id": i for role, i in roles.items() if i is not None and i < len(tokens)}
+    found: JsonObject = {f"{role}_token_id": i for role, i in roles.items() if i is not None and i < len(tokens)}
     return found if known.issuperset(ends) else found | {"eos_token_ids": ends}  # ollama's key
 
 
-def _of_tokenizer_json(files: Mapping[str, bytes]) -> tuple[dict[int, str], dict[int, int], dict[str, Any]]:
+def _of_tokenizer_json(files: Mapping[str, bytes]) -> tuple[dict[int, str], dict[int, int], JsonObject]:
     """Returns the tokens of a tokenizer.json, the types of some of them, and the keys of its kind."""
     state = state_of(files["tokenizer.json"])
     model = state["model"]
@@ -151,7 +152,7 @@ def _of_tokenizer_json(files: Mapping[str, bytes]) -> tuple[dict[int, str], dict
     return texts, kinds, {"model": "llama", "pre": "default", "scores": scores, **spaces}
 
 
-def _of_sentencepiece(model: bytes) -> tuple[dict[int, str], dict[int, int], dict[str, Any]]:
+def _of_sentencepiece(model: bytes) -> tuple[dict[int, str], dict[int, int], JsonObject]:
     """Returns the tokens of a tokenizer.model, their types, and the keys of its kind."""
     if is_tiktoken(model):
         raise ValueError("this tokenizer.model is not Llama 3's own: convert with llama.cpp's own script")
@@ -172,12 +173,12 @@ def _of_sentencepiece(model: bytes) -> tuple[dict[int, str], dict[int, int], dic
     return {i: piece.text for i, piece in enumerate(pieces)}, fixed, keys
 
 
-def is_byte_level(state: Mapping[str, Any]) -> bool:
+def is_byte_level(state: Fields) -> bool:
     """Returns whether a tokenizer.json is of GPT-2's kind: bytes, not pieces of text."""
     return '"ByteLevel"' in json.dumps(state["decoder"])
 
 
-def _pre_tokenizer(state: Mapping[str, Any]) -> str:
+def _pre_tokenizer(state: Fields) -> str:
     """Returns llama.cpp's name for the pre-tokenizer of a byte-level `tokenizer.json`."""
     regexes, whole_words = _regexes(state["pre_tokenizer"]), state["model"]["ignore_merges"]
     fitting = (

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 from collections.abc import Container, Iterable, Mapping
-from typing import Any
 
 from llama_jax.text.added import library_tokens
 from llama_jax.text.base import VOCABULARY_FILES, Tokenizer
@@ -40,14 +39,15 @@ from llama_jax.text.spm import (
     read_pieces,
     read_spec,
 )
+from llama_jax.typing import Fields, Foreign, JsonObject
 
 
 def with_named_ids(files: Mapping[str, bytes], tokenizer: Tokenizer | None) -> dict[str, bytes]:
     """Returns the files with the ids of tokens that they only name, which depend on how many rows the model has.
 
     Args:
-        files: Tokenizer files.
-        tokenizer: Of these files and of the model's config.json.
+      files: tokenizer files.
+      tokenizer: of these files and of the model's config.json.
     """
     vocabulary = b"".join(files.get(name, b"") for name in VOCABULARY_FILES)
     named = {token.content for token in file_facts(files).added_tokens if token.id is None}
@@ -63,15 +63,15 @@ def hf_files(files: Mapping[str, bytes]) -> dict[str, bytes]:
     """Returns what transformers' `AutoTokenizer` loads.
 
     Args:
-        files: Tokenizer files. With a `tokenizer.json`, or without any vocabulary, they stay as they are.
+      files: tokenizer files. With a `tokenizer.json`, or without any vocabulary, they stay as they are.
 
     Returns:
-        The files, with a `tokenizer.json` and a `tokenizer_config.json` made from `tokenizer.model`. Meta's files do
-        not tell a base model from a chat model: both get the chat template of their generation. Where no
-        `tokenizer.json` says exactly what `tokenizer.model` does, the files stay as they are; see `hf_warnings`.
+      The files, with a `tokenizer.json` and a `tokenizer_config.json` made from `tokenizer.model`. Meta's files do
+      not tell a base model from a chat model: both get the chat template of their generation. Where no
+      `tokenizer.json` says exactly what `tokenizer.model` does, the files stay as they are; see `hf_warnings`.
 
     Raises:
-        ValueError: a file is damaged.
+      ValueError: a file is damaged.
     """
     tokenizer = None if "tokenizer.json" in files else tokenizer_from_files(files)
     if tokenizer is None:
@@ -110,17 +110,17 @@ def hf_warnings(files: Mapping[str, bytes]) -> list[str]:
 
 
 @refuses_wrong_types("the GGUF file's metadata")
-def hf_files_from_gguf(metadata: Mapping[str, Any]) -> dict[str, bytes]:
+def hf_files_from_gguf(metadata: Fields) -> dict[str, bytes]:
     """Returns what transformers' `AutoTokenizer` loads, and a `tokenizer.model` of a SentencePiece vocabulary.
 
     Args:
-        metadata: The GGUF file's metadata: key to value; arrays may be lists or numpy arrays.
+      metadata: the GGUF file's metadata: key to value; arrays may be lists or numpy arrays.
 
     Returns:
-        Tokenizer files; none where the GGUF file has no tokenizer.
+      Tokenizer files; none where the GGUF file has no tokenizer.
 
     Raises:
-        ValueError: the metadata are damaged, or of another kind than `llama` and `gpt2`.
+      ValueError: the metadata are damaged, or of another kind than `llama` and `gpt2`.
     """
     tokenizer = tokenizer_from_gguf(metadata)
     if tokenizer is None:
@@ -136,9 +136,9 @@ def hf_files_from_gguf(metadata: Mapping[str, Any]) -> dict[str, bytes]:
     return {"tokenizer.json": _tokenizer_json(backend_from_gguf(metadata), tokenizer), **files}
 
 
-def _hf_config(tokenizer: Tokenizer) -> dict[str, Any]:
+def _hf_config(tokenizer: Tokenizer) -> JsonObject:
     """Returns what `tokenizer_config.json` has to say; transformers' own clean-up would eat spaces."""
-    config: dict[str, Any] = {
+    config: JsonObject = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": tokenizer.add_bos,
         "clean_up_tokenization_spaces": False,
@@ -152,7 +152,7 @@ def _hf_config(tokenizer: Tokenizer) -> dict[str, Any]:
     return config
 
 
-def _backend_from_tiktoken(model: bytes, tokenizer: Tokenizer) -> Any:
+def _backend_from_tiktoken(model: bytes, tokenizer: Tokenizer) -> Foreign:
     from tokenizers import models
 
     ranks = read_ranks(model, "tokenizer.model")
@@ -164,7 +164,7 @@ def _backend_from_tiktoken(model: bytes, tokenizer: Tokenizer) -> Any:
     return byte_level_backend(models.BPE(vocab=vocab, merges=merges, ignore_merges=True), (LLAMA3_REGEX,), added)
 
 
-def _library_tokens(tokenizer: Tokenizer, but: Container[str] = ()) -> list[Any]:
+def _library_tokens(tokenizer: Tokenizer, but: Container[str] = ()) -> list[Foreign]:
     """Returns the tokenizer's added tokens as the library has them, special where no text shows them."""
     # SentencePiece has its prefix before all that is between two tokens: they are found in the raw text.
     return library_tokens(
@@ -173,7 +173,7 @@ def _library_tokens(tokenizer: Tokenizer, but: Container[str] = ()) -> list[Any]
     )
 
 
-def _backend_from_sentencepiece(model: bytes, tokenizer: Tokenizer, *, legacy: bool) -> Any:
+def _backend_from_sentencepiece(model: bytes, tokenizer: Tokenizer, *, legacy: bool) -> Foreign:
     from tokenizers import AddedToken, models
     from tokenizers import Tokenizer as Backend
 
@@ -192,7 +192,7 @@ def _backend_from_sentencepiece(model: bytes, tokenizer: Tokenizer, *, legacy: b
         fuse_unk=True,
         byte_fallback=any(piece.kind == BYTE for piece in pieces),
     )
-    backend: Any = Backend(bpe)
+    backend: Foreign = Backend(bpe)
     _set_spaces(backend, remove=spec.remove_spaces, drops=tokenizer.drops_space, legacy=legacy)
     words = {p.text: AddedToken(p.text, normalized=False) for p in pieces if p.kind == USER_DEFINED}
     words = {text: token for text, token in words.items() if text not in added}
@@ -203,12 +203,12 @@ def _backend_from_sentencepiece(model: bytes, tokenizer: Tokenizer, *, legacy: b
     return backend
 
 
-def _set_spaces(backend: Any, *, remove: bool, drops: bool, legacy: bool) -> None:
+def _set_spaces(backend: Foreign, *, remove: bool, drops: bool, legacy: bool) -> None:
     """Gives a backend SentencePiece's way with spaces: `remove` all but single ones, and a first one that `drops`."""
     from tokenizers import Regex, decoders, normalizers, pre_tokenizers
 
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    normal: list[Any] = []
+    normal: list[Foreign] = []
     if remove:  # at the end, a typed "▁" counts as one
         normal = [normalizers.Replace(Regex(regex), text) for regex, text in ((r"\A +", ""), (" {2,}", " "))]
         normal += [normalizers.Replace(" ", "▁"), normalizers.Replace(Regex(r"▁+\z"), "")]
@@ -227,8 +227,8 @@ def _merges(pieces: Iterable[str], vocab: Mapping[str, int]) -> list[tuple[str, 
     """Lists every split of every piece into two of the vocabulary, as Hugging Face's converters do.
 
     Args:
-        pieces: What is merged, first come, first merged.
-        vocab: Piece to id; splits of one piece come in the order of their parts' ids.
+      pieces: what is merged, first come, first merged.
+      vocab: piece to id; splits of one piece come in the order of their parts' ids.
     """
     merges: list[tuple[str, str]] = []
     for piece in pieces:
@@ -238,7 +238,7 @@ def _merges(pieces: Iterable[str], vocab: Mapping[str, int]) -> list[tuple[str, 
     return merges
 
 
-def _tokenizer_json(backend: Any, tokenizer: Tokenizer) -> bytes:
+def _tokenizer_json(backend: Foreign, tokenizer: Tokenizer) -> bytes:
     from tokenizers import processors
 
     bos = tokenizer.special_tokens.get("bos_token")

@@ -34,14 +34,14 @@ def meta_files(files: Mapping[str, bytes]) -> tuple[dict[str, bytes], list[str]]
     """Returns what goes into a Meta folder.
 
     Args:
-        files: Tokenizer files.
+      files: tokenizer files.
 
     Returns:
-        The files, with a `tokenizer.model` if they had none and it can be rebuilt; and warnings about what Meta's code
-        will miss. Hugging Face's files stay: they say all that there is to say, and llama_jax prefers them.
+      The files, with a `tokenizer.model` if they had none and it can be rebuilt; and warnings about what Meta's code
+      will miss. Hugging Face's files stay: they say all that there is to say, and llama_jax prefers them.
 
     Raises:
-        ValueError: a file is damaged.
+      ValueError: a file is damaged.
     """
     files, tokenizer = dict(files), tokenizer_from_files(files)
     if tokenizer is None:

@@ -7,11 +7,12 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from llama_jax.config import ConfigError
+from llama_jax.typing import Fields, JsonObject
 from llama_jax.weights import foreign, params
 from llama_jax.weights.checkpoint import DTYPES, Checkpoint
 from llama_jax.weights.dequantize import QUANTIZATIONS
@@ -189,7 +190,7 @@ def folder_checkpoint(path: Path, format: params.Format, settled: Settled) -> Ch
     )  # fmt: skip
 
 
-def read_json(path: Path, purpose: str) -> dict[str, Any]:
+def read_json(path: Path, purpose: str) -> JsonObject:
     """Reads a JSON object; `purpose` says, where the file is missing, what it is for.
 
     Raises:
@@ -220,7 +221,7 @@ def _why_no_json(data: bytes, error: Exception) -> str:
     return "correct it there"
 
 
-def to_json(name: str, content: Mapping[str, Any]) -> bytes:
+def to_json(name: str, content: Fields) -> bytes:
     """Returns the content of a JSON file.
 
     Raises:

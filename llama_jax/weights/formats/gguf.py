@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
 from llama_jax.config import ConfigError
 from llama_jax.config.gguf import from_gguf_metadata, rope_divisors, to_gguf_metadata
+from llama_jax.typing import JsonObject
 from llama_jax.weights import diagnose, params, verdict
 from llama_jax.weights.checkpoint import DTYPES, Checkpoint
 from llama_jax.weights.dequantize import BLOCK_FORMATS, dequantize
@@ -153,7 +154,7 @@ def encode(piece: np.ndarray, kind: str, name: str) -> np.ndarray:
     return gguf.quants.quantize(piece, gguf.GGMLQuantizationType[kind])
 
 
-def _tokenizer(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[str]]:
+def _tokenizer(checkpoint: Checkpoint) -> tuple[JsonObject, list[str]]:
     """Returns the tokenizer's metadata, and what is lost in them."""
     from llama_jax.text.export import gguf_metadata, gguf_warnings
 
@@ -167,7 +168,7 @@ def _tokenizer(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[str]]:
     return metadata, [*warnings, *gguf_warnings(metadata)]
 
 
-def _general(checkpoint: Checkpoint, options: base.Options) -> dict[str, Any]:
+def _general(checkpoint: Checkpoint, options: base.Options) -> JsonObject:
     import gguf
 
     kind = _KINDS[DTYPES[options.dtype] if options.dtype else checkpoint.dtype]

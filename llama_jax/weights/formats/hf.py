@@ -9,9 +9,10 @@ import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from llama_jax.config.hf import from_hf_config, to_hf_config
+from llama_jax.typing import JsonObject
 from llama_jax.weights import diagnose, foreign, params, verdict
 from llama_jax.weights.checkpoint import Checkpoint
 from llama_jax.weights.formats import base
@@ -107,7 +108,7 @@ def write_texts(folder: Path, checkpoint: Checkpoint, options: base.Options) -> 
     return [*warnings, *hf_warnings(files)]
 
 
-def _special_ids(checkpoint: Checkpoint) -> dict[str, Any]:
+def _special_ids(checkpoint: Checkpoint) -> JsonObject:
     """Returns bos_token_id and eos_token_id: those of the checkpoint, else those of its tokenizer."""
     tokenizer, said = checkpoint.tokenizer, checkpoint.generation
     bos = said.get("bos_token_id", tokenizer.bos_id if tokenizer else None)
@@ -135,7 +136,7 @@ class HFFolder:
     """
 
     path: Path
-    config: dict[str, Any]
+    config: JsonObject
     tensors: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
     left_out: list[str] = dataclasses.field(default_factory=list)

@@ -10,12 +10,12 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from llama_jax.config import ConfigError, ModelConfig, RopeScaling
 from llama_jax.config.meta import from_meta_params, meta_warnings, to_meta_extra, to_meta_params
+from llama_jax.typing import JsonObject
 from llama_jax.weights import params, verdict
 from llama_jax.weights.checkpoint import Checkpoint
 from llama_jax.weights.formats import base
@@ -141,8 +141,8 @@ class MetaFolder:
     """
 
     path: Path
-    params: dict[str, Any]
-    extra: dict[str, Any]
+    params: JsonObject
+    extra: JsonObject
     config: ModelConfig
     tensors: dict[str, Tensor]
     notes: tuple[str, ...] = ()
