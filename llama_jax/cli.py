@@ -36,6 +36,9 @@ class ModelArgs:
     attention: str | None = None
     """splash (TPU), cudnn (GPU), xla, cpu or reference; default: the fastest of the platform that is as exact."""
 
+    adapter: str | None = None
+    """A LoRA adapter: a folder as PEFT saves it, or of a training run. Given as the model, it brings its base."""
+
     def load(self, *, chat_format: str | None = None) -> LoadedLlama:
         """Loads the model. Process 0's options count for all processes, which must have the same files."""
         import_jax()
@@ -44,7 +47,7 @@ class ModelArgs:
         from llama_jax.weights.load import load
 
         options = broadcast(dataclasses.asdict(self))
-        llama = load(options.pop("model"), **options, chat_format=chat_format)
+        llama = load(options.pop("model"), adapters=options.pop("adapter"), **options, chat_format=chat_format)
         if process_count() > 1 and llama.checkpoint:
             agree({"model files": fingerprint(llama.checkpoint.path)})
         return llama

@@ -28,6 +28,8 @@ from llama_jax.weights.open import Checkpoint
 from tests.builders import tiny_config
 from tests.infer.helpers import random_ids
 
+pytestmark = pytest.mark.unoptimized
+
 KIND = "gated"
 
 

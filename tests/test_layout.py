@@ -25,7 +25,8 @@ LEVELS = {
     "caches": 1.3,
     "model": 2,
     "checkpoint": 2.9, "weights": 3.0, "loaded": 3.0, "data": 3.1, "infer": 3.2, "train": 3.2, "checkpoint.run": 3.2,
-    "infer.server": 4, "train.loop": 4, "train.samples": 4, "evaluate": 4, "plan": 4,
+    "infer.server": 4, "train.loop": 4, "train.samples": 4, "train.answers": 4, "train.measure": 4,
+    "evaluate": 4, "plan": 4,
     "cli": 5, "commands": 5, "doctor": 5, "": 5,
 }  # fmt: skip
 # Same level, and still not allowed: importer -> imported.
@@ -34,7 +35,7 @@ NEVER = {
     "train": ("infer",),
     "text": ("distributed",),  # which imports jax
 }
-EXCEPT = {("train.samples", "infer.generate")}  # samples during a run
+EXCEPT = {("train.samples", "infer.generate"), ("train.answers", "infer.generate")}  # samples during a run
 ONLY_IN = {"flax": ("model", "ops.weights"), "orbax": ("checkpoint",)}
 FUNCTIONS_ONLY = ("rich", "filelock")  # level 0 may import these inside functions
 LAZY = ("torch", "transformers", "grain", "fastapi")  # no core dependencies: imported inside functions

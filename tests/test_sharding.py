@@ -27,6 +27,8 @@ from llama_jax.sharding import ShardingRules
 from tests.aot import machines
 from tests.builders import tiny_config
 
+pytestmark = pytest.mark.unoptimized
+
 MODELS = {"8B": PRESETS["llama3.1-8b"], "70B": PRESETS["llama3.1-70b"]}
 MESHES = {
     8: ["fsdp=8", "tensor=8", "fsdp=2,tensor=4", "data=2,fsdp=2,tensor=2", "fsdp=2,context=2,tensor=2", "context=8"],

@@ -5,6 +5,7 @@
     python scripts/convert.py llama-70b-hf llama-70b-meta --to meta --shards 8                 # for Meta's own code
     python scripts/convert.py llama-8b llama-8b-native --to native                             # for training
     python scripts/convert.py smollm2-135m-instruct smollm2 --to hf --dtype bfloat16
+    python scripts/convert.py meta-llama/Llama-3.1-8B-Instruct merged --to hf --adapter runs/lora_llama31_8b
 
 Weights pass through tensor by tensor: memory stays small whatever the model's size (native: the size of the model).
 The destination appears when it is whole and has been read back and compared; an interruption leaves nothing there.
@@ -38,6 +39,8 @@ class Args:
     """hf: most bytes of one safetensors file, such as 500MB or 5GB."""
     quantize: Literal["q8_0", "q4_0"] | None = None
     """gguf: quantize the matrices, to 8.5 or 4.5 bits a weight."""
+    adapter: str | None = None
+    """Add this LoRA adapter to the weights: a folder as PEFT saves it, or of a training run."""
     overwrite: bool = False
     """Replace the checkpoint at the destination, once the new one is complete."""
     verify: bool = True
@@ -54,7 +57,7 @@ def main(args: Args) -> None:
     report = convert(
         args.source, args.destination, to=args.to, dtype=args.dtype, shards=args.shards,
         max_shard_size=args.max_shard_size, quantize=args.quantize, overwrite=args.overwrite,
-        verify=args.verify,
+        verify=args.verify, adapter=args.adapter,
     )  # fmt: skip
     for warning in report.warnings:
         print(f"warning: {warning}", file=sys.stderr)

@@ -7,8 +7,11 @@
     zcat dump.gz | python scripts/prepare_data.py - corpus --format jsonl --tokenizer Llama-3.2-1B
     python scripts/prepare_data.py gs://b/c4/ gs://b/corpus --tokenizer Llama-3.2-1B --runner DataflowRunner \\
         --beam-options project=P region=R temp_location=gs://b/tmp
+    python scripts/prepare_data.py chats.jsonl corpus --chat --tokenizer Llama-3.1-8B-Instruct --show 3
 
-A text file is one document; so is a line of JSON lines, or a row. Ctrl-C, a full disk or a lost machine costs the
+A text file is one document; so is a line of JSON lines, or a row. With --chat each row is a conversation (messages,
+prompt and completion, Alpaca or ShareGPT: recognised), and a mask says which tokens are learned: the answers, each with
+the token that ends it. Ctrl-C, a full disk or a lost machine costs the
 shards that were being written: the same command continues with the others. scripts/train.py trains on the folder.
 """
 
@@ -43,6 +46,15 @@ class Args:
     """Which files of a folder."""
     invalid_utf8: Literal["error", "skip", "replace"] = "error"
     """What to do with a document that is not valid UTF-8 or holds NUL bytes (an escaped one in JSON is text)."""
+    chat: bool = False
+    """Rows are conversations, for supervised fine-tuning (objective sft)."""
+    chat_format: str | None = None
+    """Of conversations: llama2, llama3, codellama70b, template or template:NAME; default: the tokenizer's own."""
+    max_tokens: int | None = None
+    """Of a conversation: a longer one loses whole turns from the front, after the system message, or is left out. Give
+    the sequence length of the training. Default: none is cut."""
+    show: int = 0
+    """Print so many conversations, what is learned marked."""
     bos: bool | None = None
     """Whether BOS begins each document; default: as the tokenizer says. EOS always ends one."""
     shard_bytes: int | None = None
@@ -58,6 +70,7 @@ class Args:
 
 
 def main(args: Args) -> int:
+    from llama_jax.data.corpus import open_corpus
     from llama_jax.data.manifest import MANIFEST
     from llama_jax.data.prepare import prepare as p
 
@@ -65,7 +78,8 @@ def main(args: Args) -> int:
     request = p.make_request(
         inputs, tokenizer=args.tokenizer, vocab_size=args.train_tokenizer, sample_bytes=args.tokenizer_sample_bytes,
         field=args.field, format=args.format, glob=args.glob, invalid_utf8=args.invalid_utf8,
-        shard_bytes=args.shard_bytes, bos=args.bos, out=out,
+        shard_bytes=args.shard_bytes, bos=args.bos, out=out, conversations=args.chat, chat_format=args.chat_format,
+        max_tokens=args.max_tokens,
     )  # fmt: skip
     is_there = os.path.isfile(Path(os.path.expanduser(out)) / MANIFEST)
     if args.runner == "local":
@@ -80,6 +94,14 @@ def main(args: Args) -> int:
         print(f"warning: {count} {why} documents were left out", file=sys.stderr)
     for given in manifest.barren:
         print(f"error: {given}: gave no document: check it, or leave it out", file=sys.stderr)
+    if args.chat and "://" not in out:
+        from llama_jax.data.masks import report, show
+
+        corpus = open_corpus(out)
+        for line in report(corpus):
+            print(line, file=sys.stderr)
+        if args.show:
+            show(corpus, args.show)
     text = f"{manifest.documents} documents, {manifest.bytes} bytes, {manifest.tokens} tokens"
     print(json.dumps(dataclasses.asdict(manifest)) if args.json else f"{out}: {text}, {len(manifest.shards)} shards")
     return int(bool(manifest.barren))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from llama_jax.data.corpus import open_corpus
-from llama_jax.data.manifest import MANIFEST, TokenColumn, array_record
+from llama_jax.data.manifest import MANIFEST, TokenColumn, array_record, content_of, content_of_both
 from llama_jax.files import sync, write_whole
 
 DTYPES = ("uint8", "int32", "float32")
@@ -33,7 +32,7 @@ def write_column(path: str | Path, name: str, values: Iterable[np.ndarray], *, d
         raise ValueError(f"{corpus.path}: a column cannot be named {name!r}: give an identifier that is not taken")
     if dtype not in DTYPES:
         raise ValueError(f"column {name}: dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    rows, document, content, sizes = iter(values), 0, hashlib.sha256(), []
+    rows, document, content, sizes = iter(values), 0, "", []
     for shard in corpus.manifest.shards:
         file = corpus.path / f"{shard.name}.{name}.array_record"
         writer = array_record().ArrayRecordWriter(str(file), "group_size:1")
@@ -45,7 +44,7 @@ def write_column(path: str | Path, name: str, values: Iterable[np.ndarray], *, d
                     f"column {name}: {shape} for document {document}, which has {corpus.lengths[document]} tokens"
                 )
             record = np.asarray(found).astype(np.dtype(dtype).newbyteorder("<")).tobytes()
-            content.update(record)
+            content = content_of_both(content, content_of(record), 1)
             writer.write(record)
             document += 1
         writer.close()
@@ -53,6 +52,6 @@ def write_column(path: str | Path, name: str, values: Iterable[np.ndarray], *, d
         sizes.append(file.stat().st_size)
     if next(rows, None) is not None:
         raise ValueError(f"column {name}: more than the corpus's {document} documents")
-    column = TokenColumn(name, dtype, tuple(sizes), content.hexdigest())
+    column = TokenColumn(name, dtype, tuple(sizes), content)
     manifest = dataclasses.replace(corpus.manifest, columns=(*corpus.manifest.columns, column))
     write_whole(corpus.path / MANIFEST, manifest.to_json())

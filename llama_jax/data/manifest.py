@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +84,7 @@ class TokenColumn:
       name: such as `loss_mask`, in the names of its files.
       dtype: of its numbers: uint8, int32 or float32.
       record_bytes: size of each shard's file.
-      content: SHA-256 of all numbers in order, in hexadecimal.
+      content: hash of all documents' numbers in order, see `content_of_both`.
     """
 
     name: str
@@ -113,6 +113,7 @@ class Manifest:
       fingerprint: of the input and the options that it was prepared from.
       barren: the inputs, as they were given, that gave no document.
       columns: what there is of each token beside its id.
+      facts: of conversations: rows of each shape, and how many were cut.
     """
 
     vocab_size: int
@@ -130,6 +131,7 @@ class Manifest:
     fingerprint: str = ""
     barren: tuple[str, ...] = ()
     columns: tuple[TokenColumn, ...] = ()
+    facts: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def content(self) -> str:
@@ -146,8 +148,8 @@ class Manifest:
     def to_json(self) -> str:
         """Writes the manifest as JSON."""
         values = dataclasses.asdict(self)
-        barren, columns = values.pop("barren"), values.pop("columns")
-        more = {"columns": columns} if columns else {}
+        barren, columns, facts = values.pop("barren"), values.pop("columns"), values.pop("facts")
+        more = {"columns": columns, "facts": facts} if columns else {}
         return json.dumps({**values, "format": FORMATS[bool(columns)], "barren": barren, **more}, indent=1) + "\n"
 
     @classmethod
@@ -208,9 +210,10 @@ def tokenizer_sha256(files: Mapping[str, bytes]) -> tuple[str, str]:
     return name, hashlib.sha256(files[name]).hexdigest()
 
 
-def shard_files(name: str) -> list[str]:
-    """Names the files of a shard."""
-    return [f"{name}.{suffix}" for suffix in ("array_record", "index", "sources")]
+def shard_files(name: str, columns: Iterable[str] = ()) -> list[str]:
+    """Names the files of a shard, those of its columns last."""
+    suffixes = ["array_record", "index", "sources", *(f"{column}.array_record" for column in columns)]
+    return [f"{name}.{suffix}" for suffix in suffixes]
 
 
 def is_corpus_file(name: str) -> bool:

@@ -61,8 +61,9 @@ class Tokenizer(Protocol):
         """Splits text at its control tokens: ordinary text as strings, control tokens as ids."""
         ...
 
-    def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
-        """Encodes consecutive parts of one text: strings are ordinary text, integers are ids."""
+    def encode_parts(self, parts: Sequence[str | int], *, continues: bool = False) -> list[int]:
+        """Encodes consecutive parts of one text: strings are ordinary text, integers are ids. With `continues` the
+        first string continues a text, so that it does not get the prefix that the start of a text gets."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -149,14 +150,14 @@ class BaseTokenizer:
                 parts[-1] = f"{parts[-1]}{piece}"
         return [part for part in parts if part != ""]
 
-    def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
+    def encode_parts(self, parts: Sequence[str | int], *, continues: bool = False) -> list[int]:
         """Encodes consecutive parts of one text: strings are ordinary text, integers are ids."""
         ids: list[int] = []
         for i, part in enumerate(parts):
             if isinstance(part, int):
                 ids.append(part)
             elif part:
-                prefix = i == 0 or (self._prefix_each and parts[i - 1] not in self._no_prefix_after)
+                prefix = not continues if i == 0 else self._prefix_each and parts[i - 1] not in self._no_prefix_after
                 ids += self._ordinary(valid(part), prefix=prefix)
         return ids
 

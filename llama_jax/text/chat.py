@@ -39,6 +39,12 @@ class ChatFormat(Protocol):
         """Encodes the conversation; with `add_generation_prompt` it ends where the reply begins."""
         ...
 
+    def parts(
+        self, messages: Sequence[Message], *, tools: Tools = None, add_generation_prompt: bool = True
+    ) -> Sequence[str | int]:
+        """The same as ordinary text and ids, of which `Tokenizer.encode_parts` makes the prompt; ids alone will do."""
+        ...
+
 
 def chat_format(tokenizer: Tokenizer, name: str | None = None) -> ChatFormat:
     """Chooses the chat format of a checkpoint.
@@ -100,6 +106,22 @@ def format_named(name: str) -> Callable[[Tokenizer], ChatFormat]:
     return formats[name]
 
 
+class _Ids:
+    """A format that encodes piece by piece: its parts are ids."""
+
+    def parts(
+        self, messages: Sequence[Message], *, tools: Tools = None, add_generation_prompt: bool = True
+    ) -> Sequence[str | int]:
+        """The prompt."""
+        return self.prompt(messages, tools=tools, add_generation_prompt=add_generation_prompt)
+
+    def prompt(
+        self, messages: Sequence[Message], *, tools: Tools = None, add_generation_prompt: bool = True
+    ) -> list[int]:
+        """See `ChatFormat.prompt`."""
+        raise NotImplementedError
+
+
 class _GuessWithTools:
     """A guessed format, and the template for tools of a checkpoint that has one for nothing else."""
 
@@ -115,8 +137,15 @@ class _GuessWithTools:
         form = self._tools if tools else self._guess
         return form.prompt(messages, tools=tools, add_generation_prompt=add_generation_prompt)
 
+    def parts(
+        self, messages: Sequence[Message], *, tools: Tools = None, add_generation_prompt: bool = True
+    ) -> Sequence[str | int]:
+        """Of the format that `prompt` takes."""
+        form = self._tools if tools else self._guess
+        return form.parts(messages, tools=tools, add_generation_prompt=add_generation_prompt)
 
-class Llama2Chat:
+
+class Llama2Chat(_Ids):
     """Llama 2 Chat and Code Llama Instruct 7B, 13B and 34B.
 
     `[INST]` and its kin are ordinary text to this tokenizer, so a message that contains them could forge a
@@ -156,7 +185,7 @@ class Llama2Chat:
         return ids
 
 
-class Llama3Chat:
+class Llama3Chat(_Ids):
     """Llama 3, 3.1, 3.2 (text) and 3.3.
 
     Contents are stripped, as in Meta's llama3 repository and in Hugging Face's templates (llama-models does
@@ -189,7 +218,7 @@ class Llama3Chat:
         return [self._start, *encode(role), self._end, *encode("\n\n")]
 
 
-class CodeLlama70BChat:
+class CodeLlama70BChat(_Ids):
     """Code Llama 70B Instruct: sources and destinations, turns separated by `<step>`."""
 
     name = "codellama70b"
@@ -262,6 +291,19 @@ class TemplateChat:
         self, messages: Sequence[Message], *, tools: Tools = None, add_generation_prompt: bool = True
     ) -> list[int]:
         """Encodes the conversation, to the ids of transformers' `apply_chat_template` if it is harmless."""
+        text, parts = self._rendered(messages, tools, add_generation_prompt)
+        return self._tokenizer.encode_parts(parts) if text is None else self._tokenizer.encode(text, control=True)
+
+    def parts(
+        self, messages: Sequence[Message], *, tools: Tools = None, add_generation_prompt: bool = True
+    ) -> Sequence[str | int]:
+        """The rendered text, split at the control tokens that the template wrote."""
+        return self._rendered(messages, tools, add_generation_prompt)[1]
+
+    def _rendered(
+        self, messages: Sequence[Message], tools: Tools, add_generation_prompt: bool
+    ) -> tuple[str | None, Sequence[str | int]]:
+        """The text where nothing typed in the conversation is a control token, and its parts."""
         source = (self._tool_source if tools else None) or self._source or ""
         # transformers leaves out keys whose value is None.
         messages = [{k: v for k, v in message.items() if v is not None} for message in _nonempty(messages)]
@@ -290,14 +332,14 @@ class TemplateChat:
             warnings.warn(
                 "this checkpoint's chat template never mentions tools: they are not in the prompt; leave them out, or"
                 " describe them in the system message",
-                stacklevel=2,
+                stacklevel=3,
             )
         parts, safe = (self._tokenizer.split_control(t) for t in (text, rendered(mask.hide)))
         if _ids(parts) != _ids(safe):
             parts = safe
         elif mask.show(text) == text:
-            return self._tokenizer.encode(text, control=True)
-        return self._tokenizer.encode_parts([mask.show(p) if isinstance(p, str) else p for p in parts])
+            return text, parts
+        return None, [mask.show(p) if isinstance(p, str) else p for p in parts]
 
 
 class _Mask:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -9,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llama_jax import sharding
+from llama_jax import distributed, sharding
 from llama_jax.config import ModelConfig
 from llama_jax.costs import machines
 from llama_jax.costs.machines import Machine
 from llama_jax.data.rows.loader import ARRAYS
 from llama_jax.model import Llama, random_keys
+from llama_jax.model.adapt import adapt, is_trained, new_factors
 from llama_jax.text.differences import differences
 from llama_jax.train.checks import batch_schedule, check_divides
 from llama_jax.train.corpora import Corpora
@@ -64,7 +66,22 @@ def make_model(recipe: Recipe, config: ModelConfig, *, seed: int | None = None) 
         attention = "reference" if on_cpu else None
     rngs = None if seed is None else random_keys(seed)
     remat = "full" if recipe.remat == "auto" else recipe.remat
-    return Llama(config, dtype=dtype, param_dtype="float32", stacked=True, remat=remat, attention=attention, rngs=rngs)
+    param_dtype = dtype if recipe.adapter else "float32"
+    return Llama(
+        config, dtype=dtype, param_dtype=param_dtype, stacked=True, remat=remat, attention=attention, rngs=rngs
+    )
+
+
+def state_of(recipe: Recipe, model: Llama, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step, of a whole model or, in `jax.eval_shape`, an abstract one.
+
+    With an adapter, its factors alone train; the model's own weights are the frozen half.
+    """
+    if not recipe.adapter:
+        return new_state(model, optimizer)
+    key = jax.random.key(recipe.seed)
+    adapted = adapt(model, recipe.adapter, new_factors(key))
+    return new_state(adapted, optimizer, is_trained(adapted))
 
 
 def abstract_state(recipe: Recipe, config: ModelConfig, optimizer: optax.GradientTransformation) -> TrainState:
@@ -75,7 +92,7 @@ def abstract_state(recipe: Recipe, config: ModelConfig, optimizer: optax.Gradien
         spec = x.sharding.spec if x.sharding else jax.P()  # counts
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec))
 
-    state = jax.eval_shape(lambda model: new_state(model, optimizer), make_model(recipe, config))
+    state = jax.eval_shape(lambda model: state_of(recipe, model, optimizer), make_model(recipe, config))
     return jax.tree.map(placed, state)
 
 
@@ -122,10 +139,38 @@ def open_initial(recipe: Recipe, corpora: Corpora) -> Checkpoint | None:
 
 
 def read_initial(recipe: Recipe, checkpoint: Checkpoint, mesh: jax.sharding.Mesh) -> Llama:
-    """Its weights in float32, stacked, on the mesh."""
+    """Its weights, stacked, on the mesh: in float32; where an adapter alone trains, in the dtype of the computation."""
     from llama_jax.weights.load import read_model
 
-    leaves = jax.tree.leaves(read_model(checkpoint, mesh, dtype="float32", stacked=True))
     with jax.set_mesh(mesh):
         like = make_model(recipe, checkpoint.config)
+    dtype = like.dtype if recipe.adapter else "float32"
+    leaves = jax.tree.leaves(read_model(checkpoint, mesh, dtype=dtype, stacked=True))
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def initial_state(
+    recipe: Recipe, checkpoint: Checkpoint, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> TrainState:
+    """The state before the first step of a run from a checkpoint's weights; the mesh must be in use."""
+    model = read_initial(recipe, checkpoint, mesh)
+    init = jax.jit(lambda model: state_of(recipe, model, optimizer), donate_argnums=0)
+    return distributed.compile_together(init.lower(model))(model)
+
+
+def with_frozen(state: TrainState, recipe: Recipe, checkpoint: Checkpoint, mesh: jax.sharding.Mesh) -> TrainState:
+    """A restored state with the weights that do not train, which its checkpoint does not hold."""
+    with jax.set_mesh(mesh):
+        model = read_initial(recipe, checkpoint, mesh)
+        optimizer = optax.identity()  # the moments are not asked for
+        frozen = jax.jit(lambda model: state_of(recipe, model, optimizer).frozen, donate_argnums=0)
+        return dataclasses.replace(state, frozen=distributed.compile_together(frozen.lower(model))(model))
+
+
+def adapter_files(recipe: Recipe, model: Llama) -> dict[str, bytes]:
+    """What makes a checkpoint of a run the folder of an adapter, as PEFT has it; none where there is no adapter."""
+    if not recipe.adapter:
+        return {}
+    from llama_jax.weights.peft import host_factors, peft_files
+
+    return peft_files(model, recipe.adapter, host_factors(model), recipe.init_from)

@@ -39,12 +39,21 @@ def check_numbers(recipe: Recipe) -> None:
         "checkpoints.keep_best": (recipe.checkpoints.keep_best, 0),
         "validation.every": (recipe.validation.every, 0),
         "validation.documents": (recipe.validation.documents, 0),
+        "validation.answers": (recipe.validation.answers, 0),
         "samples.every": (recipe.samples.every, 0),
         "samples.new_tokens": (recipe.samples.new_tokens, 1),
     }
     for name, (value, smallest) in least.items():
         if value < smallest:
             raise ValueError(f"{name} must be at least {smallest}, got {value}")
+    if recipe.validation.answers and (recipe.objective != "sft" or not recipe.data.validation):
+        raise ValueError(
+            "validation.answers are of conversations that are held out: give data.validation, objective sft"
+        )
+    if recipe.adapter and not recipe.init_from:
+        raise ValueError("an adapter needs the weights that it adapts: give --init-from")
+    if recipe.adapter and recipe.adapter.dropout:
+        raise ValueError("adapter.dropout is not computed in training yet: leave it at 0")
 
 
 def check_sizes(recipe: Recipe, config: ModelConfig, corpora: Corpora) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from llama_jax.data.corpus import Corpus, changed_facts, check_tokenizer, open_corpus
 from llama_jax.data.rows.plan import WINDOW, RowPlan
+from llama_jax.train.objective import objective_of
 from llama_jax.train.recipe import Recipe
 from llama_jax.typing import JsonObject
 
@@ -23,6 +24,7 @@ log = logging.getLogger("llama_jax")
 
 
 STDLIB = "stdlib:"  # and the size of its vocabulary
+ORDERS = "orders:"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +56,8 @@ def open_corpora(recipe: Recipe) -> Corpora:
     """
     if not recipe.data.train:
         raise ValueError("data.train is empty: give folders that scripts/prepare_data.py wrote")
-    train = [open_corpus(_folder(name, 0)) for name in recipe.data.train]
-    validation = [open_corpus(_folder(name, 1)) for name in recipe.data.validation]
+    train = [open_corpus(_folder(name, 0, recipe.init_from)) for name in recipe.data.train]
+    validation = [open_corpus(_folder(name, 1, recipe.init_from)) for name in recipe.data.validation]
     for corpus in (*train, *validation):
         check_tokenizer(corpus, sha256=train[0].manifest.tokenizer_sha256)
         if not corpus.manifest.documents:
@@ -63,7 +65,14 @@ def open_corpora(recipe: Recipe) -> Corpora:
     return Corpora(train, validation)
 
 
-def _folder(name: str, which: int) -> Path:
+def _folder(name: str, which: int, model: str) -> Path:
+    if name == ORDERS:
+        from llama_jax.data.prepare.orders import orders_corpus
+        from llama_jax.files import cache_folder
+
+        if not model:
+            raise ValueError(f"{name}: is made for the tokenizer of a checkpoint: give --init-from")
+        return orders_corpus(cache_folder() / "data", model)[which]
     if not name.startswith(STDLIB):
         return Path(os.path.expanduser(name))
     from llama_jax.data.prepare.stdlib import stdlib_corpus
@@ -86,7 +95,8 @@ def row_plan(recipe: Recipe, corpora: Corpora) -> RowPlan:
         raise ValueError(
             f"data.weights has {len(weights)} numbers for {len(corpora.train)} corpora: give one each, or none"
         )
-    return RowPlan(corpora.train, seq_len=recipe.batch.seq_len, seed=recipe.seed, weights=weights)
+    whole = objective_of(recipe).whole
+    return RowPlan(corpora.train, seq_len=recipe.batch.seq_len, seed=recipe.seed, weights=weights, whole=whole)
 
 
 def what_is_read(recipe: Recipe, corpora: Corpora) -> JsonObject:

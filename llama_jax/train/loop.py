@@ -31,17 +31,16 @@ from llama_jax.sharding import whole_weights
 from llama_jax.train import build, checks, corpora, resume
 from llama_jax.train.choose import choose, chosen_by
 from llama_jax.train.guard import check_output, memory_in_words, only_one
+from llama_jax.train.measure import Measurements
 from llama_jax.train.objective import objective_of
 from llama_jax.train.optim import adamw, learning_rate
 from llama_jax.train.outcome import Outcome
 from llama_jax.train.profile import tracing, window
 from llama_jax.train.recipe import Recipe
 from llama_jax.train.report import Reporter, count, draw_curves, finite_or_none, read_metrics
-from llama_jax.train.samples import Samples
 from llama_jax.train.state import TrainState, describe, from_named_arrays, named_arrays, new_state
 from llama_jax.train.step import compiled
 from llama_jax.train.stop import StopRequest, on_request
-from llama_jax.train.validation import Validator
 from llama_jax.typing import JsonObject
 from llama_jax.weights.checkpoint import Checkpoint
 from llama_jax.weights.formats.hf import hf_texts
@@ -109,7 +108,8 @@ class TrainingRun:
         self.corpora = corpora.open_corpora(recipe)
         self.batches = checks.batch_schedule(recipe.batch)
         self.plan = corpora.row_plan(recipe, self.corpora)
-        initial = None if steps else build.open_initial(recipe, self.corpora)
+        # A resumed run has all that it began with, but the weights that an adapter leaves as they are.
+        initial = None if steps and not recipe.adapter else build.open_initial(recipe, self.corpora)
         self.config = self._config(initial)
         self._agree_on_files(initial, steps)
         checks.check_sizes(recipe, self.config, self.corpora)
@@ -120,8 +120,7 @@ class TrainingRun:
         self.mesh = build.mesh_of_recipe(recipe, self.config)
         if self.mesh.devices.flat[0].platform == "cpu":
             keep_freed_memory()
-        self.validation = self._validator()
-        self.samples = Samples(recipe, self.config, self.corpora.train[0].tokenizer(), self.mesh, output)
+        self.measurements = Measurements(recipe, self.config, self.corpora, self.objective, self.mesh, output)
         self.files = self._files()
         if distributed.is_main():
             guards.enter_context(only_one(output))
@@ -133,7 +132,8 @@ class TrainingRun:
         self.changes: list[JsonObject] = []
         self._save_owed = False
         self._whole_was_said = initial is not None  # by what reads it
-        self.state = self._restored(steps[-1]) if steps else self._new(initial)
+        self.base = fingerprint(initial.path) if initial and recipe.adapter else None
+        self.state = self._restored(steps[-1], initial) if steps else self._new(initial)
         self.reporter = Reporter(
             output, main=distributed.is_main(), total_steps=self.total, step=self.step,
             tensorboard=recipe.tensorboard, wandb=recipe.wandb, recipe=dataclasses.asdict(recipe),
@@ -169,9 +169,7 @@ class TrainingRun:
     def _new(self, initial: Checkpoint | None) -> TrainState:
         with jax.set_mesh(self.mesh):
             if initial:
-                model = build.read_initial(self.recipe, initial, self.mesh)
-                init = jax.jit(lambda model: new_state(model, self.optimizer), donate_argnums=0)
-                return distributed.compile_together(init.lower(model))(model)
+                return build.initial_state(self.recipe, initial, self.optimizer, self.mesh)
 
             def new() -> TrainState:
                 model = build.make_model(self.recipe, self.config, seed=self.recipe.seed)
@@ -179,8 +177,13 @@ class TrainingRun:
 
             return distributed.compile_together(jax.jit(new).lower())()
 
-    def _restored(self, step: int) -> TrainState:
+    def _restored(self, step: int, initial: Checkpoint | None) -> TrainState:
         progress = self.checkpoints.progress(step)
+        if self.base != progress.get("base"):
+            raise ValueError(
+                f"{self.output}: its adapter was trained on other weights than those of {self.recipe.init_from}: give"
+                " the same by --init-from, or begin a new run in another --output"
+            )
         if changed := corpora.changed_reads(progress["reads"], self.recipe, self.corpora):
             raise ValueError(
                 f"{self.output}: its {progress['rows']} rows were counted with {'; '.join(changed)}: give the same, or"
@@ -200,7 +203,8 @@ class TrainingRun:
                 f"{first}. Remove {self.checkpoints.folder / str(step)} to go on from the one before"
             ) from error
         self._remember(step, progress, resume.to_say(found, self.recipe))
-        return from_named_arrays(abstract, items)
+        state = from_named_arrays(abstract, items)
+        return build.with_frozen(state, self.recipe, initial, self.mesh) if initial else state
 
     def _remember(self, step: int, progress: JsonObject, changed: list[resume.Change]) -> None:
         """Takes up what the run decided by when this checkpoint was saved; an older version recorded less."""
@@ -217,22 +221,16 @@ class TrainingRun:
                 print(f"resumed with {change}", file=sys.stderr)
         self.checkpoints.tidy()  # of a run that was killed before it did so
 
-    def _validator(self) -> Validator | None:
-        if not self.corpora.validation:
-            return None
-        recipe = self.recipe
-        return Validator(
-            self.corpora.validation, objective=self.objective, seq_len=recipe.batch.seq_len,
-            documents=recipe.validation.documents, mesh=self.mesh,
-        )  # fmt: skip
-
     def _files(self) -> dict[str, bytes]:
         """What makes a checkpoint of ours a model that `load` takes."""
         files = self.corpora.tokenizer_files
         tokenizer = self.corpora.train[0].tokenizer()
         described = Checkpoint(self.output, "native", self.config, {}, tokenizer, lambda: files)
         recipe = json.dumps(dataclasses.asdict(self.recipe), indent=1).encode()
-        return {**hf_texts(described, "float32"), RECIPE: recipe}
+        texts = hf_texts(described, "float32")
+        if self.recipe.adapter:  # beside PEFT's files, which make the folder an adapter's
+            texts.pop("config.json")
+        return {**texts, RECIPE: recipe}
 
     # --- The run ---
 
@@ -242,6 +240,9 @@ class TrainingRun:
         self._introduce()
         self._clock = time.perf_counter()
         spec = self.state.model.rules
+        if not self.step and (found := self.measurements.before(self.state.model, self.reporter.say)):
+            self.reporter.record({"step": 0, **found})
+            self._clock = time.perf_counter()
         with jax.set_mesh(self.mesh):
             microbatch = self.batches.shape(self.batches.stages[-1])[1:]
             sharding = jax.NamedSharding(self.mesh, jax.P(None, *spec.spec(("batch", "seq"), microbatch)))
@@ -264,7 +265,7 @@ class TrainingRun:
                         self._report(pending)
                     pending = _Pending(self.step, part, results)
                     self._save_owed |= self._due(recipe.checkpoints.every) and self.step < self.total
-                    if synchronous or self._save_owed or self._measure_is_due():
+                    if synchronous or self._save_owed or self.measurements.is_due(self.step):
                         self._report(pending)
                         pending = None
                     self.checkpoints.poll()
@@ -333,10 +334,6 @@ class TrainingRun:
 
     def _due(self, every: int) -> bool:
         return bool(every) and self.step % every == 0
-
-    def _measure_is_due(self) -> bool:
-        recipe = self.recipe
-        return self.step == self.total or self._due(recipe.validation.every) or self._due(recipe.samples.every)
 
     def _is_sound(self) -> bool:
         """Whether the latest parameters are numbers: a learning rate that is far too large leaves none."""
@@ -413,15 +410,11 @@ class TrainingRun:
             )
 
     def _measure(self) -> dict[str, float]:
-        """Validation and samples, where they are due after the latest step."""
-        recipe, last, start = self.recipe, self.step == self.total, time.perf_counter()
-        found = {}
-        if self.validation and (last or self._due(recipe.validation.every)):
-            self.reporter.say(f"step {self.step}: validating")
-            self.validated = found = self.validation(self.state.model)
-            self.validated_step = self.step
-        if recipe.samples.prompts and (last or self._due(recipe.samples.every)):
-            self.samples(self.state.model, self.step, self.reporter.say)
+        """What is due after the latest step."""
+        start, model, say = time.perf_counter(), self.state.model, self.reporter.say
+        if found := self.measurements.validated(model, self.step, say):
+            self.validated, self.validated_step = found, self.step
+        found |= self.measurements.shown(model, self.step, say)
         self._clock += time.perf_counter() - start
         return found
 
@@ -436,10 +429,12 @@ class TrainingRun:
             "validated_step": self.validated_step,
             "save_owed": self._save_owed,
             "changes": self.changes,
+            **({"base": self.base} if self.base else {}),
         }
         loss = self.validated["validation_loss"] if self.validated_step == self.step else None
         of = corpora.measured_on(self.recipe, self.corpora)
-        self.checkpoints.save(self.step, named_arrays(self.state), progress, self.files, loss=loss, of=of)
+        files = {**self.files, **build.adapter_files(self.recipe, self.state.model)}
+        self.checkpoints.save(self.step, named_arrays(self.state), progress, files, loss=loss, of=of)
         self.reporter.say(f"step {self.step}: saving {self.output / CHECKPOINTS / str(self.step)}")
 
 

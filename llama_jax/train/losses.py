@@ -50,6 +50,7 @@ def cross_entropy(
     *,
     z_weight: float = 0.0,
     tokens: int = TOKENS,
+    head_trains: bool = True,
 ) -> Loss:
     """Masked cross-entropy of the next token, in float32.
 
@@ -60,6 +61,7 @@ def cross_entropy(
       mask_BT: bool, or weights that are not negative: which positions count.
       z_weight: of the z-loss, which keeps the softmax's denominator near 1 (PaLM uses 1e-4).
       tokens: most positions of one device in a chunk.
+      head_trains: whether norm and head have gradients; without, one product in three is saved, and [V, D] in float32.
 
     Returns:
       Sums and their number; `.mean` is the loss. Gradients pass from it, and from any other multiple of
@@ -128,7 +130,9 @@ def cross_entropy(
 
     sums.defvjp(sums_and_gradients, scaled)
     x_nBtD, *rest = split(x_BTD, embed), split(targets_BT), split(jnp.asarray(mask_BT, jnp.float32))
-    logits, weights = jax.closure_convert(model.logits, x_nBtD[0])  # its weights as arguments, to have their gradients
+    logits, weights = model.logits, []
+    if head_trains:
+        logits, weights = jax.closure_convert(model.logits, x_nBtD[0])  # its weights as arguments, to have gradients
     nll, z, count = sums(x_nBtD, weights, *rest)
     return Loss(nll, z, count, z_weight)
 

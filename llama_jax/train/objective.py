@@ -1,4 +1,4 @@
-"""What a run minimises: an objective turns a model and a batch into sums. Pretraining is the first.
+"""What a run minimises: an objective turns a model and a batch into sums. Pretraining and supervised fine-tuning.
 
 Another objective is a class with the methods of `Objective` and an entry in OBJECTIVES; recipes name it.
 """
@@ -27,6 +27,11 @@ class Objective(Protocol):
         """Columns of the corpora that its batches have beside the tokens."""
         ...
 
+    @property
+    def whole(self) -> bool:
+        """Whether no document may be cut to fill a sequence."""
+        ...
+
     def count(self, batch: BatchArrays) -> jax.Array:
         """Returns what the sums of a whole step are divided by, float32, from its arrays [M, B, T]."""
         ...
@@ -50,10 +55,13 @@ class Pretrain:
 
     Attributes:
       z_weight: of the z-loss.
+      head_trains: whether the final norm and the head do.
     """
 
     z_weight: float = 0.0
+    head_trains: bool = True
     columns: tuple[str, ...] = ()
+    whole: bool = False
 
     def count(self, batch: BatchArrays) -> jax.Array:
         """Tokens that are predicted: all but padding."""
@@ -63,7 +71,10 @@ class Pretrain:
         """The cross-entropy of each document by itself."""
         segments_BT = batch["segment_ids"]
         x_BTD, _ = model.hidden(batch["tokens"], positions_BT=batch["positions"], segment_ids_BT=segments_BT)
-        return cross_entropy(model, x_BTD, batch["targets"], segments_BT > 0, z_weight=self.z_weight)
+        return self._loss(model, x_BTD, batch["targets"], segments_BT > 0)
+
+    def _loss(self, model: Llama, x_BTD: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array) -> Loss:
+        return cross_entropy(model, x_BTD, targets_BT, mask_BT, z_weight=self.z_weight, head_trains=self.head_trains)
 
     def minimised(self, sums: Loss) -> jax.Array:
         """Negative log-likelihood and z-loss."""
@@ -74,8 +85,32 @@ class Pretrain:
         return {"loss": sums.nll / count, "tokens": sums.tokens}
 
 
+@dataclasses.dataclass(frozen=True)
+class SupervisedFineTuning(Pretrain):
+    """The mean loss of the tokens that a corpus's `loss_mask` has: the answers, each with the token that ends it.
+
+    The mean is over all learned tokens of a step, so that it does not depend on how the step is cut into microbatches
+    or over devices.
+    """
+
+    columns: tuple[str, ...] = ("loss_mask",)
+    whole: bool = True
+
+    def count(self, batch: BatchArrays) -> jax.Array:
+        """Tokens that are learned."""
+        return batch["loss_mask"].sum(dtype=jnp.float32)
+
+    def sums(self, model: Llama, batch: BatchArrays) -> Loss:
+        """The cross-entropy of each conversation by itself."""
+        segments_BT = batch["segment_ids"]
+        x_BTD, _ = model.hidden(batch["tokens"], positions_BT=batch["positions"], segment_ids_BT=segments_BT)
+        mask_BT = jnp.where(segments_BT > 0, batch["loss_mask"].astype(jnp.float32), 0)
+        return self._loss(model, x_BTD, batch["targets"], mask_BT)
+
+
 OBJECTIVES: dict[str, Callable[[Recipe], Objective]] = {
-    "pretrain": lambda recipe: Pretrain(recipe.optimizer.z_weight),
+    "pretrain": lambda recipe: Pretrain(recipe.optimizer.z_weight, not recipe.adapter),
+    "sft": lambda recipe: SupervisedFineTuning(recipe.optimizer.z_weight, not recipe.adapter),
 }
 
 

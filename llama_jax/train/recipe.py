@@ -6,6 +6,7 @@ import dataclasses
 from typing import Literal
 
 from llama_jax.config import ModelConfig
+from llama_jax.config.adapter import Adapter
 
 Remat = Literal["auto", "none", "matmuls", "attention", "full", "groups", "offload"]
 
@@ -15,7 +16,8 @@ class Data:
     """Prepared corpora (`scripts/prepare_data.py`), or "stdlib:VOCABULARY": Python's standard library, made at once."""
 
     train: tuple[str, ...]
-    """Folders of the corpora, or stdlib:2048 (Python's standard library with a vocabulary of that size)."""
+    """Folders of the corpora, or stdlib:2048 (Python's standard library with a vocabulary of that size), or orders:
+    (conversations that are made, for the tokenizer of init_from)."""
     weights: tuple[float, ...] = ()
     """The share of each in the tokens; without, each counts as much as it is long."""
     validation: tuple[str, ...] = ()
@@ -112,6 +114,9 @@ class Validation:
     """Steps from one to the next; 0 is at the end only."""
     documents: int = 0
     """How many are used, the first ones; 0 is all."""
+    answers: int = 0
+    """Of conversations: to how many the model replies, before the first step and after the last; `exact_match` is the
+    share of replies that are the answer to the letter."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +146,10 @@ class Recipe:
     optimizer: Optimizer
     """How it updates."""
     objective: str = "pretrain"
-    """What is minimised: pretrain, the loss of every token that follows another."""
+    """What is minimised: pretrain, the loss of every token that follows another; sft, that of the answers of
+    conversations (`prepare-data --chat`)."""
+    adapter: Adapter | None = None
+    """A LoRA adapter on `init_from`, which alone trains; None trains all parameters."""
     checkpoints: Checkpoints = Checkpoints()
     """What it saves."""
     validation: Validation = Validation()
@@ -155,7 +163,8 @@ class Recipe:
     steps: int = 0
     """Stops after so many, whatever the schedule; 0 is the schedule's."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Of the computation; auto is float32 on CPU and bfloat16 elsewhere. Parameters are float32."""
+    """Of the computation; auto is float32 on CPU and bfloat16 elsewhere. What trains is float32, what does not is of
+    this dtype."""
     remat: Remat = "auto"
     """What the gradient keeps of a block: all, outputs of products, of attention, its input (full), that of every few
     blocks (groups), inputs in the host's memory (offload). auto: by the tuned table, else what fits by arithmetic."""

@@ -66,7 +66,19 @@ class Reporter:
             self._task = self._bar.add_task("", total=total_steps, completed=step, text="")
 
     def step(self, values: Fields) -> None:
-        """Takes one step's metrics: `step` and numbers."""
+        """Takes one step's metrics, `step` and numbers, and shows them."""
+        self.record(values)
+        if not self._main:
+            return
+        text = _text(values)
+        if self._bar:
+            self._bar.update(self._task, completed=values["step"], text=text)
+        elif time.monotonic() - self._last >= EVERY or values["step"] == self._total or "validation_loss" in values:
+            self._last = time.monotonic()
+            self.say(f"step {values['step']}/{self._total}  {text}{self._left(values['step'])}")
+
+    def record(self, values: Fields) -> None:
+        """Writes metrics of a step, `step` and numbers."""
         if not self._main:
             return
         assert self._file
@@ -80,12 +92,6 @@ class Reporter:
                 self._events.add_scalar(name, value, values["step"])
         if self._wandb:
             self._wandb.log(numbers, step=values["step"])
-        text = _text(values)
-        if self._bar:
-            self._bar.update(self._task, completed=values["step"], text=text)
-        elif time.monotonic() - self._last >= EVERY or values["step"] == self._total or "validation_loss" in values:
-            self._last = time.monotonic()
-            self.say(f"step {values['step']}/{self._total}  {text}{self._left(values['step'])}")
 
     def _left(self, step: int) -> str:
         """How long the rest takes, in words, where it is more than a few seconds."""
@@ -199,6 +205,8 @@ def _text(values: Fields) -> str:
         text += f"  epoch {values['epoch'] + 1}"
     if values.get("validation_loss") is not None:
         text += f"  validation {values['validation_loss']:.4f}"
+    if values.get("exact_match") is not None:
+        text += f"  exact match {values['exact_match']:.1%}"
     if values.get("validation_bits_per_byte") is not None:
         text += f" ({values['validation_bits_per_byte']:.3f} bits a byte)"
     return text

@@ -40,11 +40,13 @@ class Validator:
         self, corpora: Sequence[Corpus], *, objective: Objective, seq_len: int, documents: int,
         mesh: jax.sharding.Mesh, rows: int = ROWS,
     ):  # fmt: skip
-        self._columns = objective.columns
+        self._columns, self._whole = objective.columns, objective.whole
         self._corpora, self._seq_len, self._documents, self._mesh = corpora, seq_len, documents, mesh
         self._plans = [self._plan(corpus) for corpus in corpora]
+        # Bits a byte are of texts whose every token counts.
         self._bytes = [
-            _predicted_bytes(corpus, len(plan.documents)) for corpus, plan in zip(corpora, self._plans, strict=True)
+            0.0 if self._columns else _predicted_bytes(corpus, len(plan.documents))
+            for corpus, plan in zip(corpora, self._plans, strict=True)
         ]
         with jax.set_mesh(mesh):
             self._rows = pad_batch(rows)
@@ -73,7 +75,7 @@ class Validator:
     def _plan(self, corpus: Corpus) -> SequentialPlan:
         count = min(self._documents or len(corpus), len(corpus))
         try:
-            return SequentialPlan(corpus, seq_len=self._seq_len, documents=range(count))
+            return SequentialPlan(corpus, seq_len=self._seq_len, documents=range(count), whole=self._whole)
         except ValueError as error:
             raise ValueError(f"{corpus.path}, for validation: {error}") from None
 

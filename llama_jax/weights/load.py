@@ -37,6 +37,7 @@ def load(
     max_seq_len: int | None = None,
     chat_format: str | None = None,
     attention: str | None = None,
+    adapters: str | Path | None = None,
 ) -> LoadedLlama:
     """Loads a Llama, tensor by tensor, each device's part straight to the device.
 
@@ -51,6 +52,8 @@ def load(
         guess that a warning names.
       attention: "splash", "cudnn", "xla", "cpu" or "reference", see `ops.attention.dot_product_attention`; None chooses
         by platform.
+      adapters: the folder of a LoRA adapter as PEFT saves it, or of a training run that made one. Its weights stay
+        beside those of the model. Where `name` is such a folder, the model is its base.
 
     Raises:
       CheckpointError: the checkpoint cannot be fetched or read; says which file and what to do.
@@ -61,15 +64,21 @@ def load(
 
     from llama_jax import sharding
     from llama_jax.compilation_cache import use_compilation_cache
+    from llama_jax.model import flatten_heads
     from llama_jax.ops.attention import check_implementation
     from llama_jax.text.chat import format_named
+    from llama_jax.text.open import load_tokenizer
     from llama_jax.weights.checkpoint import DTYPES
     from llama_jax.weights.open import open_checkpoint
+    from llama_jax.weights.peft import open_adapter
 
     if chat_format is not None:
         format_named(chat_format)
+    name, saved = open_adapter(name, adapters)
     checkpoint = open_checkpoint(name)
     config = checkpoint.config
+    if saved:
+        saved.check(config)
     if max_seq_len is not None and not 1 <= max_seq_len <= config.max_seq_len:
         raise ValueError(f"max_seq_len must be from 1 to the model's {config.max_seq_len}, got {max_seq_len}")
     use_compilation_cache()
@@ -80,12 +89,14 @@ def load(
     if mesh is None or isinstance(mesh, str):
         mesh = sharding.mesh_of(config, mesh)
     model = read_model(checkpoint, mesh, dtype=dtype, attention=attention)
-    if mesh.devices.flat[0].platform == "tpu":
-        from llama_jax.model import flatten_heads
-
-        with jax.set_mesh(mesh):
+    tokenizer = checkpoint.tokenizer
+    with jax.set_mesh(mesh):
+        if saved:
+            model = saved.load(model)
+            tokenizer = load_tokenizer(saved.path) or tokenizer  # with the chat template that it was trained with
+        if mesh.devices.flat[0].platform == "tpu":
             model = flatten_heads(model)
-    return LoadedLlama(config, model, checkpoint.tokenizer, mesh, max_seq_len, chat_format, checkpoint)
+    return LoadedLlama(config, model, tokenizer, mesh, max_seq_len, chat_format, checkpoint)
 
 
 def read_model(

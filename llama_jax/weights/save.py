@@ -23,8 +23,10 @@ from llama_jax.weights.checkpoint import Checkpoint
 from llama_jax.weights.compare import compare_parameter
 from llama_jax.weights.formats import FORMATS
 from llama_jax.weights.formats.base import Options, parse_bytes
+from llama_jax.weights.merge import merged
 from llama_jax.weights.open import open_checkpoint
 from llama_jax.weights.params import Format
+from llama_jax.weights.peft import open_adapter
 from llama_jax.weights.replace import check_replaceable, replacing
 from llama_jax.weights.source import CheckpointError, Tensor
 
@@ -71,6 +73,7 @@ def convert(
     quantize: str | None = None,
     overwrite: bool = False,
     verify: bool = True,
+    adapter: str | Path | None = None,
 ) -> ConversionReport:
     """Converts a checkpoint tensor by tensor; without JAX, except to "native".
 
@@ -84,6 +87,7 @@ def convert(
       quantize: "q8_0" or "q4_0" for the matrices of a GGUF file.
       overwrite: whether a checkpoint at `destination` is replaced.
       verify: whether the result is read again and compared with the source, bit for bit.
+      adapter: the folder of a LoRA adapter that is added to the weights; where the source is one, its base is read.
 
     Raises:
       CheckpointError: the source cannot be read, or the result differs from it.
@@ -94,7 +98,9 @@ def convert(
     options = Options(dtype, shards, parse_bytes(max_shard_size), quantize)
     _check_options(to, options)
     check_replaceable(Path(os.path.expanduser(destination)), overwrite=overwrite)  # before anything is fetched
-    return export(open_checkpoint(source), destination, to=to, options=options, overwrite=overwrite, verify=verify)
+    source, saved = open_adapter(source, adapter)
+    checkpoint = merged(open_checkpoint(source), saved) if saved else open_checkpoint(source)
+    return export(checkpoint, destination, to=to, options=options, overwrite=overwrite, verify=verify)
 
 
 def save(

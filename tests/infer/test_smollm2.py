@@ -44,7 +44,9 @@ def test_prompt_probability_and_greedy_text(smollm2):
     assert np.exp(completion.logprobs[0]) == pytest.approx(0.7725, abs=0.001)
 
 
-@pytest.mark.parametrize(("mesh", "count"), [("tensor=2", 24), ("fsdp=4,tensor=2", 6)])
+@pytest.mark.parametrize(
+    ("mesh", "count"), [pytest.param("tensor=2", 24, marks=pytest.mark.slow), ("fsdp=4,tensor=2", 6)]
+)
 def test_a_mesh_that_does_not_divide_its_heads(mesh, count, smollm2):
     """Three kv heads, nine query heads."""
     devices = sharding.make_mesh(smollm2.config, **sharding.parse_mesh(mesh))

@@ -14,6 +14,8 @@ from llama_jax import sharding
 from llama_jax.ops.weights import Flattened, einsum, flatten
 from tests.builders import tiny_config
 
+pytestmark = pytest.mark.unoptimized
+
 SIZES = {"B": 4, "T": 6, "D": 48, "K": 2, "G": 4, "H": 16, "F": 32, "V": 40}
 AXES = {"B": "batch", "T": "seq", "K": "kv_heads", "G": "groups", "H": "head_dim", "F": "mlp", "V": "vocab"}
 # Every equation of the model.

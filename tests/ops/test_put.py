@@ -12,6 +12,8 @@ from llama_jax.caches import full
 from llama_jax.ops import put
 from tests.builders import tiny_config
 
+pytestmark = pytest.mark.unoptimized
+
 
 @pytest.mark.parametrize("mesh", ["tensor=1", "data=2,tensor=4"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -11,6 +11,8 @@ from llama_jax import sharding
 from llama_jax.ops.rope import apply_rope, apply_rope_by_product, inverse_frequencies, rope_angles
 from tests.builders import tiny_config
 
+pytestmark = pytest.mark.unoptimized
+
 
 @pytest.mark.parametrize("mesh", ["tensor=1", "data=2,tensor=2"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -21,6 +21,8 @@ from llama_jax.train.step import attached, handles
 from tests.builders import tiny_config
 from tests.infer.helpers import random_ids, random_llama
 
+pytestmark = pytest.mark.unoptimized
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

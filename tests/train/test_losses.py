@@ -15,6 +15,8 @@ from llama_jax.train.losses import cross_entropy
 from tests.builders import tiny_config
 from tests.infer.helpers import random_llama
 
+pytestmark = pytest.mark.unoptimized
+
 UNTIED, TIED = tiny_config(num_kv_heads=2), tiny_config(num_kv_heads=2, tie_embeddings=True)
 MESHES = ("fsdp=2,tensor=4", "tensor=8", "data=2,fsdp=2,tensor=2", "context=8", "fsdp=2,context=2,tensor=2")
 B, T = 4, 48
@@ -77,11 +79,16 @@ def test_the_loss_is_torchs(batch):
     np.testing.assert_allclose(gradient, expected, atol=1e-6 * np.abs(expected).max() * 10)
 
 
+@pytest.fixture(scope="module")
+def on_one_device(batch):
+    return {config: loss_and_gradients(config, "tensor=1", batch, tokens=losses.TOKENS) for config in (UNTIED, TIED)}
+
+
 @pytest.mark.parametrize("config", [UNTIED, TIED], ids=["untied", "tied"])
 @pytest.mark.parametrize("mesh", MESHES)
-def test_every_mesh_gives_the_same_loss_and_gradients(mesh, config, batch):
+def test_every_mesh_gives_the_same_loss_and_gradients(mesh, config, batch, on_one_device):
     """In one chunk on one device, and in chunks of 16 positions a device on eight, with everything computed again."""
-    value, gradients = loss_and_gradients(config, "tensor=1", batch, tokens=losses.TOKENS)
+    value, gradients = on_one_device[config]
     other, others = loss_and_gradients(config, mesh, batch, tokens=16, remat="full")
     assert other == pytest.approx(value, rel=1e-6)
     for ours, expected in zip(others, gradients, strict=True):

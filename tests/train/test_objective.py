@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -27,6 +28,8 @@ from llama_jax.train.step import compiled
 from tests.builders import tiny_config
 from tests.train.corpora import random_documents, write_corpus
 from tests.train.test_loop import arrays_of
+
+pytestmark = pytest.mark.unoptimized
 
 DOCUMENTS = random_documents(120, seed=3)
 MASKS = [np.random.default_rng(len(ids)).integers(0, 3, len(ids)).astype(np.uint8) for ids in DOCUMENTS]
@@ -127,8 +130,13 @@ def test_a_run_with_another_objective(corpus, tmp_path, monkeypatch):
         train(dataclasses.replace(recipe(corpus, tmp_path / "new"), objective="nonsense"))
 
 
-@pytest.mark.parametrize("mesh", ["tensor=1", "fsdp=4,tensor=2"])
-@pytest.mark.parametrize("M", [1, 2])
+@pytest.mark.parametrize(
+    ("M", "mesh"),
+    [
+        (1, "fsdp=4,tensor=2"), (2, "tensor=1"),
+        pytest.param(1, "tensor=1", marks=pytest.mark.slow), pytest.param(2, "fsdp=4,tensor=2", marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_frozen_parameters(mesh, M):
     """No gradient, no moments, no place in a checkpoint; they stay as they are, and the others train all the same."""
     config, optimizer = tiny_config(), adamw(Optimizer(Schedule(peak=1e-2, steps=10)))
@@ -141,13 +149,17 @@ def test_frozen_parameters(mesh, M):
     stop = np.zeros(devices.size, bool)
     with jax.set_mesh(devices):
 
+        def norms(name):
+            return "norm" in name
+
+        @functools.partial(jax.jit, static_argnums=0)
         def new(trains=None):
             options = {"dtype": "bfloat16", "param_dtype": "float32", "stacked": True, "remat": "full"}
-            return jax.jit(lambda: new_state(Llama(config, rngs=random_keys(0), **options), optimizer, trains))()
+            return new_state(Llama(config, rngs=random_keys(0), **options), optimizer, trains)
 
         spec = new().model.rules.spec(("batch", "seq"), (8 // M, 32))
         batch = {name: jax.device_put(x, jax.NamedSharding(devices, jax.P(None, *spec))) for name, x in arrays.items()}
-        state, whole = new(lambda name: "norm" in name), new()
+        state, whole = new(norms), new()
         frozen = [np.array(x) for x in jax.tree.leaves(state.frozen)]  # copies: the state is donated
         saved = named_arrays(state)
         assert set(saved["params"]) == {"blocks.attn_norm", "blocks.mlp_norm", "final_norm"}
@@ -157,14 +169,14 @@ def test_frozen_parameters(mesh, M):
         losses = []
         for i in range(4):
             if i == 2:  # a checkpoint, and a new process that has read the frozen ones again
-                kept, like = jax.tree.map(np.array, named_arrays(state)), new(lambda name: "norm" in name)
+                kept, like = jax.tree.map(np.array, named_arrays(state)), new(norms)
                 items = jax.tree.map(lambda x, y: jax.device_put(x, y.sharding) + 0, kept, named_arrays(like))
                 state = from_named_arrays(like, items)
             state, results = program(state, batch, stop)
             losses.append(float(results["loss"]))
         for x, expected in zip(jax.tree.leaves(state.frozen), frozen, strict=True):
             np.testing.assert_array_equal(x, expected)
-        straight, at = new(lambda name: "norm" in name), []
+        straight, at = new(norms), []
         for _ in range(4):
             straight, results = program(straight, batch, stop)
             at.append(float(results["loss"]))

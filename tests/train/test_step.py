@@ -20,6 +20,8 @@ from llama_jax.weights.load import read_model
 from llama_jax.weights.open import open_checkpoint
 from tests.builders import hf_model, one_device, tiny_config
 
+pytestmark = pytest.mark.unoptimized
+
 STEPS, B, T = 50, 4, 32
 OPTIONS = Optimizer(Schedule(peak=1e-2, steps=STEPS, warmup_steps=10, final=0.1), b2=0.95, weight_decay=0.1)
 

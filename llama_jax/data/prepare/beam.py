@@ -71,10 +71,12 @@ def _prepare_remote(request: Request, out: str, flags: list[str], reference: Map
         files = tokenizer_files(request, Path(scratch))
     tasks = make_tasks(request, tokenizer_sha256(files)[1])
     kept = _marks(out, tasks, there)
-    current = {name for task in tasks for name in (*shard_files(task.name), f"{UNFINISHED}/{task.name}.json")}
+    encoder = make_encoder(files, request)
+    current = {
+        name for task in tasks for name in (*shard_files(task.name, encoder.columns), f"{UNFINISHED}/{task.name}.json")
+    }
     if stale := [f"{out}/{name}" for name in there if name not in current]:
         beam_files().delete(stale)
-    encoder = make_encoder(files, request)
     work = ShardWork(Path(), encoder, request.reading)  # each worker takes a folder of its own
     _pipeline(flags, [task for task in tasks if task.name not in kept], functools.partial(_write_remote, work, out))
     done = _marks(out, tasks, _list(out))
@@ -106,7 +108,7 @@ def _write_remote(work: ShardWork, out: str, task: Task) -> None:
         local = Path(folder)
         (local / UNFINISHED).mkdir()
         ShardWork(local, work.encoder, work.reading)(task, lambda done: None)
-        for name in (*shard_files(task.name), f"{UNFINISHED}/{task.name}.json"):  # the mark last
+        for name in (*shard_files(task.name, work.encoder.columns), f"{UNFINISHED}/{task.name}.json"):  # the mark last
             with open(local / name, "rb") as source, _create(f"{out}/{name}") as destination:
                 shutil.copyfileobj(source, destination, 1 << 24)
 

@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 from llama_jax.data.prepare.pieces import AGAIN, InputSlice, file_version, open_dataset, open_parquet
+from llama_jax.data.prepare.shapes import conversation
 from llama_jax.data.prepare.signatures import BOM, HEAD, foreign, page
 from llama_jax.data.prepare.streams import is_damage, open_binary, peek
 from llama_jax.data.prepare.system import told
-from llama_jax.typing import JsonObject
+from llama_jax.typing import Foreign, JsonObject
 
 InvalidUtf8 = Literal["error", "skip", "replace"]
 
@@ -25,7 +26,10 @@ LARGEST_DOCUMENT = 1 << 27  # bytes; SentencePiece needs some 40 times as much m
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """One text, and where it came from: a path, `path:line`, `path@byte` in a file that was cut, or `name#row`."""
+    """One text, or one `shapes.Conversation` as JSON.
+
+    `source` is where it came from: a path, `path:line`, `path@byte` in a file that was cut, or `name#row`.
+    """
 
     text: str
     source: str
@@ -39,10 +43,12 @@ class Reading:
       field: of JSON lines, Parquet files and datasets: the one that holds the text.
       invalid_utf8: what to do with a document that is not valid UTF-8, or holds NUL bytes: `error`, `skip` it, or
         `replace` the bad bytes by U+FFFD.
+      conversations: whether rows are conversations, not texts.
     """
 
     field: str = "text"
     invalid_utf8: InvalidUtf8 = "error"
+    conversations: bool = False
 
     def __post_init__(self):
         if self.invalid_utf8 not in ("error", "skip", "replace"):
@@ -61,6 +67,11 @@ def read_piece(piece: InputSlice, reading: Reading, skipped: Counter[str] | None
       ValueError: A document cannot be read; the message says where it is and what to do.
     """
     skipped = Counter() if skipped is None else skipped
+    if reading.conversations and piece.kind == "text":
+        raise ValueError(
+            f"{piece.path}: is read as one text, and conversations are rows of JSON lines (.jsonl), Parquet files or"
+            " datasets: give such files"
+        )
     check_unchanged(piece)
     read = {"text": _read_text, "jsonl": _read_lines, "parquet": _read_parquet, "hf": _read_dataset}[piece.kind]
     try:
@@ -118,7 +129,7 @@ def _read_lines(piece: InputSlice, reading: Reading, skipped: Counter[str]) -> I
                 continue
             if (content := _decode(line, where, reading, skipped)) is None or not content.strip():
                 continue
-            text = _valid(_field(content, where, reading.field), where, reading, skipped)
+            text = _valid(_of_line(content, where, reading), where, reading, skipped)
             if text is not None:
                 yield Document(text, f"{piece.name}@{offset}" if is_cut else f"{piece.name}:{number}")
 
@@ -148,7 +159,7 @@ def _integer(digits: str) -> int | float:
 _JSON = json.JSONDecoder(parse_int=_integer)
 
 
-def _field(line: str, where: Callable[[], str], field: str) -> str:
+def _of_line(line: str, where: Callable[[], str], reading: Reading) -> str:
     try:
         record = _JSON.decode(line.rstrip("\r\n"))
     except RecursionError as error:
@@ -164,10 +175,13 @@ def _field(line: str, where: Callable[[], str], field: str) -> str:
         raise ValueError(
             f"{where()}: holds a JSON {type(record).__name__}: a file of JSON lines has one object a line{hint}"
         )
+    if reading.conversations:
+        return _text(record, where, reading)
+    field = reading.field
     spellings = {json.dumps(field), json.dumps(field, ensure_ascii=False)}
     if sum(map(line.count, spellings)) > 1 or _has_escaped_name(line):
         _check_once(line, where, field)
-    return _text(record, where, field)
+    return _text(record, where, reading)
 
 
 _STRINGS = re.compile(r'"((?:[^"\\]++|\\.)*+)"\s*+(:?)')  # of JSON, each once: possessive, so that time is linear
@@ -197,7 +211,14 @@ def _check_once(line: str, where: Callable[[], str], field: str) -> None:
         raise ValueError(f"{where()}: has the field {field!r} {len(values)} times, with different values: correct it")
 
 
-def _text(record: JsonObject, where: Callable[[], str], field: str) -> str:
+def _text(record: JsonObject, where: Callable[[], str], reading: Reading) -> str:
+    """The text of a row, or its conversation as JSON."""
+    field = reading.field
+    if reading.conversations:
+        try:
+            return conversation(record).to_json()
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where()}: {error}") from error
     if field not in record:
         raise ValueError(f"{where()}: has no field {field!r}: name the text's with --field; it has {_list(record)}")
     if not isinstance(record[field], str):
@@ -272,6 +293,9 @@ def _read_parquet(piece: InputSlice, reading: Reading, skipped: Counter[str]) ->
 
     with open_parquet(piece) as file:
         names = file.schema_arrow.names
+        if reading.conversations:
+            yield from _rows(piece, file, reading, skipped)
+            return
         if reading.field not in names:
             raise ValueError(
                 f"{piece.path}: has no field {reading.field!r}: name the text's with --field; it has {_list(names)}"
@@ -304,6 +328,19 @@ def _read_parquet(piece: InputSlice, reading: Reading, skipped: Counter[str]) ->
             row += len(values)
 
 
+def _rows(piece: InputSlice, file: Foreign, reading: Reading, skipped: Counter[str]) -> Iterator[Document]:
+    """The rows of a Parquet file as conversations."""
+    groups = range(piece.start, file.num_row_groups if piece.stop is None else piece.stop)
+    row = sum(file.metadata.row_group(i).num_rows for i in range(piece.start))
+    for batch in file.iter_batches(256, row_groups=groups):
+        for i, record in enumerate(batch.to_pylist(), row):
+            where = f"{piece.name}#{i}"
+            text = _text(record, lambda where=where: where, reading)
+            if (text := _valid(text, lambda where=where: where, reading, skipped)) is not None:
+                yield Document(text, where)
+        row += len(batch)
+
+
 def _read_dataset(piece: InputSlice, reading: Reading, skipped: Counter[str]) -> Iterator[Document]:
     source = piece.name if piece.stop == 1 else f"{piece.name}[{piece.start}/{piece.stop}]"
     rows = iter(open_dataset(piece.path).shard(num_shards=piece.stop, index=piece.start))
@@ -317,6 +354,6 @@ def _read_dataset(piece: InputSlice, reading: Reading, skipped: Counter[str]) ->
         except Exception as error:
             raise OSError(f"{source}#{row}: cannot be read ({error}): run it again, it resumes") from error
         where = f"{source}#{row}"
-        text = _text(record, lambda where=where: where, reading.field)
+        text = _text(record, lambda where=where: where, reading)
         if (text := _valid(text, lambda where=where: where, reading, skipped)) is not None:
             yield Document(text, where)

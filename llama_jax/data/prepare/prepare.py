@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 import sys
@@ -17,12 +18,15 @@ from llama_jax.data.manifest import (
     MANIFEST,
     UNFINISHED,
     Manifest,
+    TokenColumn,
+    content_of_both,
     is_corpus_file,
     read_manifest,
     shard_files,
     tokenizer_sha256,
 )
 from llama_jax.data.prepare import workers as worker_processes
+from llama_jax.data.prepare.chat import ChatEncoder
 from llama_jax.data.prepare.inputs import Record, changes, digest, listed
 from llama_jax.data.prepare.request import Request, make_tasks, read_tokenizer, tokenizer_id
 from llama_jax.data.prepare.request import make_request as make_request
@@ -39,6 +43,8 @@ from llama_jax.data.prepare.train_tokenizer import TrainingWork
 from llama_jax.files import disk_full, is_full, locked, write_whole
 from llama_jax.progress import progress
 from llama_jax.text.base import TOKENIZER_FILES
+
+log = logging.getLogger("llama_jax")
 
 
 def prepare(
@@ -95,7 +101,7 @@ def prepare_with(
             files = tokenizer_files(request, out / UNFINISHED, workers=training_workers)
             encoder = make_encoder(files, request)
             tasks = make_tasks(request, tokenizer_sha256(files)[1])
-            done = _resume(out, tasks, files)
+            done = _resume(out, tasks, files, encoder.columns)
             work = ShardWork(out, encoder, request.reading)
             for result in run(work, [task for task in tasks if task.name not in done]):
                 done[result.shard.name] = result
@@ -117,7 +123,12 @@ def make_encoder(files: Mapping[str, bytes], request: Request) -> Encoder:
     tokenizer = load_from_files(files)
     if request.bos and tokenizer.bos_id is None:
         raise ValueError("the tokenizer has no BOS: leave --bos out")
-    encoder = Encoder(files, tokenizer.add_bos if request.bos is None else request.bos)
+    bos = tokenizer.add_bos if request.bos is None else request.bos
+    if request.reading.conversations:
+        chat = ChatEncoder(files, bos, request.chat_format, request.max_tokens)
+        assert chat.chat_format is not None  # raises where there is none, before any work
+        return chat
+    encoder = Encoder(files, bos)
     assert encoder.eos_id is not None  # raises where there is none, before any work
     return encoder
 
@@ -135,6 +146,8 @@ def make_manifest(
     for done in shards:
         skipped.update(done.skipped)
     documents = sum(done.shard.documents for done in shards)
+    if left_out := [source for done in shards for source in done.left_out]:
+        log.warning("too long for max_tokens, and left out: %s ...", ", ".join(left_out[:5]))
     if not documents:
         left_out = "".join(f"; {count} {why} were left out" for why, count in skipped.items())
         raise ValueError(f"there is no document with text in the input{left_out}: check the files")
@@ -154,7 +167,19 @@ def make_manifest(
         reference=reference,
         fingerprint=fingerprint,
         barren=_barren(tasks, found),
+        columns=_columns(encoder, shards),
+        facts=dict(sum((Counter(done.facts) for done in shards), Counter())),
     )
+
+
+def _columns(encoder: Encoder, shards: Sequence[Done]) -> tuple[TokenColumn, ...]:
+    found = []
+    for i, (name, dtype) in enumerate(encoder.columns.items()):
+        content = ""
+        for done in shards:
+            content = content_of_both(content, done.columns[i][2], done.shard.documents)
+        found.append(TokenColumn(name, dtype, tuple(done.columns[i][1] for done in shards), content))
+    return tuple(found)
 
 
 def _barren(tasks: Sequence[Task], found: Mapping[str, Done]) -> tuple[str, ...]:
@@ -265,18 +290,21 @@ def tokenizer_files(request: Request, scratch: Path, *, workers: int = 1) -> dic
     return {"tokenizer.model": trained.read_bytes()}
 
 
-def _resume(out: Path, tasks: Sequence[Task], files: Mapping[str, bytes]) -> dict[str, Done]:
+def _resume(
+    out: Path, tasks: Sequence[Task], files: Mapping[str, bytes], columns: Iterable[str] = ()
+) -> dict[str, Done]:
     """Keeps the shards of an earlier run that are finished and the same, and removes everything else."""
     done: dict[str, Done] = {}
     for task in tasks:
         mark = out / UNFINISHED / f"{task.name}.json"
         with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
             result = Done.from_json(mark.read_bytes())
-            records, index, _ = [(out / name).stat().st_size for name in shard_files(task.name)]
+            records, index, _, *others = [(out / name).stat().st_size for name in shard_files(task.name, columns)]
             expected = result.shard.record_bytes, result.shard.documents * 2 * INDEX_DTYPE.itemsize
-            if (records, index) == expected and _is_same(result, task):
+            same = others == [size for _, size, _ in result.columns]
+            if (records, index) == expected and same and _is_same(result, task):
                 done[task.name] = result
-    kept = {name for task in done for name in shard_files(task)}
+    kept = {name for task in done for name in shard_files(task, columns)}
     for path in out.iterdir():
         if path.name not in kept and path.is_file():
             path.unlink()

@@ -39,6 +39,8 @@ class Request:
       vocab_size: of the tokenizer to train.
       sample_bytes: about how much text to train it on.
       bos: whether BOS begins each document; None as the tokenizer says.
+      chat_format: of conversations; None takes the tokenizer's own.
+      max_tokens: of a conversation; None cuts none.
     """
 
     pieces: Sequence[InputSlice]
@@ -48,12 +50,20 @@ class Request:
     vocab_size: int | None = None
     sample_bytes: int = SAMPLE_BYTES
     bos: bool | None = None
+    chat_format: str | None = None
+    max_tokens: int | None = None
 
     def __post_init__(self):
         if (self.tokenizer is None) == (self.vocab_size is None):
             raise ValueError(
                 "give either a tokenizer or the size of a vocabulary to train (--tokenizer, --train-tokenizer)"
             )
+        if self.reading.conversations and self.tokenizer is None:
+            raise ValueError("conversations need the tokenizer of the model that learns from them: give --tokenizer")
+        if not self.reading.conversations and (self.chat_format is not None or self.max_tokens is not None):
+            raise ValueError("a chat format and max_tokens are for conversations: give --chat too")
+        if self.max_tokens is not None and self.max_tokens < 2:
+            raise ValueError(f"max_tokens must be at least 2, got {self.max_tokens}")
         if self.vocab_size is not None and (stream := next((piece for piece in self.pieces if piece.stream), None)):
             raise ValueError(
                 f"{stream.given}: can be read only once, and a vocabulary is trained before: write it to a file first,"
@@ -62,12 +72,11 @@ class Request:
 
     def options(self, tokenizer: object) -> JsonObject:
         """Returns by name what else the corpus depends on; `tokenizer` is what `tokenizer_id` gives."""
-        return {
-            "tokenizer": tokenizer,
-            **dataclasses.asdict(self.reading),
-            "bos": self.bos,
-            "shard_bytes": self.shard_bytes,
-        }
+        reading = dataclasses.asdict(self.reading)
+        conversations = reading.pop("conversations")
+        chat = {"chat_format": self.chat_format, "max_tokens": self.max_tokens, "conversations": True}
+        options = {"tokenizer": tokenizer, **reading, "bos": self.bos, "shard_bytes": self.shard_bytes}
+        return {**options, **(chat if conversations else {})}
 
     def fingerprint(self, *more: object, times: bool = True) -> str:
         """Hashes all that the corpus depends on; of the input, names, sizes and, with `times`, the last change's."""
@@ -81,7 +90,9 @@ class Request:
             ]
             for piece in self.pieces
         ]
-        return _hash(FORMATS[0], pieces, self.shard_bytes, dataclasses.astuple(self.reading), self.bos, *more)
+        field, invalid_utf8, conversations = dataclasses.astuple(self.reading)
+        chat = [["chat", self.chat_format, self.max_tokens]] if conversations else []
+        return _hash(FORMATS[0], pieces, self.shard_bytes, [field, invalid_utf8], self.bos, *chat, *more)
 
 
 def make_request(
@@ -97,6 +108,9 @@ def make_request(
     shard_bytes: int | None = None,
     bos: bool | None = None,
     out: str | Path | None = None,
+    conversations: bool = False,
+    chat_format: str | None = None,
+    max_tokens: int | None = None,
 ) -> Request:
     """Looks at the input, without reading it; what is left out is logged, a line for each reason.
 
@@ -112,6 +126,9 @@ def make_request(
       shard_bytes: about how much input makes a shard; None makes some 256 shards of 4 MiB to 1 GiB.
       bos: whether BOS begins each document; None as the tokenizer says.
       out: the folder that the corpus will be in, so that it is left out where it is in a folder of the input.
+      conversations: whether rows are conversations, see `shapes`.
+      chat_format: of conversations, as `load` takes it; None takes the tokenizer's own.
+      max_tokens: of a conversation: a longer one loses its first turns, or is left out; None cuts none.
 
     Raises:
       FileNotFoundError: an input is not there.
@@ -129,11 +146,13 @@ def make_request(
     return Request(
         cut_pieces(pieces, shard_bytes),
         shard_bytes,
-        Reading(field, invalid_utf8),
+        Reading(field, invalid_utf8, conversations),
         None if tokenizer is None else Path(os.path.expanduser(tokenizer)),
         vocab_size,
         sample_bytes,
         bos,
+        chat_format,
+        max_tokens,
     )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,11 +28,18 @@ from llama_jax.data.prepare.pieces import InputSlice
 from llama_jax.files import disk_full, is_full, sync, write_whole
 from llama_jax.text.base import Tokenizer
 from llama_jax.text.open import tokenizer_from_files
-from llama_jax.typing import JsonObject
+from llama_jax.typing import Foreign, JsonObject
 
 # Tokens that end a document, the first that the vocabulary has; an instruct model's own EOS ends a turn instead.
 END_OF_DOCUMENT = ("</s>", "<|end_of_text|>", "<|endoftext|>")
 ROOM = "and run the same again, the finished shards are kept; or prepare it in another folder"  # on a full disk
+
+
+class Encoded(NamedTuple):
+    """A document as it is stored: ids, and columns by name."""
+
+    ids: np.ndarray
+    columns: Mapping[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,14 +64,19 @@ class Encoder:
         """The id that ends each document."""
         return end_of_document(self.tokenizer)
 
+    @property
+    def columns(self) -> dict[str, str]:
+        """What it gives beside the ids: column -> dtype."""
+        return {}
+
     @functools.cached_property
     def dtype(self) -> np.dtype:
         """Of the stored ids: the smallest that holds the vocabulary."""
         return np.dtype("<u2" if self.tokenizer.vocab_size <= 1 << 16 else "<u4")
 
-    def __call__(self, text: str) -> np.ndarray:
-        """Encodes a document: [BOS] text EOS."""
-        return np.array([*self.tokenizer.encode(text, bos=self.bos), self.eos_id], self.dtype)
+    def __call__(self, document: Document, facts: Counter[str]) -> Encoded | None:
+        """Encodes a document: [BOS] text EOS. `facts` counts what is worth saying; None leaves the document out."""
+        return Encoded(np.array([*self.tokenizer.encode(document.text, bos=self.bos), self.eos_id], self.dtype), {})
 
     def __getstate__(self) -> JsonObject:
         return {"files": dict(self.files), "bos": self.bos}
@@ -90,7 +104,8 @@ class Task:
 class Done:
     """A finished shard, what was left out of it, and the fingerprints of its task.
 
-    `documents` has how many each piece gave, `digests` what `inputs.digest` says of each.
+    `documents` has how many each piece gave, `digests` what `inputs.digest` says of each. `columns` has name, bytes and
+    content of each column's file, `facts` what was counted, `left_out` the first documents that the encoder left out.
     """
 
     shard: Shard
@@ -99,6 +114,9 @@ class Done:
     lasting: str = ""
     documents: Sequence[int] = ()
     digests: Sequence[str | None] = ()
+    columns: Sequence[tuple[str, int, str]] = ()
+    facts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    left_out: Sequence[str] = ()
 
     def to_json(self) -> str:
         """Writes it for the next run of an interrupted preparation."""
@@ -137,18 +155,26 @@ class ShardWork:
           ValueError: A document cannot be read.
         """
         unfinished = self.folder / UNFINISHED
-        names = shard_files(task.name)
+        names = shard_files(task.name, self.encoder.columns)
         try:
             skipped: Counter[str] = Counter()
             given = [0] * len(task.pieces)
             documents = read_task(task, self.reading, skipped, advance, given)
-            count, tokens, nbytes, content = write_shard(unfinished / task.name, documents, self.encoder)
-            record_bytes = (unfinished / names[0]).stat().st_size
-            shard = Shard(task.name, count, tokens, nbytes, record_bytes, content)
+            written = write_shard(unfinished / task.name, documents, self.encoder)
+            if written.left_out:
+                skipped["too_long"] += len(written.left_out)
+            sizes = [(unfinished / name).stat().st_size for name in names]
+            shard = Shard(task.name, written.documents, written.tokens, written.nbytes, sizes[0], written.content)
+            columns = [
+                (name, size, written.columns[name]) for name, size in zip(self.encoder.columns, sizes[3:], strict=True)
+            ]
             digests = [digest(piece) for piece in task.pieces]
             for piece in task.pieces:
                 check_unchanged(piece)
-            done = Done(shard, dict(sorted(skipped.items())), task.fingerprint, task.lasting, given, digests)
+            done = Done(
+                shard, dict(sorted(skipped.items())), task.fingerprint, task.lasting, given, digests, columns,
+                dict(sorted(written.facts.items())), written.left_out[:5],
+            )  # fmt: skip
             sync([unfinished / name for name in names])
             for name in names:
                 (unfinished / name).rename(self.folder / name)
@@ -163,41 +189,77 @@ class ShardWork:
         return done
 
 
-def write_shard(path: Path, documents: Iterator[Document], encoder: Encoder) -> tuple[int, int, int, str]:
-    """Writes the three files of a shard.
+@dataclasses.dataclass
+class Written:
+    """What a shard holds.
+
+    Attributes:
+      documents: number of them.
+      tokens: of all.
+      nbytes: of text.
+      content: see `manifest.Shard`.
+      columns: name -> content.
+      facts: what the encoder counted.
+      left_out: where the documents are from that the encoder left out.
+    """
+
+    documents: int = 0
+    tokens: int = 0
+    nbytes: int = 0
+    content: str = ""
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    facts: Counter[str] = dataclasses.field(default_factory=Counter)
+    left_out: list[str] = dataclasses.field(default_factory=list)
+
+
+def write_shard(path: Path, documents: Iterator[Document], encoder: Encoder) -> Written:
+    """Writes the files of a shard.
 
     Args:
       path: of the files, without the suffix.
       documents: what to write.
       encoder: documents to ids.
-
-    Returns:
-      Number of documents, of tokens, of bytes of text, and the content, see `manifest.Shard`.
     """
-    module = array_record()
-    records, index, sources = shard_files(path.name)
-    count = tokens = nbytes = 0
-    content = ""
-    writer = module.ArrayRecordWriter(str(path.with_name(records)), "group_size:1")  # one document is read at a time
+    records, index, sources, *columns = (path.with_name(name) for name in shard_files(path.name, encoder.columns))
+    written = Written(columns=dict.fromkeys(encoder.columns, ""))
+    with (
+        _writer(records) as writer,
+        open(index, "wb") as index_file,
+        open(sources, "w", encoding="utf-8", newline="\n") as sources_file,
+        contextlib.ExitStack() as stack,
+    ):
+        others = {name: stack.enter_context(_writer(file)) for name, file in zip(encoder.columns, columns, strict=True)}
+        for document in documents:
+            encoded, size = encoder(document, written.facts), len(document.text.encode())
+            if encoded is None:
+                written.left_out.append(document.source)
+                continue
+            ids = encoded.ids
+            writer.write(ids.tobytes())
+            entry = np.array([len(ids), size], INDEX_DTYPE).tobytes()
+            index_file.write(entry)
+            written.content = content_of_both(written.content, content_of(entry + ids.tobytes()), 1)
+            for name, other in others.items():
+                record = encoded.columns[name].tobytes()
+                other.write(record)
+                written.columns[name] = content_of_both(written.columns[name], content_of(record), 1)
+            sources_file.write(_one_line(document.source) + "\n")
+            written.documents += 1
+            written.tokens += len(ids)
+            written.nbytes += size
+    for file in (records, *columns):
+        if (found := array_record().ArrayRecordReader(str(file)).num_records()) != written.documents:
+            raise OSError(f"{file}: only {found} of {written.documents} documents came to the disk")
+    return written
+
+
+@contextlib.contextmanager
+def _writer(path: Path) -> Iterator[Foreign]:
+    writer = array_record().ArrayRecordWriter(str(path), "group_size:1")  # one document is read at a time
     try:
-        with (
-            open(path.with_name(index), "wb") as index_file,
-            open(path.with_name(sources), "w", encoding="utf-8", newline="\n") as sources_file,
-        ):
-            for document in documents:
-                ids, size = encoder(document.text), len(document.text.encode())
-                writer.write(ids.tobytes())
-                entry = np.array([len(ids), size], INDEX_DTYPE).tobytes()
-                index_file.write(entry)
-                content = content_of_both(content, content_of(entry + ids.tobytes()), 1)
-                sources_file.write(_one_line(document.source) + "\n")
-                count, tokens, nbytes = count + 1, tokens + len(ids), nbytes + size
+        yield writer
     finally:
         writer.close()
-    reader = module.ArrayRecordReader(str(path.with_name(records)))
-    if reader.num_records() != count:
-        raise OSError(f"{path.with_name(records)}: only {reader.num_records()} of {count} documents came to the disk")
-    return count, tokens, nbytes, content
 
 
 def read_task(

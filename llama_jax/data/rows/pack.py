@@ -109,22 +109,61 @@ def pack(documents: np.ndarray, pairs: np.ndarray, seq_len: int) -> Packed:
     )
 
 
-def _best_fit(sizes: Sequence[int], space: Sequence[int]) -> list[int]:
-    """The row of each item, or -1 where it fits into none whole: always the row with the least space that is enough."""
+def pack_whole(documents: np.ndarray, pairs: np.ndarray, seq_len: int) -> Packed:
+    """Fills rows with whole documents, the longest first, each where it fills best; what is left of a row is padding.
+
+    For what loses its meaning when it is cut: an answer without its question.
+
+    Args:
+      documents: int64 [W].
+      pairs: int64 [W], at most `seq_len` each.
+      seq_len: pairs a row.
+
+    Raises:
+      ValueError: a document is longer.
+    """
+    if len(pairs) and (longest := int(pairs.max())) > seq_len:
+        raise ValueError(
+            f"{int((pairs > seq_len).sum())} documents are longer than a sequence of {seq_len} tokens, the longest has"
+            f" {longest + 1}: prepare them again with --max-tokens {seq_len + 1}, or train with a larger batch.seq_len"
+        )
+    items = np.flatnonzero(pairs)
+    items = items[np.argsort(-pairs[items], kind="stable")]
+    row_of = np.array(_best_fit(pairs[items].tolist(), [], new=seq_len), np.int64)
+    order = np.argsort(row_of, kind="stable")
+    index = items[order]
+    return Packed(
+        documents=documents,
+        full_ends=np.zeros(len(documents), np.int64),
+        offsets=np.concatenate([[0], np.cumsum(np.bincount(row_of))]).astype(np.int64),
+        index=index,
+        starts=np.zeros(len(index), np.int64),
+        stops=pairs[index],
+        seq_len=seq_len,
+    )
+
+
+def _best_fit(sizes: Sequence[int], space: Sequence[int], *, new: int = 0) -> list[int]:
+    """The row of each item: always that with the least space that is enough. Where there is none, a row with `new`
+    space is added; without, the item's row is -1."""
     rows_with: dict[int, list[int]] = {}
+    rows = len(space)
     for row, free in enumerate(space):
         rows_with.setdefault(free, []).append(row)
     levels = sorted(rows_with)
     found = []
     for size in sizes:
         at = bisect.bisect_left(levels, size)
-        if at == len(levels):
+        if at < len(levels):
+            free = levels[at]
+            row = rows_with[free].pop()
+            if not rows_with[free]:
+                del rows_with[free], levels[at]
+        elif new:
+            free, row, rows = new, rows, rows + 1
+        else:
             found.append(-1)
             continue
-        free = levels[at]
-        row = rows_with[free].pop()
-        if not rows_with[free]:
-            del rows_with[free], levels[at]
         if left := free - size:
             if left not in rows_with:
                 rows_with[left] = []

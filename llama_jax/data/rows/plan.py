@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from llama_jax.data.rows.pack import Packed, Span, count_rows, pack
+from llama_jax.data.rows.pack import Packed, Span, count_rows, pack, pack_whole
 from llama_jax.data.rows.shuffle import Permutation
 
 WINDOW = 65_536  # documents packed together: enough for rows without holes, 0.1 s to pack
@@ -100,13 +100,16 @@ class CorpusRows:
       seed: of the run.
       corpus: its number in the run, so that two corpora of one size are not in the same order.
       window: documents that are packed together.
+      whole: whether no document is cut, see `pack_whole`.
 
     Raises:
-      ValueError: no document has two tokens.
+      ValueError: no document has two tokens; or one is longer than a row, and none may be cut.
     """
 
-    def __init__(self, lengths: Lengths, seq_len: int, *, seed: int, corpus: int = 0, window: int = WINDOW) -> None:
-        self._lengths, self._seq_len, self._window = lengths, seq_len, window
+    def __init__(
+        self, lengths: Lengths, seq_len: int, *, seed: int, corpus: int = 0, window: int = WINDOW, whole: bool = False
+    ) -> None:
+        self._lengths, self._seq_len, self._window, self._whole = lengths, seq_len, window, whole
         self._key = (seed, corpus)
         self._num_documents = self._count()
         self._windows = max(1, -(-self._num_documents // window))  # an epoch
@@ -144,7 +147,7 @@ class CorpusRows:
         return documents, np.maximum(self._lengths[documents].astype(np.int64) - 1, 0)
 
     def _pack(self, number: int) -> tuple[Packed, Callable[[int], int]]:
-        packed = pack(*self._documents(number), self._seq_len)
+        packed = (pack_whole if self._whole else pack)(*self._documents(number), self._seq_len)
         return packed, self._row_order(number, len(packed))
 
     def _reach(self, k: int) -> None:
@@ -162,7 +165,8 @@ class CorpusRows:
                     raise ValueError("no document has two tokens, so there is nothing to predict: prepare other texts")
 
     def _count_rows(self, number: int) -> int:
-        return count_rows(self._documents(number)[1], self._seq_len)
+        documents, pairs = self._documents(number)
+        return len(pack_whole(documents, pairs, self._seq_len)) if self._whole else count_rows(pairs, self._seq_len)
 
     def _locate(self, k: int) -> tuple[int, int]:
         """The window of a row and the window's first row."""
@@ -250,6 +254,7 @@ class RowPlan:
       seed: of the run; another seed is another order.
       weights: shares of rows, as `Mixture`; may be left out where there is one corpus.
       window: documents that are packed together.
+      whole: whether no document is cut.
 
     Raises:
       ValueError: no corpus, weights that do not match, as `Mixture`, or a corpus without a pair of tokens.
@@ -263,6 +268,7 @@ class RowPlan:
         seed: int,
         weights: Sequence[float] | None = None,
         window: int = WINDOW,
+        whole: bool = False,
     ) -> None:
         if weights is None and len(corpora) == 1:
             weights = [1.0]
@@ -273,7 +279,9 @@ class RowPlan:
         self._rows: list[CorpusRows | None] = []
         for i, (corpus, weight) in enumerate(zip(corpora, weights, strict=True)):
             try:
-                rows = CorpusRows(corpus.lengths, seq_len, seed=seed, corpus=i, window=window) if weight else None
+                rows = None
+                if weight:
+                    rows = CorpusRows(corpus.lengths, seq_len, seed=seed, corpus=i, window=window, whole=whole)
             except ValueError as error:
                 raise ValueError(f"{corpus.path}: {error}") from None
             self._rows.append(rows)
@@ -302,17 +310,24 @@ class SequentialPlan(CorpusRows):
       seq_len: slots a row.
       documents: which ones; default: all.
       window: documents that are packed together.
+      whole: whether no document is cut.
 
     Raises:
-      ValueError: no document has two tokens.
+      ValueError: no document has two tokens; or one is longer than a row, and none may be cut.
     """
 
     def __init__(
-        self, corpus: Corpus, *, seq_len: int, documents: Sequence[int] | None = None, window: int = WINDOW
+        self,
+        corpus: Corpus,
+        *,
+        seq_len: int,
+        documents: Sequence[int] | None = None,
+        window: int = WINDOW,
+        whole: bool = False,
     ) -> None:
         self.corpora, self.seq_len = [corpus], seq_len
         self.documents = np.arange(len(corpus.lengths)) if documents is None else np.asarray(documents, np.int64)
-        super().__init__(corpus.lengths, seq_len, seed=0, window=window)
+        super().__init__(corpus.lengths, seq_len, seed=0, window=window, whole=whole)
         while len(self._ends) < self._windows:
             self._reach(self._ends[-1])
 

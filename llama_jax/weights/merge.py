@@ -1,0 +1,69 @@
+"""A checkpoint with an adapter in its weights, tensor by tensor: it is written in any format, in bounded memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+
+from llama_jax.config.adapter import ALL_LINEAR
+from llama_jax.text.base import TOKENIZER_FILES
+from llama_jax.text.open import tokenizer_from_files
+from llama_jax.weights import params
+from llama_jax.weights.checkpoint import Checkpoint
+from llama_jax.weights.peft import SavedAdapter
+from llama_jax.weights.source import Index, Tensor
+
+
+def merged(checkpoint: Checkpoint, saved: SavedAdapter) -> Checkpoint:
+    """Returns the checkpoint with an adapter in its weights: W + s B A in float32, rounded once to the dtype of W.
+
+    The base is what is stored: of quantized tensors their own numbers, as the adapter saw them. Where the adapter's
+    folder has a tokenizer, it is that of the result: it has the chat template that the adapter was trained with.
+
+    Raises:
+      CheckpointError: the adapter is not of this model.
+      ConfigError: it targets what the model does not have.
+    """
+    saved.check(checkpoint.config)
+    tensors = dict(checkpoint.tensors)
+    for module, (spec, layer) in saved.adapter.modules(checkpoint.config).items():
+        name = spec.name(checkpoint.format, layer)
+        tensors[name] = _merged(checkpoint, saved, module, spec, tensors[name])
+    files = {path.name: path for path in saved.path.iterdir() if path.name in TOKENIZER_FILES}
+    if not files:
+        return dataclasses.replace(checkpoint, tensors=tensors)
+    read = {name: path.read_bytes() for name, path in files.items()}
+    return dataclasses.replace(
+        checkpoint, tensors=tensors, tokenizer=tokenizer_from_files(read) or checkpoint.tokenizer,
+        tokenizer_files=lambda: read,
+    )  # fmt: skip
+
+
+def _merged(checkpoint: Checkpoint, saved: SavedAdapter, module: str, spec: params.ParamSpec, tensor: Tensor) -> Tensor:
+    """One tensor; the format has a tensor of its own for every matrix of a layer."""
+    config, format = checkpoint.config, checkpoint.format
+    assert tensor.shape == params.stored_shape(spec, config, format), f"{tensor.name} holds more than {ALL_LINEAR}"
+    size = params.sizes(config)
+    inner = [size[letter] for letter in spec.stored[1]]
+
+    def factors() -> tuple[np.ndarray, np.ndarray]:
+        a, b = saved.factor(module, "A"), saved.factor(module, "B")  # [r, in], [out, r] in Hugging Face's order
+        if spec.rope and format in params.INTERLEAVED:
+            heads = b.reshape(-1, 2, config.head_dim // 2, b.shape[1]).swapaxes(1, 2)
+            b = heads.reshape(b.shape)
+        return a, b * np.float32(saved.adapter.scale_of(module))
+
+    def reader(index: Index) -> np.ndarray:
+        base, (a, b) = tensor.read(index), factors()
+        if format != "native":
+            rows, columns = (*index, slice(None), slice(None))[:2]
+            update = b[rows] @ a[:, columns]
+        else:  # our own order: [*in, *out]
+            whole = (a.T @ b.T).reshape(*inner, *(size[letter] for letter in spec.stored[0]))
+            update = whole.reshape(tensor.shape)[index]
+        return (base.astype(np.float32) + update).astype(base.dtype)
+
+    nbytes = math.prod(tensor.shape) * tensor.dtype.itemsize
+    return Tensor(tensor.name, tensor.shape, tensor.dtype, nbytes, reader)

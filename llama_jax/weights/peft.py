@@ -1,0 +1,238 @@
+"""Adapters as PEFT stores them: a folder with `adapter_config.json` and `adapter_model.safetensors`, both ways.
+
+PEFT loads what it finds and is silent about the rest: a missing factor is another model, and one too many is ignored.
+Here every tensor is used and every target found, or an error names them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llama_jax.config import ModelConfig
+from llama_jax.config.adapter import CONFIG, WEIGHTS, Adapter, from_peft, to_peft
+from llama_jax.config.params import stored_shape
+from llama_jax.typing import JsonObject
+from llama_jax.weights.source import CheckpointError, exists, listing, system_errors
+
+if TYPE_CHECKING:
+    import jax
+
+    from llama_jax.model import Llama
+    from llama_jax.model.adapt import Factors
+
+PREFIX = "base_model.model."
+
+
+class SavedAdapter:
+    """An adapter's folder, opened.
+
+    Attributes:
+      path: the folder.
+      adapter: what it is.
+      base: the name of its base, as its configuration has it; may be empty.
+    """
+
+    def __init__(self, path: Path):
+        """Opens it, and reads no factor.
+
+        Raises:
+          CheckpointError: a file is missing or damaged.
+          ConfigError: it is of a kind that is not computed.
+        """
+        from llama_jax.weights.safetensors import read_safetensors
+
+        self.path = path
+        content = _read_config(path / CONFIG)
+        self.adapter = from_peft(content, str(path / CONFIG))
+        self.base: str = content.get("base_model_name_or_path") or ""
+        if not exists(path / WEIGHTS):
+            old = " (adapter_model.bin is a pickle: load and save it again with PEFT)" * exists(
+                path / "adapter_model.bin"
+            )
+            raise CheckpointError(f"{path}: has no {WEIGHTS}{old}: an adapter has it beside {CONFIG}")
+        self._tensors = read_safetensors(path / WEIGHTS)
+
+    def load(self, model: Llama) -> Llama:
+        """Returns the model with this adapter; its mesh must be in use.
+
+        Raises:
+          CheckpointError: its factors are not those of its configuration, or not of this model's shapes.
+          ConfigError: it targets what the model does not have.
+        """
+        from llama_jax.model.adapt import adapt, factors
+
+        self.check(model.config)
+        found = factors(model, self.adapter)
+        return adapt(model, self.adapter, lambda one, name: self._read(found[name]))
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises CheckpointError or ConfigError, as `load`, without reading a factor."""
+        adapter = self.adapter
+        expected: dict[str, tuple[int, ...]] = {}
+        for module, (spec, _) in adapter.modules(config).items():
+            (outer, inner), rank = stored_shape(spec, config, "hf"), adapter.rank_of(module)
+            expected[f"{PREFIX}{module}.lora_A.weight"] = (rank, inner)
+            expected[f"{PREFIX}{module}.lora_B.weight"] = (outer, rank)
+        ignored = {name for name in self._tensors if name.endswith(".base_layer.weight")}  # of PEFT's own
+        missing, more = expected.keys() - self._tensors.keys(), self._tensors.keys() - expected.keys() - ignored
+        if missing or more:
+            lacks = f"lacks {_some(missing)}, which its configuration targets" if missing else ""
+            has = f"has {_some(more)}, which its configuration does not target" if more else ""
+            raise CheckpointError(
+                f"{self.path / WEIGHTS}: {' and '.join(filter(None, (lacks, has)))}: it is of another model or damaged"
+            )
+        for name, shape in expected.items():
+            if self._tensors[name].shape != shape:
+                raise CheckpointError(
+                    f"{self.path / WEIGHTS}: {name} has the shape {list(self._tensors[name].shape)}, and on this model"
+                    f" it is {list(shape)}: its base is {self.base or 'another model'}"
+                )
+
+    def factor(self, module: str, which: str) -> np.ndarray:
+        """Returns A, float32 [r, in], or B, float32 [out, r], of a matrix."""
+        return self._tensors[f"{PREFIX}{module}.lora_{which}.weight"].read().astype(np.float32)
+
+    def _read(self, one: Factors) -> tuple[jax.Array, jax.Array]:
+        """The factors of one weight, of all its layers; what a layer lacks of the rank is zero."""
+        import jax.numpy as jnp
+
+        first = one.a_shape[:1] if one.place.stacked else ()
+        a, b = np.zeros(one.a_shape, np.float32), np.zeros(one.b_shape, np.float32)
+        for i, (module, rank) in enumerate(zip(one.modules, one.ranks, strict=True)):
+            if module is None:
+                continue
+            to_a, to_b = (a[i], b[i]) if first else (a, b)
+            to_a[..., :rank] = self.factor(module, "A").T.reshape(*to_a.shape[:-1], rank)
+            to_b[:rank] = self.factor(module, "B").T.reshape(rank, *to_b.shape[1:])
+        return jnp.asarray(a), jnp.asarray(b)
+
+
+def adapter_folder(name: str | Path) -> Path | None:
+    """Returns the folder of an adapter, where a name is one; fetches hub ids. None where it is a model.
+
+    A training run's folder is that of its newest checkpoint.
+    """
+    path = Path(os.path.expanduser(name))
+    if not path.is_dir():
+        return None
+    with system_errors(path):
+        if CONFIG in (present := listing(path)):
+            return None if "config.json" in present and WEIGHTS not in present else path
+        for folder in (path / "checkpoints", path):
+            steps = [int(step) for step in listing(folder) if step.isdecimal()] if exists(folder) else []
+            if saved := [step for step in steps if exists(folder / str(step) / CONFIG)]:
+                return folder / str(max(saved))
+    return None
+
+
+def open_adapter(name: str | Path, adapters: str | Path | None) -> tuple[str | Path, SavedAdapter | None]:
+    """Returns the name of the model, and its adapter, where it has one.
+
+    Args:
+      name: of a model; or of an adapter, whose base is then the model.
+      adapters: of an adapter, or None.
+
+    Raises:
+      CheckpointError: there is no such adapter; or its base is not known, or is not there.
+    """
+    folder = adapter_folder(name)
+    if adapters is not None:
+        if folder is not None:
+            raise CheckpointError(f"{name}: is itself an adapter: give the model that both are for")
+        found = adapter_folder(adapters)
+        if found is None:
+            raise CheckpointError(f"{adapters}: is not the folder of an adapter: it has no {CONFIG}")
+        return name, SavedAdapter(found)
+    if folder is None:
+        return name, None
+    saved = SavedAdapter(folder)
+    if not saved.base:
+        raise CheckpointError(
+            f"{folder}: is an adapter that does not say what its base is: give the base's name, and this"
+            " as the adapter (adapters=, --adapter)"
+        )
+    return saved.base, saved
+
+
+def _read_config(path: Path) -> JsonObject:
+    if not exists(path):
+        raise CheckpointError(f"{path.parent}: has no {CONFIG}: give the folder of an adapter, as PEFT saves it")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: is not a JSON object")
+    return content
+
+
+def peft_files(
+    model: Llama, adapter: Adapter, arrays: Mapping[str, np.ndarray], base: str, dtype: str = "float32"
+) -> dict[str, bytes]:
+    """Returns the files of an adapter's folder, by name.
+
+    Args:
+      model: whose weights have it.
+      adapter: what it is.
+      arrays: the factors on the host, by name in the model: "blocks.attn.wq.a".
+      base: the name of the model without it.
+      dtype: that the factors are stored in.
+    """
+    from safetensors.numpy import save
+
+    from llama_jax.model.adapt import factors, without_adapter
+
+    tensors: dict[str, np.ndarray] = {}
+    for name, one in factors(without_adapter(model), adapter).items():
+        a, b = (np.asarray(arrays[f"{name}.{part}"]) for part in ("a", "b"))
+        for i, (module, rank) in enumerate(zip(one.modules, one.ranks, strict=True)):
+            if module is None:
+                continue
+            of_a, of_b = (a[i], b[i]) if one.place.stacked else (a, b)
+            tensors[f"{PREFIX}{module}.lora_A.weight"] = of_a.reshape(-1, of_a.shape[-1])[:, :rank].T
+            tensors[f"{PREFIX}{module}.lora_B.weight"] = of_b[:rank].reshape(rank, -1).T
+    contiguous = {name: np.ascontiguousarray(x.astype(dtype)) for name, x in sorted(tensors.items())}
+    config = json.dumps(to_peft(adapter, base), indent=2, ensure_ascii=False) + "\n"
+    return {CONFIG: config.encode(), WEIGHTS: save(contiguous, metadata={"format": "pt"})}
+
+
+def save_adapter(model: Llama, adapter: Adapter, path: str | Path, *, base: str) -> None:
+    """Writes the adapter of a model as PEFT's folder; the model's mesh must be in use.
+
+    Args:
+      model: its weights are `ops.adapted.Adapted`.
+      adapter: what it is.
+      path: a new folder.
+      base: the name of the model without it.
+    """
+    from llama_jax.files import write_whole
+
+    folder = Path(os.path.expanduser(path))
+    folder.mkdir(parents=True)
+    for name, content in peft_files(model, adapter, host_factors(model), base).items():
+        write_whole(folder / name, content)
+
+
+def host_factors(model: Llama) -> dict[str, np.ndarray]:
+    """Returns the factors of a model's adapter by name, on every process; all must call it."""
+    import jax
+
+    from llama_jax.distributed import fetch
+    from llama_jax.model.adapt import is_trained
+    from llama_jax.ops.weights import name_of
+
+    trained = is_trained(model)
+    paths = jax.tree_util.tree_flatten_with_path(model)[0]
+    found = {name_of(path): x for path, x in paths if trained(name_of(path))}
+    return dict(zip(found, fetch(*found.values()), strict=True))
+
+
+def _some(names: set[str]) -> str:
+    shown = sorted(names)[:3]
+    return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
