@@ -62,10 +62,15 @@ def _quick_compilation(request) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory) -> dict[str, str]:
-    """One device; all runs share one cache of compiled programs."""
+    """One device; the commands of all workers share one cache of compiled programs, the smallest too."""
+    folder = tmp_path_factory.getbasetemp()
+    shared = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
     return {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | {
         "PYTHONPATH": str(ROOT),
         "LLAMA_JAX_CACHE": str(tmp_path_factory.mktemp("cache")),
+        "JAX_COMPILATION_CACHE_DIR": str(shared / "programs"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         "JAX_NUM_CPU_DEVICES": "1",
         "HF_HUB_OFFLINE": "1",
         "PYTHONIOENCODING": "utf-8:strict",  # as in most locales; Python is lenient in C.UTF-8

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from llama_jax.cli import import_jax
+from llama_jax.config.adapter import Adapter
 from llama_jax.plan import environment
 from llama_jax.progress import working
 
@@ -47,6 +48,8 @@ class Args:
     """Parts of the batch of training, one after the other; default as of mesh."""
     attention: str = "auto"
     """Its implementation, such as splash:512 (blocks of 512)."""
+    adapters: int = 0
+    """Of training: the rank of a LoRA adapter on every matrix of the layers, which alone trains; 0 trains all."""
     search: bool = False
     """Rank all meshes, remat policies and microbatches that are not given, compile the best, and print the table."""
     compile: int = 4
@@ -87,7 +90,14 @@ def main(args: Args) -> int:
         "remat": args.remat, "microbatches": args.microbatches,
     }  # fmt: skip
     job, chosen_by = request.job(
-        config, args.machine, args.mode, batch=args.batch, seq_len=args.seq, attention=args.attention, **given
+        config,
+        args.machine,
+        args.mode,
+        batch=args.batch,
+        seq_len=args.seq,
+        attention=args.attention,
+        adapter=Adapter(rank=args.adapters, alpha=2 * args.adapters) if args.adapters else None,
+        **given,
     )
     with working() as say:
         if args.search:

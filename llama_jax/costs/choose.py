@@ -26,7 +26,7 @@ def choose(
     Returns:
       None where no mesh divides the batch as asked.
     """
-    row = tuned.find(asked.config, asked.machine, asked.mode, asked.seq_len)
+    row = None if asked.adapter else tuned.find(asked.config, asked.machine, asked.mode, asked.seq_len)
     as_row = row and (mesh is None or _sizes(mesh) == _sizes(row.mesh)) and remat in (None, row.remat)
     if row and as_row and (parts := _microbatches(asked, row, microbatches)):
         chosen = dataclasses.replace(

@@ -13,7 +13,9 @@ from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from llama_jax.config import ModelConfig
-from llama_jax.config.params import HEAD, group_size, specs_of
+from llama_jax.config.adapter import Adapter
+from llama_jax.config.params import AXES as MEANING
+from llama_jax.config.params import HEAD, group_size, sizes, specs_of
 from llama_jax.costs.machines import Machine
 from llama_jax.costs.mfu import training_flops
 
@@ -38,6 +40,7 @@ class Workload:
       microbatches: of training: parts of the batch, one after the other.
       attention: its implementation, "auto" or a name, such as "splash:512".
       compiler_options: beyond the defaults.
+      adapter: of training: it alone trains, on weights in bfloat16; None trains all parameters.
     """
 
     config: ModelConfig
@@ -50,6 +53,7 @@ class Workload:
     microbatches: int = 1
     attention: str = "auto"
     compiler_options: Mapping[str, str | int | float | bool] = dataclasses.field(default_factory=dict)
+    adapter: Adapter | None = None
 
     @property
     def ways(self) -> dict[str, int]:
@@ -168,7 +172,7 @@ class Roofline:
 # Mesh axes of what each dimension of a weight means. As in `sharding.ShardingRules`, in words that need no JAX.
 _SPLIT = {
     "vocab": ("tensor_kv", "tensor_q"), "embed": ("fsdp", "context"), "kv_heads": ("tensor_kv",),
-    "groups": ("tensor_q",), "head_dim": (), "mlp": ("tensor_kv", "tensor_q"), "norm": ("fsdp", "context"),
+    "groups": ("tensor_q",), "head_dim": (), "mlp": ("tensor_kv", "tensor_q"), "norm": ("fsdp", "context"), "rank": (),
 }  # fmt: skip
 
 
@@ -211,6 +215,27 @@ def shard(job: Workload, shape: tuple[int, ...], axes: tuple[str, ...], *, gathe
     return math.prod(sides)
 
 
+def factors(job: Workload) -> tuple[int, int]:
+    """Elements of an adapter's two factors on one device, of all layers, and of its gates: as `model.adapt` makes them.
+
+    A stack has factors of the largest rank in every layer, those of layers without an adapter zero.
+    """
+    if job.adapter is None:
+        return 0, 0
+    size, found, gates = sizes(job.config), 0, 0
+    modules = job.adapter.modules(job.config)
+    rank = max(job.adapter.rank_of(name) for name in modules)
+    specs = {spec.ours: spec for spec, _ in modules.values()}
+    for spec in specs.values():
+        layers = sum(kind in spec.layers for kind in job.config.layers)
+        outer, inner = spec.stored
+        for letters in (inner, outer):
+            shape = (*(size[letter] for letter in letters), rank)
+            found += layers * shard(job, shape, (*(MEANING[letter] for letter in letters), "rank"))
+        gates += layers * rank
+    return found, gates
+
+
 # Of a block's backward pass, in multiples of its matrices, of [T, D] and of [T, F] in bfloat16: what is held at once.
 # Fitted to what libtpu allocates for 8B, 70B and 405B.
 _HELD_MATRICES, _HELD_EMBED, _HELD_MLP = 0.75, 3.0, 7.5
@@ -245,10 +270,14 @@ def _training(job: Workload, blocks: int, tables: int, vectors: int) -> Memory:
     config, ways = job.config, job.ways
     D, V, L, T = config.embed_dim, config.vocab_size, config.num_layers, job.tokens
     heads, keys, mlp, vocab = _local(job)
-    parameters = 4 * (blocks + tables + vectors)
+    adapted, gates = factors(job)
+    head_gradient = 0 if job.adapter else 4 * shard(job, (D, V), ("embed", "vocab"))
+    trained = adapted if job.adapter else blocks + tables + vectors
+    parameters = (2 * (blocks + tables + vectors) + 4 * gates if job.adapter else 0) + 4 * trained
     batch = 16 * T * job.microbatches  # tokens, targets, positions, segments
-    accumulated = 4 * (blocks + tables) if job.microbatches > 1 else 0
-    gradients = accumulated + 2 * blocks + 4 * shard(job, (D, V), ("embed", "vocab"))
+    of_blocks = 4 * adapted if job.adapter else 2 * blocks
+    accumulated = (4 * adapted if job.adapter else 4 * (blocks + tables)) if job.microbatches > 1 else 0
+    gradients = accumulated + of_blocks + head_gradient
 
     size = 2 * T * D  # of a block's input
     kept = {"none": 15 * size + 2 * T * (2 * heads + 2 * keys + 6 * mlp),
@@ -267,11 +296,11 @@ def _training(job: Workload, blocks: int, tables: int, vectors: int) -> Memory:
     chunk = min(T, LOSS_TOKENS)
     head = 2 * shard(job, (D, V), ("embed", "vocab"), gathered=True)
     loss = 2 * head + chunk * vocab * 6 + size
-    at_loss = saved + accumulated + loss + 4 * shard(job, (D, V), ("embed", "vocab"))
+    at_loss = saved + accumulated + loss + head_gradient
     at_block = saved + gradients + block
     workspace = int(max(at_loss, at_block) - saved - gradients)
-    arguments = parameters * 3 + batch
-    return Memory(parameters, 2 * parameters, gradients, 0, int(saved), max(0, workspace), arguments, int(host))
+    arguments = parameters + 8 * trained + batch
+    return Memory(parameters, 8 * trained, gradients, 0, int(saved), max(0, workspace), arguments, int(host))
 
 
 def _serving(job: Workload, blocks: int, tables: int, vectors: int) -> Memory:
@@ -313,24 +342,32 @@ def work(job: Workload) -> Work:
     again += products[1] * (1.5 if job.machine.chip.platform == "tpu" else 0.5)  # kernels keep no scores
     # MFU counts what the model needs: a share of it, where all of it divides.
     model_flops = training_flops(config, job.seq_len) * job.batch * job.seq_len / job.machine.devices
-    flops = 3 * T * (L * block + head) + T * L * again
+    passes_of_weights = 2 if job.adapter else 3  # forward, backward, and the weights' own gradients
+    flops = passes_of_weights * T * (L * block + head) + T * L * again
+    if job.adapter:
+        thin = factors(dataclasses.replace(job, mesh={}))[0] / (TP * max(1, job.config.num_layers))
+        flops += 6 * T * L * thin
+        model_flops *= 2 / 3
     M, W = job.microbatches, ways["fsdp"] * ways["context"]
     parameters = L * matrices + D * vocab * (1 if config.tie_embeddings else 2)
+    trained = factors(job)[0] * W if job.adapter else parameters
     whole = 2 * M * L * matrices  # the blocks' weights in bfloat16, once a microbatch
     recomputed = job.remat not in ("none", "matmuls")
     passes = 1 + any(_AGAIN[job.remat]) + (job.remat == "groups")
+    # Weights are gathered and read twice, their gradients written and read.
+    traffic = (4 if W > 1 else 2) if job.adapter else (7 if W > 1 else 4)
     memory = (
-        whole * (7 if W > 1 else 4)  # gathered and read twice, their gradients written and read
+        whole * traffic
         + L * T * activations * (3 + recomputed)
         + T * vocab * 12  # logits and their gradient
-        + 32 * parameters / W  # the optimizer
+        + 32 * trained / W  # the optimizer
     )
     chunks = math.ceil(job.tokens / LOSS_TOKENS)
-    gathers = _gather(whole, W) * 3  # forward, backward, gradients
+    gathers = _gather(whole, W) * passes_of_weights
     gathers += M * chunks * _gather(2 * vocab * D, W) * 2
     waited = L * _all_reduce(2 * T * D, TP) * (4 + recomputed)
     waited += L * passes * _gather(4 * keys * T * ways["context"], ways["context"]) * 1.5
-    replicas = _all_reduce(2 * parameters / W, ways["data"])
+    replicas = _all_reduce(2 * trained / W, ways["data"])
     slices = job.machine.slices
     if slices == 1:
         return Work(flops, model_flops, memory, gathers + waited + replicas, waited, 0)

@@ -49,6 +49,7 @@ def recipe_of(job: Workload) -> Recipe:
         dtype="bfloat16",
         remat=job.remat,  # pyright: ignore[reportArgumentType]
         attention=job.attention,
+        adapter=job.adapter,
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from llama_jax import sharding
 from llama_jax.config import ModelConfig
+from llama_jax.config.adapter import Adapter
 from llama_jax.config.hf import from_hf_config
 from llama_jax.config.presets import PRESETS
 from llama_jax.costs import candidates, tuned
@@ -68,6 +69,7 @@ def job(
     remat: str | None = None,
     microbatches: int | None = None,
     attention: str = "auto",
+    adapter: Adapter | None = None,
 ) -> tuple[Workload, str]:
     """The job that was asked for, and who chose what was left open, in words.
 
@@ -81,17 +83,20 @@ def job(
       remat: see `mode`.
       microbatches: see `mode`.
       attention: see `mode`.
+      adapter: of training; it alone trains.
 
     Raises:
       ValueError: a name is not known, or the parts do not go together.
     """
     where = machine(on)
-    row = tuned.find(config, where, mode, seq_len)
+    row = None if adapter else tuned.find(config, where, mode, seq_len)
     size, length = _sizes(config, where, mode, row, batch, seq_len)
     parts = 1 if microbatches is None else microbatches
     if mode != "train" and remat:
         raise ValueError(f"remat is of training: leave it out with --mode {mode}")
-    asked = Workload(config, where, mode, size, length, mesh or {}, remat or "full", parts, attention)
+    if mode != "train" and adapter:
+        raise ValueError(f"an adapter is of training: leave it out with --mode {mode}")
+    asked = Workload(config, where, mode, size, length, mesh or {}, remat or "full", parts, attention, adapter=adapter)
     if mesh is None:
         check(dataclasses.replace(asked, mesh=mesh_of_machine(asked)), batch=False)
     else:
@@ -131,9 +136,10 @@ def of_recipe(recipe: Recipe, on: str) -> tuple[Recipe, Workload]:
     """
     config, batch = recipe.model, recipe.batch
     check_numbers(recipe)
-    asked = Workload(config, machine(on or "v5e"), "train", batch.sequences, batch.seq_len, {})
+    asked = Workload(config, machine(on or "v5e"), "train", batch.sequences, batch.seq_len, {}, adapter=recipe.adapter)
     if not on:
         rows = [machine(row.machine) for row in tuned.rows_of(config, "train") if row.seq_len >= batch.seq_len]
+        rows = [] if recipe.adapter else rows
         tpus = [chip for chip in CHIPS.values() if chip.dimensions]
         choices = [*rows, *sorted(candidates.machines_that_fit(asked, tpus), key=lambda m: m.devices)]
         jobs = (_job(train_choose.choose(recipe, config, where), where) for where in choices)
@@ -147,5 +153,5 @@ def _job(recipe: Recipe, on: Machine) -> Workload:
     batch = recipe.batch
     return Workload(
         recipe.model, on, "train", batch.sequences, batch.seq_len, sharding.parse_mesh(recipe.mesh), recipe.remat,
-        max(1, batch.microbatches), recipe.attention, recipe.compiler_options,
+        max(1, batch.microbatches), recipe.attention, recipe.compiler_options, recipe.adapter,
     )  # fmt: skip

@@ -20,6 +20,7 @@ from llama_jax.model.adapt import adapt, is_trained, new_factors
 from llama_jax.text.differences import differences
 from llama_jax.train.checks import batch_schedule, check_divides
 from llama_jax.train.corpora import Corpora
+from llama_jax.train.markers import check_markers
 from llama_jax.train.objective import objective_of
 from llama_jax.train.optim import adamw, learning_rate
 from llama_jax.train.recipe import Recipe
@@ -135,6 +136,8 @@ def open_initial(recipe: Recipe, corpora: Corpora) -> Checkpoint | None:
             f"{corpora.train[0].path} was not prepared with the tokenizer of {recipe.init_from}: {found[0]}. Prepare it"
             f" again: scripts/prepare_data.py ... --tokenizer {recipe.init_from}"
         )
+    if recipe.objective == "sft":
+        check_markers(recipe, checkpoint, corpora.train[0])
     return checkpoint
 
 

@@ -34,7 +34,7 @@ def choose(recipe: Recipe, config: ModelConfig, machine: Machine | None) -> Reci
     batch = recipe.batch
     workload = Workload(
         config, machine, "train", batch.sequences, batch.seq_len, {}, attention=recipe.attention,
-        compiler_options=recipe.compiler_options,
+        compiler_options=recipe.compiler_options, adapter=recipe.adapter,
     )  # fmt: skip
     given = None if recipe.mesh == "auto" else sharding.parse_mesh(recipe.mesh)
     found = costs_choose.choose(

@@ -16,8 +16,6 @@ from llama_jax.model import Llama
 from tests.builders import tiny_config
 from tests.infer.helpers import random_ids, random_llama
 
-pytestmark = pytest.mark.unoptimized
-
 CONFIG = tiny_config(num_kv_heads=2, num_heads=4)
 MESHES = ["tensor=1", "fsdp=2,tensor=4", "data=4,tensor=2", "context=4,tensor=2"]
 

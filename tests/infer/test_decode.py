@@ -22,8 +22,6 @@ from llama_jax.ops.attention import attention_of_one, way_of
 from tests.builders import tiny_config
 from tests.infer.helpers import random_ids, random_llama
 
-pytestmark = pytest.mark.unoptimized
-
 SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=32)
 VARIANTS = {
     "mha, untied": tiny_config(num_kv_heads=8),

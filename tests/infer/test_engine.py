@@ -19,8 +19,6 @@ from llama_jax.infer.engine import Engine, Request
 from tests.builders import tiny_config
 from tests.infer.helpers import random_ids, random_llama
 
-pytestmark = pytest.mark.unoptimized
-
 CONFIG = tiny_config(num_layers=1, num_kv_heads=2, num_heads=4)
 MESHES = ["tensor=1", "data=2,fsdp=2,tensor=2"]
 SLOTS = 32  # of every cache: tests share their programs

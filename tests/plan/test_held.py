@@ -10,9 +10,11 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from llama_jax import sharding
+from llama_jax.config.adapter import Adapter
 from llama_jax.config.presets import PRESETS
 from llama_jax.costs import estimate, machines
 from llama_jax.model import Llama
+from llama_jax.model.adapt import adapt, is_trained
 from llama_jax.train.optim import adamw
 from llama_jax.train.recipe import Optimizer, Schedule
 from llama_jax.train.state import new_state
@@ -46,6 +48,13 @@ def test_parameters_moments_and_cache(mesh):
             found = estimate.memory(training)
             assert found.parameters == held(state.model), name
             assert found.optimizer == held(state.opt_state), name
+            if config.embed_dim < 5000:  # the largest say no more
+                for adapter in (Adapter(), Adapter(rank=8, targets=("q_proj", "down_proj"))):
+                    adapted = jax.eval_shape(lambda model=serving, adapter=adapter: adapt(model, adapter, None))
+                    state = jax.eval_shape(lambda model: new_state(model, optimizer, is_trained(model)), adapted)
+                    found = estimate.memory(dataclasses.replace(training, adapter=adapter))
+                    assert found.parameters == held(state.trainable) + held(state.frozen), name
+                    assert found.optimizer == held(state.opt_state), name
             found = estimate.memory(dataclasses.replace(training, mode="decode"))
             assert found.parameters == held(serving), name
             assert found.cache == held(cache), name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import shutil
 
 import jax
 import numpy as np
@@ -163,6 +164,20 @@ def test_it_learns_to_stop(model, tmp_path):
     for question, answer in facts.items():
         reply = llama_jax.chat(llama, [{"role": "user", "content": question}], max_new_tokens=20)
         assert (reply.text, reply.finish_reason) == (answer, "stop")
+
+
+def test_markers_that_were_never_trained(chats, model, tmp_path, caplog):
+    """As in a base of Llama 3: an adapter is refused, and all parameters train with a warning."""
+    path = tmp_path / "base"
+    shutil.copytree(model, path)
+    tensors = safetensors.numpy.load_file(path / "model.safetensors")
+    end = open_corpus(chats).tokenizer().control_tokens["<|im_end|>"]
+    tensors["lm_head.weight"][end] = 0
+    safetensors.numpy.save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"its rows of <\|im_end\|> are next to zero.*Begin with the Instruct model"):
+        train(recipe(chats, path, tmp_path / "x"))
+    train(recipe(chats, path, tmp_path / "y", adapter=None, steps=1))
+    assert "they are learned here" in caplog.text
 
 
 def test_what_a_recipe_cannot_be(chats, model, tmp_path):

@@ -17,6 +17,7 @@ from llama_jax.checkpoint.keep import KeepRules, Validated
 from llama_jax.checkpoint.run import run_steps
 from llama_jax.config import RopeScaling
 from llama_jax.train import loop, resume
+from llama_jax.train import measure as measurements
 from llama_jax.train.loop import train
 from llama_jax.train.recipe import Batch, Checkpoints, Data, Optimizer, Recipe, Schedule, Stage, Validation
 from llama_jax.train.report import METRICS, read_metrics
@@ -66,7 +67,7 @@ def losses(monkeypatch, tmp_path):
         step = len(read_metrics(tmp_path / "run")) + 1
         return {"validation_loss": LOSSES[step - 1], "validation_bits_per_byte": LOSSES[step - 1]}
 
-    monkeypatch.setattr(loop, "Validator", lambda *args, **options: measure)
+    monkeypatch.setattr(measurements, "Validator", lambda *args, **options: measure)
 
 
 def kept(recipe: Recipe) -> list[int]:
