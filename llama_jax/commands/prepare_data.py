@@ -101,7 +101,7 @@ def main(args: Args) -> int:
         for line in report(corpus):
             print(line, file=sys.stderr)
         if args.show:
-            show(corpus, args.show)
+            show(corpus, args.show, sys.stderr if args.json else sys.stdout)
     text = f"{manifest.documents} documents, {manifest.bytes} bytes, {manifest.tokens} tokens"
     print(json.dumps(dataclasses.asdict(manifest)) if args.json else f"{out}: {text}, {len(manifest.shards)} shards")
     return int(bool(manifest.barren))

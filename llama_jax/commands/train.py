@@ -28,6 +28,7 @@ import tyro
 
 from llama_jax.cli import ProcessArgs, import_jax
 from llama_jax.commands import CommandLine
+from llama_jax.config.adapter import Adapter
 from llama_jax.plan import environment
 from llama_jax.progress import working
 from llama_jax.train.recipe import Recipe
@@ -119,6 +120,8 @@ def options(line: CommandLine) -> Args:
 
 def main(args: Args) -> int:
     recipe, name = Recipe(**{name: getattr(args, name) for name in _fields(args)}), Path(args.recipe).stem
+    if recipe.adapter and not recipe.adapter.rank:
+        recipe = dataclasses.replace(recipe, adapter=None)
     if args.print_config:
         print(json.dumps(dataclasses.asdict(recipe), indent=2))
         print(in_words(recipe), file=sys.stderr)
@@ -137,4 +140,5 @@ def main(args: Args) -> int:
 
 
 def _fields(recipe: Recipe) -> JsonObject:
-    return {field.name: getattr(recipe, field.name) for field in dataclasses.fields(Recipe)}
+    found = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(Recipe)}
+    return found | {"adapter": found["adapter"] or Adapter(rank=0)}  # its options are there all the same

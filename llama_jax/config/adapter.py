@@ -31,7 +31,7 @@ class Adapter:
     """A LoRA adapter: to each matrix W that it targets, s B A is added, of rank r.
 
     Attributes:
-      rank: of the two factors.
+      rank: of the two factors; 0 is no adapter, as a recipe without one shows it.
       alpha: s is alpha / rank, or alpha / sqrt(rank) with `rslora`.
       targets: names of matrices as Hugging Face has them, such as "q_proj"; ("all-linear",) is all of a layer.
       rslora: whether s does not fall with the rank's square root.
@@ -52,7 +52,7 @@ class Adapter:
 
     def __post_init__(self) -> None:
         ranks = (self.rank, *self.rank_pattern.values())
-        if any(not isinstance(rank, int) or rank < 1 for rank in ranks):
+        if any(not isinstance(rank, int) or rank < 0 for rank in ranks) or 0 in self.rank_pattern.values():
             raise ConfigError(f"the rank of an adapter must be 1 or more, got {', '.join(map(str, ranks))}")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"the dropout of an adapter must be from 0 to below 1, got {self.dropout}")
@@ -140,6 +140,8 @@ def from_peft(content: Fields, where: str) -> Adapter:
     for name, value in (("r", content.get("r", 8)), ("lora_alpha", content.get("lora_alpha", 8))):
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ConfigError(f"{where}: {name} is {value!r}, not a number")
+    if content.get("r", 8) == 0:
+        raise ConfigError(f"{where}: r is 0: an adapter has a rank of 1 or more")
     try:
         return Adapter(
             rank=content.get("r", 8),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Iterator
+from typing import TextIO
 
 import numpy as np
 
@@ -32,14 +33,14 @@ def report(corpus: Corpus) -> Iterator[str]:
     )
 
 
-def show(corpus: Corpus, count: int) -> None:
-    """Prints the first rows on stdout: answers in colour on a terminal, else between marks."""
+def show(corpus: Corpus, count: int, file: TextIO | None = None) -> None:
+    """Prints the first rows, on stdout by default: answers in colour on a terminal, else between marks."""
     from rich.console import Console
     from rich.text import Text
 
     tokenizer = corpus.tokenizer()
     names = {token: name for name, token in tokenizer.control_tokens.items()}
-    console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
+    console = Console(file=file or sys.stdout, soft_wrap=True, highlight=False)
     numbers = range(min(count, len(corpus)))
     for number, ids, mask in zip(numbers, corpus.read(numbers), corpus.read(numbers, LOSS_MASK), strict=True):
         line = Text()

@@ -10,10 +10,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import PartitionSpec as P
 
 from llama_jax.config.adapter import Adapter
 from llama_jax.config.params import Place, place_of, sizes
+from llama_jax.distributed import put
 from llama_jax.model.llama import Llama
 from llama_jax.ops.adapted import Adapted
 from llama_jax.ops.weights import is_leaf, leaf_of, name_of
@@ -87,6 +89,12 @@ def adapt(model: Llama, adapter: Adapter, make: Callable[[Factors, str], tuple[P
     wanted = factors(model, adapter)
     mesh = jax.sharding.get_abstract_mesh()
 
+    def placed(w: PyTree, x: PyTree, part: P) -> jax.Array:
+        first = jax.tree.leaves(w)[0]
+        if isinstance(first, Tracer):
+            return jax.reshard(x, part) if isinstance(x, jax.Array) else jnp.asarray(x)
+        return put(np.asarray(x), jax.NamedSharding(first.sharding.mesh, part))
+
     def change(path, w):
         name = name_of(path)
         if name not in wanted:
@@ -102,8 +110,8 @@ def adapt(model: Llama, adapter: Adapter, make: Callable[[Factors, str], tuple[P
                 for shape, part in ((one.a_shape, split[0]), (one.b_shape, split[1]), (one.gate.shape, P()))
             )
         else:
-            a, b = (jax.reshard(x, part) for x, part in zip(make(one, name), split, strict=True))
-            gate = jnp.asarray(one.gate)
+            a, b = (placed(w, x, part) for x, part in zip(make(one, name), split, strict=True))
+            gate = placed(w, one.gate, P(*(None for _ in one.gate.shape)))
         parts: tuple[PyTree, ...] = a, b, gate
         return Adapted(w, *parts)
 
@@ -137,10 +145,5 @@ def without_adapter(model: Llama) -> Llama:
 def merged(model: Llama) -> Llama:
     """The model with its adapter added to the weights; its mesh must be in use."""
 
-    def merge(path, w):
-        if not isinstance(w, Adapted):
-            return w
-        stacked = place_of(name_of(path), model.config.layers).stacked
-        return jax.vmap(lambda w: w.dense())(w) if stacked else jax.jit(lambda w: w.dense())(w)
-
-    return jax.tree_util.tree_map_with_path(merge, model, is_leaf=is_leaf)
+    dense = jax.jit(lambda w: w.dense())
+    return jax.tree.map(lambda w: dense(w) if isinstance(w, Adapted) else w, model, is_leaf=is_leaf)

@@ -51,10 +51,12 @@ class Adapted(Stored):
     def dense(self) -> jax.Array:
         """The merged weight, in the base's dtype, rounded once."""
         base = leaf_of(self.base).dense()
-        inner, outer = "abcd"[: self.a.ndim - 1], "wxyz"[: self.b.ndim - 1]
+        stack = "l" * (self.gate.ndim - 1)  # of a stack's layers
+        inner, outer = "abcd"[: self.a.ndim - 1 - len(stack)], "wxyz"[: self.b.ndim - 1 - len(stack)]
+        gate = self.gate.reshape(*self.gate.shape[:-1], *(1 for _ in inner), -1)
         update = jnp.einsum(
-            f"{inner}r,r{outer}->{inner}{outer}", self.a * self.gate, self.b, precision=jax.lax.Precision.HIGHEST,
-            out_sharding=self.spec,
+            f"{stack}{inner}r,{stack}r{outer}->{stack}{inner}{outer}", self.a * gate, self.b,
+            precision=jax.lax.Precision.HIGHEST, out_sharding=self.spec,
         )  # fmt: skip
         return (base.astype(jnp.float32) + update).astype(base.dtype)
 

@@ -36,7 +36,7 @@ def check_markers(recipe: Recipe, checkpoint: Checkpoint, corpus: Corpus) -> Non
         raise ValueError(
             f"{recipe.init_from}: its rows of {names} are next to zero, as in a base model, and an adapter of the"
             " layers does not change them: it would learn the answers and not to stop. Begin with the Instruct model"
-            " (--init-from), or train all parameters (--adapter None)"
+            " (--init-from), or train all parameters (--adapter.rank 0)"
         )
     log.warning(
         "%s: its rows of %s are next to zero, as in a base model: they are learned here", recipe.init_from, names

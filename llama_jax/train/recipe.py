@@ -149,7 +149,7 @@ class Recipe:
     """What is minimised: pretrain, the loss of every token that follows another; sft, that of the answers of
     conversations (`prepare-data --chat`)."""
     adapter: Adapter | None = None
-    """A LoRA adapter on `init_from`, which alone trains; None trains all parameters."""
+    """A LoRA adapter on `init_from`, which alone trains; --adapter.rank 0 trains all parameters."""
     checkpoints: Checkpoints = Checkpoints()
     """What it saves."""
     validation: Validation = Validation()

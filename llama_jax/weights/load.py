@@ -67,10 +67,9 @@ def load(
     from llama_jax.model import flatten_heads
     from llama_jax.ops.attention import check_implementation
     from llama_jax.text.chat import format_named
-    from llama_jax.text.open import load_tokenizer
     from llama_jax.weights.checkpoint import DTYPES
     from llama_jax.weights.open import open_checkpoint
-    from llama_jax.weights.peft import open_adapter
+    from llama_jax.weights.peft import open_adapter, own_tokenizer
 
     if chat_format is not None:
         format_named(chat_format)
@@ -93,7 +92,7 @@ def load(
     with jax.set_mesh(mesh):
         if saved:
             model = saved.load(model)
-            tokenizer = load_tokenizer(saved.path) or tokenizer  # with the chat template that it was trained with
+            tokenizer = own_tokenizer(saved, config) or tokenizer
         if mesh.devices.flat[0].platform == "tpu":
             model = flatten_heads(model)
     return LoadedLlama(config, model, tokenizer, mesh, max_seq_len, chat_format, checkpoint)

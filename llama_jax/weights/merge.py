@@ -8,11 +8,10 @@ import math
 import numpy as np
 
 from llama_jax.config.adapter import ALL_LINEAR
-from llama_jax.text.base import TOKENIZER_FILES
-from llama_jax.text.open import tokenizer_from_files
+from llama_jax.text.open import read_files
 from llama_jax.weights import params
 from llama_jax.weights.checkpoint import Checkpoint
-from llama_jax.weights.peft import SavedAdapter
+from llama_jax.weights.peft import SavedAdapter, own_tokenizer
 from llama_jax.weights.source import Index, Tensor
 
 
@@ -31,14 +30,11 @@ def merged(checkpoint: Checkpoint, saved: SavedAdapter) -> Checkpoint:
     for module, (spec, layer) in saved.adapter.modules(checkpoint.config).items():
         name = spec.name(checkpoint.format, layer)
         tensors[name] = _merged(checkpoint, saved, module, spec, tensors[name])
-    files = {path.name: path for path in saved.path.iterdir() if path.name in TOKENIZER_FILES}
-    if not files:
+    tokenizer = own_tokenizer(saved, checkpoint.config)
+    if tokenizer is None:
         return dataclasses.replace(checkpoint, tensors=tensors)
-    read = {name: path.read_bytes() for name, path in files.items()}
-    return dataclasses.replace(
-        checkpoint, tensors=tensors, tokenizer=tokenizer_from_files(read) or checkpoint.tokenizer,
-        tokenizer_files=lambda: read,
-    )  # fmt: skip
+    files = read_files(saved.path)
+    return dataclasses.replace(checkpoint, tensors=tensors, tokenizer=tokenizer, tokenizer_files=lambda: files)
 
 
 def _merged(checkpoint: Checkpoint, saved: SavedAdapter, module: str, spec: params.ParamSpec, tensor: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ Here every tensor is used and every target found, or an error names them.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,14 +18,16 @@ import numpy as np
 from llama_jax.config import ModelConfig
 from llama_jax.config.adapter import CONFIG, WEIGHTS, Adapter, from_peft, to_peft
 from llama_jax.config.params import stored_shape
+from llama_jax.text.base import Tokenizer
+from llama_jax.text.open import load_tokenizer
 from llama_jax.typing import JsonObject
 from llama_jax.weights.source import CheckpointError, exists, listing, system_errors
 
 if TYPE_CHECKING:
-    import jax
-
     from llama_jax.model import Llama
     from llama_jax.model.adapt import Factors
+
+log = logging.getLogger("llama_jax")
 
 PREFIX = "base_model.model."
 
@@ -98,10 +101,8 @@ class SavedAdapter:
         """Returns A, float32 [r, in], or B, float32 [out, r], of a matrix."""
         return self._tensors[f"{PREFIX}{module}.lora_{which}.weight"].read().astype(np.float32)
 
-    def _read(self, one: Factors) -> tuple[jax.Array, jax.Array]:
+    def _read(self, one: Factors) -> tuple[np.ndarray, np.ndarray]:
         """The factors of one weight, of all its layers; what a layer lacks of the rank is zero."""
-        import jax.numpy as jnp
-
         first = one.a_shape[:1] if one.place.stacked else ()
         a, b = np.zeros(one.a_shape, np.float32), np.zeros(one.b_shape, np.float32)
         for i, (module, rank) in enumerate(zip(one.modules, one.ranks, strict=True)):
@@ -110,7 +111,7 @@ class SavedAdapter:
             to_a, to_b = (a[i], b[i]) if first else (a, b)
             to_a[..., :rank] = self.factor(module, "A").T.reshape(*to_a.shape[:-1], rank)
             to_b[:rank] = self.factor(module, "B").T.reshape(rank, *to_b.shape[1:])
-        return jnp.asarray(a), jnp.asarray(b)
+        return a, b
 
 
 def adapter_folder(name: str | Path) -> Path | None:
@@ -147,7 +148,10 @@ def open_adapter(name: str | Path, adapters: str | Path | None) -> tuple[str | P
             raise CheckpointError(f"{name}: is itself an adapter: give the model that both are for")
         found = adapter_folder(adapters)
         if found is None:
-            raise CheckpointError(f"{adapters}: is not the folder of an adapter: it has no {CONFIG}")
+            raise CheckpointError(
+                f"{adapters}: is not the folder of an adapter, with {CONFIG} (of a hub id: hf download ID --local-dir"
+                " FOLDER)"
+            )
         return name, SavedAdapter(found)
     if folder is None:
         return name, None
@@ -158,6 +162,18 @@ def open_adapter(name: str | Path, adapters: str | Path | None) -> tuple[str | P
             " as the adapter (adapters=, --adapter)"
         )
     return saved.base, saved
+
+
+def own_tokenizer(saved: SavedAdapter, config: ModelConfig) -> Tokenizer | None:
+    """Returns the tokenizer of an adapter's folder, with the chat template that it was trained with; None without."""
+    tokenizer = load_tokenizer(saved.path)
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        log.warning(
+            "%s: its tokenizer has %d tokens, the model only %d: the model's own is used", saved.path,
+            tokenizer.vocab_size, config.vocab_size,
+        )  # fmt: skip
+        return None
+    return tokenizer
 
 
 def _read_config(path: Path) -> JsonObject:
