@@ -11,6 +11,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_jax.typing import JsonObject
@@ -45,8 +46,14 @@ class ModelArgs:
         from llama_jax.distributed import agree, broadcast, process_count
         from llama_jax.distributed.agreement import fingerprint
         from llama_jax.weights.load import load
+        from llama_jax.weights.peft import open_adapter
 
         options = broadcast(dataclasses.asdict(self))
+        if process_count() > 1:
+            options["model"], saved = open_adapter(options["model"], options["adapter"])
+            options["adapter"] = broadcast(str(saved.path) if saved else None)  # of a run that saves, one checkpoint
+            if options["adapter"]:
+                agree({"adapter files": fingerprint(Path(options["adapter"]))})
         llama = load(options.pop("model"), adapters=options.pop("adapter"), **options, chat_format=chat_format)
         if process_count() > 1 and llama.checkpoint:
             agree({"model files": fingerprint(llama.checkpoint.path)})

@@ -98,7 +98,7 @@ def main(args: Args) -> int:
         from llama_jax.data.masks import report, show
 
         corpus = open_corpus(out)
-        for line in report(corpus):
+        for line in report(corpus, args.chat_format):
             print(line, file=sys.stderr)
         if args.show:
             show(corpus, args.show, sys.stderr if args.json else sys.stdout)

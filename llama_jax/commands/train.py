@@ -120,8 +120,6 @@ def options(line: CommandLine) -> Args:
 
 def main(args: Args) -> int:
     recipe, name = Recipe(**{name: getattr(args, name) for name in _fields(args)}), Path(args.recipe).stem
-    if recipe.adapter and not recipe.adapter.rank:
-        recipe = dataclasses.replace(recipe, adapter=None)
     if args.print_config:
         print(json.dumps(dataclasses.asdict(recipe), indent=2))
         print(in_words(recipe), file=sys.stderr)

@@ -23,7 +23,7 @@ _NEUTRAL: Mapping[str, tuple] = {
     "eva_config": (None,), "corda_config": (None,), "loftq_config": (None, {}), "arrow_config": (None,),
 }  # fmt: skip
 # Ways to begin that also change the base: such an adapter is right on the changed base only.
-_OTHER_BASE = ("pissa", "olora", "corda", "loftq", "eva")
+_OTHER_BASE = ("pissa", "olora", "corda", "loftq")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +56,10 @@ class Adapter:
             raise ConfigError(f"the rank of an adapter must be 1 or more, got {', '.join(map(str, ranks))}")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"the dropout of an adapter must be from 0 to below 1, got {self.dropout}")
+        if len(self.targets) > 1 and not all(re.fullmatch(r"[\w.]+", target) for target in self.targets):
+            raise ConfigError("an adapter's targets are names, or one expression alone")
+        if len(self.targets) > 1 and "all-linear" in self.targets:
+            raise ConfigError("an adapter's target all-linear stands alone: it has all matrices of the layers")
         if not self.targets:
             raise ConfigError("an adapter needs targets: all-linear, or names such as q_proj and v_proj")
 

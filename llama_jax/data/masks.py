@@ -17,11 +17,13 @@ from llama_jax.text.base import Tokenizer
 COUNTED = 1000  # rows, of which the learned tokens are counted
 
 
-def report(corpus: Corpus) -> Iterator[str]:
+def report(corpus: Corpus, form: str | None = None) -> Iterator[str]:
     """Says what shapes its rows had, how many were cut, and how many tokens of a row are learned."""
     facts = corpus.manifest.facts
     shapes = ", ".join(f"{facts[shape]} of shape {shape}" for shape in SHAPES if facts.get(shape))
     yield f"rows: {shapes}"
+    if form:
+        yield f"the chat format is {form}: give --chat-format {form} to chat.py too, where it is not the model's own"
     if facts.get("cut"):
         yield f"{facts['cut']} rows were longer than --max-tokens, and lost whole turns from the front"
     rows = np.linspace(0, len(corpus) - 1, min(COUNTED, len(corpus))).astype(np.int64)

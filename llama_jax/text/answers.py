@@ -47,6 +47,8 @@ def answers(
     for i, message in enumerate(messages):
         if message.get("role") != "assistant" or (learned is not None and not learned[i]):
             continue
+        if not i:
+            raise ChatError('the first message is an answer to nothing: leave it out, or give it "weight": 0')
         prompt = form.parts(messages[:i], tools=tools, add_generation_prompt=True)
         answered = form.parts(messages[: i + 1], tools=tools, add_generation_prompt=False)
         _add(tokenizer, ids, owners, _rest(prompt, done, i, form), NO_ANSWER)
@@ -69,25 +71,23 @@ def _add(tokenizer: Tokenizer, ids: list[int], owners: list[int], parts: Parts, 
 
 def _rest(parts: Parts, before: Parts, i: int, form: ChatFormat) -> Parts:
     """What follows `before` in `parts`."""
-    rest = list(parts)
-    for piece in before:
-        if rest and rest[0] == piece:
-            rest = rest[1:]
-        elif rest and isinstance(piece, str) and isinstance(rest[0], str) and rest[0].startswith(piece):
-            rest[0] = rest[0][len(piece) :]
-        else:
-            raise ChatError(
-                f"the {form.name} format writes the conversation before message {i + 1} otherwise than the prompt for"
-                " that answer had it, so that no tokens of it can be learned in one row: make a row of each answer, or"
-                ' give the answers before the last one "weight": 0'
-            )
-    return rest
+    n = next((n for n, (a, b) in enumerate(zip(parts, before, strict=False)) if a != b), min(len(parts), len(before)))
+    if n == len(before):
+        return parts[n:]
+    ours, last = (parts[n] if n < len(parts) else ""), before[n]
+    if n == len(before) - 1 and isinstance(ours, str) and isinstance(last, str) and ours.startswith(last):
+        return [*filter(None, [ours[len(last) :]]), *parts[n + 1 :]]
+    raise ChatError(
+        f"the {form.name} format writes the conversation before message {i + 1} otherwise than the prompt for that"
+        " answer had it, so that no tokens of it can be learned in one row: make a row of each answer, or give the"
+        ' answers before the last one "weight": 0; if it is so with one answer, the format has no form to learn from'
+    )
 
 
 def _ended(parts: Parts, form: ChatFormat, i: int) -> Parts:
-    """An answer up to the last token that ends generation."""
-    for end in range(len(parts), 0, -1):
-        if parts[end - 1] in form.stop_ids:
+    """An answer up to the first token that ends generation."""
+    for end, part in enumerate(parts, 1):
+        if part in form.stop_ids:
             return parts[:end]
     raise ChatError(
         f"the {form.name} format ends answer {i + 1} with no token that ends generation, so that a model would learn to"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -129,7 +130,13 @@ def open_initial(recipe: Recipe, corpora: Corpora) -> Checkpoint | None:
     if not recipe.init_from:
         return None
     from llama_jax.weights.open import open_checkpoint
+    from llama_jax.weights.peft import adapter_folder
 
+    if adapter_folder(recipe.init_from):
+        raise ValueError(
+            f"{recipe.init_from}: is an adapter, and a run begins with a whole model: merge it first, by"
+            f" scripts/convert.py {recipe.init_from} MERGED --to hf, and give --init-from MERGED"
+        )
     checkpoint = open_checkpoint(recipe.init_from)
     if found := differences(checkpoint.tokenizer, corpora.train[0].tokenizer()):
         raise ValueError(
@@ -159,6 +166,15 @@ def initial_state(
     model = read_initial(recipe, checkpoint, mesh)
     init = jax.jit(lambda model: state_of(recipe, model, optimizer), donate_argnums=0)
     return distributed.compile_together(init.lower(model))(model)
+
+
+def weights_id(checkpoint: Checkpoint) -> str:
+    """Tells the weights of a model from others: a hash of its configuration and of a part of each tensor."""
+    digest = hashlib.sha256(repr(checkpoint.config).encode())
+    for name, tensor in sorted(checkpoint.tensors.items()):
+        first = tensor.read((slice(0, 1),))
+        digest.update(f"{name} {tensor.shape} {tensor.dtype}".encode() + first.tobytes()[:1024])
+    return digest.hexdigest()
 
 
 def with_frozen(state: TrainState, recipe: Recipe, checkpoint: Checkpoint, mesh: jax.sharding.Mesh) -> TrainState:

@@ -50,6 +50,8 @@ def check_numbers(recipe: Recipe) -> None:
         raise ValueError(
             "validation.answers are of conversations that are held out: give data.validation, objective sft"
         )
+    if recipe.objective == "sft" and any(stage.split > 1 for stage in batch.stages):
+        raise ValueError("batch.stages.split would cut answers from their questions: leave it at 1 with objective sft")
     if recipe.adapter and not recipe.init_from:
         raise ValueError("an adapter needs the weights that it adapts: give --init-from")
     if recipe.adapter and recipe.adapter.dropout:

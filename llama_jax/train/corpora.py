@@ -62,6 +62,11 @@ def open_corpora(recipe: Recipe) -> Corpora:
         check_tokenizer(corpus, sha256=train[0].manifest.tokenizer_sha256)
         if not corpus.manifest.documents:
             raise ValueError(f"{corpus.path}: holds no document: prepare it from files that are not empty")
+        for column in set(objective_of(recipe).columns) - set(corpus.columns):
+            raise ValueError(
+                f"{corpus.path}: has no column {column}, which the objective {recipe.objective} needs: prepare it from"
+                " conversations, with --chat"
+            )
     return Corpora(train, validation)
 
 

@@ -101,6 +101,8 @@ class TrainingRun:
                 f"{output} holds a run, saved at step {steps[-1]}: go on with it by --resume auto, or give another"
                 " --output"
             )
+        if steps:
+            resume.check_adapter(self.checkpoints.folder / str(steps[-1]) / RECIPE, recipe)
         checks.check_numbers(recipe)
         self.total, self.window = recipe.total_steps, window(recipe.profile)
         self.objective = objective_of(recipe)
@@ -132,7 +134,7 @@ class TrainingRun:
         self.changes: list[JsonObject] = []
         self._save_owed = False
         self._whole_was_said = initial is not None  # by what reads it
-        self.base = fingerprint(initial.path) if initial and recipe.adapter else None
+        self.base = build.weights_id(initial) if initial and recipe.adapter else None
         self.state = self._restored(steps[-1], initial) if steps else self._new(initial)
         self.reporter = Reporter(
             output, main=distributed.is_main(), total_steps=self.total, step=self.step,
@@ -373,7 +375,7 @@ class TrainingRun:
         }
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
-        rate = results["tokens"] / seconds
+        rate = results["positions"] / seconds
         devices = self.mesh.devices
         seq_len = part.batch["tokens"].shape[-1]
         self.last = results

@@ -25,10 +25,14 @@ def check_markers(recipe: Recipe, checkpoint: Checkpoint, corpus: Corpus) -> Non
       ValueError: some were never trained, and an adapter of the layers alone trains, which cannot change them.
     """
     known = {i: name for name, i in corpus.tokenizer().control_tokens.items()}
-    used = {int(i) for ids in corpus.read(range(min(DOCUMENTS, len(corpus)))) for i in np.unique(ids)}
-    ids = sorted(used & known.keys())
-    specs = [EMBED] if checkpoint.config.tie_embeddings else [EMBED, HEAD]
-    found = sorted({i for spec in specs for i in _untrained(checkpoint, spec, ids)})
+    rows = range(min(DOCUMENTS, len(corpus)))
+    ids = np.concatenate(corpus.read(rows))
+    read, learned = ids, ids[np.concatenate(corpus.read(rows, "loss_mask")) > 0]
+    asked = [(EMBED, np.concatenate([read, learned]) if checkpoint.config.tie_embeddings else read)]
+    asked += [] if checkpoint.config.tie_embeddings else [(HEAD, learned)]
+    found = sorted({
+        i for spec, used in asked for i in _untrained(checkpoint, spec, sorted(known.keys() & set(used.tolist())))
+    })  # fmt: skip
     if not found:
         return
     names = ", ".join(known[i] for i in found)
@@ -47,10 +51,12 @@ def _untrained(checkpoint: Checkpoint, spec: ParamSpec, ids: list[int]) -> list[
     tensor = checkpoint.tensor(spec, None)
     in_columns = checkpoint.format == "native" and spec is HEAD
 
-    def norm(i: int) -> float:
-        row = tensor.read((slice(None), slice(i, i + 1)) if in_columns else (slice(i, i + 1),))
-        return float(np.linalg.norm(row.astype(np.float32)))
+    def norms(first: int, stop: int) -> np.ndarray:
+        part = slice(first, stop)
+        block = tensor.read((slice(None), part) if in_columns else (part,)).astype(np.float32)
+        return np.linalg.norm(block, axis=0 if in_columns else 1)
 
     size = checkpoint.config.vocab_size
-    median = float(np.median([norm(i) for i in range(0, size, max(1, size // SAMPLED))]))
-    return [i for i in ids if i < size and norm(i) < LEAST * median]
+    middle = size // 2
+    median = float(np.median(norms(middle, min(middle + SAMPLED, size))))
+    return [i for i in ids if i < size and norms(i, i + 1)[0] < LEAST * median]

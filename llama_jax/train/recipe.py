@@ -191,6 +191,10 @@ class Recipe:
     """Fields that a run may resume with other values, beside those that always may (docs/training.md): such as
     model.rope_theta. What changed is recorded in the checkpoints."""
 
+    def __post_init__(self) -> None:
+        if self.adapter and not self.adapter.rank:
+            object.__setattr__(self, "adapter", None)
+
     @property
     def total_steps(self) -> int:
         """How many steps the run has."""

@@ -61,6 +61,26 @@ def check_allowed(recipe: Recipe) -> None:
             found = found[part]
 
 
+def check_adapter(file: Path, recipe: Recipe) -> None:
+    """Raises ValueError where a run of an adapter would resume as one of all parameters, or the other way round.
+
+    Args:
+      file: the recipe that its checkpoint was saved with; what cannot be read is left to `recorded`.
+      recipe: of this run.
+    """
+    try:
+        before = json.loads(file.read_text(encoding="utf-8")).get("adapter")
+    except (OSError, ValueError, AttributeError):
+        return
+    if bool(before) != bool(recipe.adapter):
+        rank = before["rank"] if before else 0
+        what = f"an adapter of rank {rank}" if rank else "all parameters"
+        raise ValueError(
+            f"{file.parent}: this run trains {what}: resume it so (--adapter.rank {rank}), or begin a new one in"
+            " another --output"
+        )
+
+
 def recorded(folder: Path, name: str) -> JsonObject:
     """Returns the recipe that a checkpoint was saved with; of one that has none, the model of its configuration.
 

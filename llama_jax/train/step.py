@@ -91,6 +91,7 @@ def train_step(
         "param_norm": param_norm,
         "learning_rate": jnp.asarray(schedule(state.step - state.skipped), jnp.float32),
         "finite": finite,
+        "positions": (batch["segment_ids"] > 0).sum(),
         "skipped": new.skipped,
         "skipped_in_a_row": new.skipped_in_a_row,
         "stop": jnp.any(stop),

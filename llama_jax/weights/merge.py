@@ -8,6 +8,7 @@ import math
 import numpy as np
 
 from llama_jax.config.adapter import ALL_LINEAR
+from llama_jax.text.export import hf_files, with_named_ids
 from llama_jax.text.open import read_files
 from llama_jax.weights import params
 from llama_jax.weights.checkpoint import Checkpoint
@@ -33,8 +34,16 @@ def merged(checkpoint: Checkpoint, saved: SavedAdapter) -> Checkpoint:
     tokenizer = own_tokenizer(saved, checkpoint.config)
     if tokenizer is None:
         return dataclasses.replace(checkpoint, tensors=tensors)
-    files = read_files(saved.path)
+    files = hf_files(with_named_ids(read_files(saved.path), tokenizer))
     return dataclasses.replace(checkpoint, tensors=tensors, tokenizer=tokenizer, tokenizer_files=lambda: files)
+
+
+def _product(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """x @ y, each element summed in one order whatever part is computed: a BLAS takes another for another shape."""
+    found = np.zeros((x.shape[0], y.shape[1]), np.float32)
+    for k in range(x.shape[1]):
+        found += x[:, k, None] * y[k]
+    return found
 
 
 def _merged(checkpoint: Checkpoint, saved: SavedAdapter, module: str, spec: params.ParamSpec, tensor: Tensor) -> Tensor:
@@ -55,9 +64,9 @@ def _merged(checkpoint: Checkpoint, saved: SavedAdapter, module: str, spec: para
         base, (a, b) = tensor.read(index), factors()
         if format != "native":
             rows, columns = (*index, slice(None), slice(None))[:2]
-            update = b[rows] @ a[:, columns]
+            update = _product(b[rows], a[:, columns])
         else:  # our own order: [*in, *out]
-            whole = (a.T @ b.T).reshape(*inner, *(size[letter] for letter in spec.stored[0]))
+            whole = _product(a.T, b.T).reshape(*inner, *(size[letter] for letter in spec.stored[0]))
             update = whole.reshape(tensor.shape)[index]
         return (base.astype(np.float32) + update).astype(base.dtype)
 

@@ -115,16 +115,19 @@ class SavedAdapter:
 
 
 def adapter_folder(name: str | Path) -> Path | None:
-    """Returns the folder of an adapter, where a name is one; fetches hub ids. None where it is a model.
+    """Returns the folder of an adapter, where a name is one; None where it is a model.
 
     A training run's folder is that of its newest checkpoint.
     """
     path = Path(os.path.expanduser(name))
     if not path.is_dir():
         return None
+    from llama_jax.weights.formats.hf import has_weights
+
     with system_errors(path):
         if CONFIG in (present := listing(path)):
-            return None if "config.json" in present and WEIGHTS not in present else path
+            # A whole model with an adapter beside it is a model, as everywhere.
+            return None if "config.json" in present and has_weights(present) else path
         for folder in (path / "checkpoints", path):
             steps = [int(step) for step in listing(folder) if step.isdecimal()] if exists(folder) else []
             if saved := [step for step in steps if exists(folder / str(step) / CONFIG)]:
@@ -227,12 +230,15 @@ def save_adapter(model: Llama, adapter: Adapter, path: str | Path, *, base: str)
       path: a new folder.
       base: the name of the model without it.
     """
+    from llama_jax.distributed import is_main
     from llama_jax.files import write_whole
 
-    folder = Path(os.path.expanduser(path))
-    folder.mkdir(parents=True)
-    for name, content in peft_files(model, adapter, host_factors(model), base).items():
-        write_whole(folder / name, content)
+    files = peft_files(model, adapter, host_factors(model), base)
+    if is_main():
+        folder = Path(os.path.expanduser(path))
+        folder.mkdir(parents=True)
+        for name, content in files.items():
+            write_whole(folder / name, content)
 
 
 def host_factors(model: Llama) -> dict[str, np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -103,6 +104,19 @@ def test_too_long_rows_lose_whole_turns(model, tmp_path):
         RowPlan([cut], seq_len=limit - 10, seed=0, whole=True)
 
 
+def test_another_template_is_another_corpus(model, tmp_path):
+    """Prepared again after the template was corrected: refused, not taken for the same."""
+    copy = tmp_path / "model"
+    shutil.copytree(model, copy)
+    corpus([SHAPES["messages"]], tmp_path, copy)
+    corpus([SHAPES["messages"]], tmp_path, copy)  # as it is
+    facts = json.loads((copy / "tokenizer_config.json").read_text())
+    facts["chat_template"] = facts["chat_template"].replace("assistant ", "assistant: ")
+    (copy / "tokenizer_config.json").write_text(json.dumps(facts))
+    with pytest.raises(FileExistsError, match="prepared from other files or with other options"):
+        corpus([SHAPES["messages"]], tmp_path, copy)
+
+
 BAD = {
     "no answer": ({"messages": MESSAGES[:1]}, "chats.jsonl:2: has no answer to learn"),
     "two shapes": (SHAPES["messages"] | SHAPES["alpaca"], "two shapes, messages and alpaca"),
@@ -111,6 +125,7 @@ BAD = {
     "no content": ({"messages": [{"role": "user"}]}, "message 1, of the user, has no content"),
     "weight": ({"messages": [MESSAGES[0], {**MESSAGES[1], "weight": 0.5}]}, "message 2 has weight 0.5: give 0 or 1"),
     "tools": ({"messages": MESSAGES, "tools": "{"}, "its tools are not JSON"),
+    "answer first": ({"messages": MESSAGES[1:]}, "the first message is an answer to nothing"),
     "empty": ({"messages": []}, "its messages are empty"),
 }
 

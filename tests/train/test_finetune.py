@@ -21,12 +21,13 @@ from llama_jax.data.rows.plan import RowPlan
 from llama_jax.train.loop import train
 from llama_jax.train.objective import SupervisedFineTuning
 from llama_jax.train.optim import adamw, learning_rate
-from llama_jax.train.recipe import Batch, Checkpoints, Data, Optimizer, Recipe, Schedule
+from llama_jax.train.recipe import Batch, Checkpoints, Data, Optimizer, Recipe, Schedule, Stage
 from llama_jax.train.report import read_metrics
 from llama_jax.train.state import new_state
 from llama_jax.train.step import compiled
 from tests.data.test_chats import corpus as prepared
 from tests.infer.helpers import random_llama
+from tests.train.corpora import random_documents, write_corpus
 from tests.train.test_loop import arrays_of
 
 pytestmark = pytest.mark.unoptimized
@@ -85,6 +86,14 @@ def test_an_adapter_of_a_run(chats, model, tmp_path):
     assert np.abs(beside - llama_jax.logits(llama_jax.load(model), [prompt])).max() > 1e-2
     with pytest.raises(ValueError, match=r"adapter\.alpha = 16, it was 8"):
         train(recipe(chats, model, tmp_path / "half", resume="auto", steps=5, adapter=Adapter(rank=4, alpha=16)))
+    with pytest.raises(ValueError, match=r"trains an adapter of rank 4: resume it so \(--adapter.rank 4\)"):
+        train(recipe(chats, model, tmp_path / "half", resume="auto", steps=5, adapter=None))
+    with pytest.raises(ValueError, match=r"is an adapter.*merge it first, by scripts/convert.py .*whole MERGED"):
+        train(recipe(chats, tmp_path / "whole", tmp_path / "new"))
+    shutil.copytree(model, tmp_path / "moved")  # the same weights, with a file more beside them
+    (tmp_path / "moved/README.md").write_text("x")
+    moved = recipe(chats, tmp_path / "moved", tmp_path / "half", resume="auto", steps=4, allow_changes=("init_from",))
+    assert train(moved).step == 4
     llama_jax.convert(model, tmp_path / "other", to="hf", dtype="bfloat16")
     with pytest.raises(ValueError, match="trained on other weights"):
         train(recipe(chats, tmp_path / "other", tmp_path / "half", resume="auto", steps=5))
@@ -181,6 +190,13 @@ def test_markers_that_were_never_trained(chats, model, tmp_path, caplog):
 
 
 def test_what_a_recipe_cannot_be(chats, model, tmp_path):
+    assert Recipe(**{**vars(recipe(chats, model, "x")), "adapter": Adapter(rank=0)}).adapter is None
+    stages = Batch(seq_len=96, sequences=8, stages=(Stage(until_tokens=10, sequences=8, split=2),))
+    with pytest.raises(ValueError, match="batch.stages.split would cut answers from their questions"):
+        train(recipe(chats, model, tmp_path / "x", batch=stages))
+    texts = write_corpus(tmp_path / "texts", random_documents(5, seed=3))
+    with pytest.raises(ValueError, match="texts: has no column loss_mask, which the objective sft needs.*--chat"):
+        train(recipe(texts, model, tmp_path / "x"))
     plain = dataclasses.replace(recipe(chats, model, tmp_path / "x"), init_from="")
     with pytest.raises(ValueError, match="an adapter needs the weights that it adapts: give --init-from"):
         train(plain)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -202,6 +203,7 @@ BAD = {
     "more": ({"target_modules": ["q_proj"]}, CheckpointError, "has .*v_proj.*which its configuration does not target"),
     "saved modules": ({"modules_to_save": ["lm_head"]}, ConfigError, "modules_to_save"),
     "layers": ({"layers_to_transform": [7]}, ConfigError, "no matrices"),
+    "targets": ({"target_modules": ["q_proj", ".*v_proj"]}, ConfigError, "names, or one expression alone"),
     "alpha": ({"lora_alpha": "8"}, ConfigError, "lora_alpha is '8', not a number"),
 }
 
@@ -214,6 +216,17 @@ def test_what_is_refused_by_name(case, base, tmp_path):
     (folder / CONFIG).write_text(json.dumps(config))
     with pytest.raises(error, match=message):
         llama_jax.load(base, adapters=folder)
+
+
+def test_a_model_with_an_adapter_beside_it_is_the_model(base, tmp_path):
+    both = tmp_path / "both"
+    shutil.copytree(base, both)
+    folder = write_adapter(tmp_path / "adapter", QV, {"target_modules": ["q_proj", "v_proj"]}, base="elsewhere")
+    for name in (CONFIG, WEIGHTS):
+        shutil.copy(folder / name, both / name)
+    np.testing.assert_array_equal(
+        llama_jax.logits(llama_jax.load(both), IDS.tolist()), llama_jax.logits(llama_jax.load(base), IDS.tolist())
+    )
 
 
 def test_folders_that_are_none(base, tmp_path):

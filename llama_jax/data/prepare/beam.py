@@ -14,9 +14,9 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from llama_jax.data.manifest import MANIFEST, UNFINISHED, Manifest, is_corpus_file, shard_files, tokenizer_sha256
+from llama_jax.data.manifest import MANIFEST, UNFINISHED, Manifest, is_corpus_file, shard_files
 from llama_jax.data.prepare.prepare import check_same, make_encoder, make_manifest, prepare_with, tokenizer_files
-from llama_jax.data.prepare.request import Request, make_tasks, tokenizer_id
+from llama_jax.data.prepare.request import Request, encoder_id, make_tasks, tokenizer_id
 from llama_jax.data.prepare.shards import Done, ShardWork, Task
 from llama_jax.data.prepare.streams import beam_files
 from llama_jax.typing import Foreign
@@ -69,7 +69,7 @@ def _prepare_remote(request: Request, out: str, flags: list[str], reference: Map
         raise FileExistsError(f"{out}: holds something else than a corpus, such as {other[0]}: give a new folder")
     with tempfile.TemporaryDirectory(prefix="llama_jax-") as scratch:
         files = tokenizer_files(request, Path(scratch))
-    tasks = make_tasks(request, tokenizer_sha256(files)[1])
+    tasks = make_tasks(request, encoder_id(files, request))
     kept = _marks(out, tasks, there)
     encoder = make_encoder(files, request)
     current = {

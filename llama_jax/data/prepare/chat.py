@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from llama_jax.data.prepare.documents import Document
 from llama_jax.data.prepare.shapes import Conversation
-from llama_jax.data.prepare.shards import Encoded, Encoder
+from llama_jax.data.prepare.shards import Encoded, Encoder, load_from_files
 from llama_jax.text.answers import NO_ANSWER, answers
 from llama_jax.text.chat import ChatError, ChatFormat, chat_format
 from llama_jax.typing import JsonObject
 
 LOSS_MASK = "loss_mask"  # the column: 1 for a token that is learned
 TOO_LONG = "too_long"
+
+
+def chat_id(files: Mapping[str, bytes], form: str | None) -> str:
+    """Tells how a tokenizer writes conversations: a hash of its templates, its special tokens and the format's name."""
+    tokenizer = load_from_files(files)
+    facts = [
+        form, tokenizer.chat_template, tokenizer.tool_template, dict(tokenizer.chat_templates),
+        dict(tokenizer.special_tokens), list(tokenizer.stop_ids),
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)

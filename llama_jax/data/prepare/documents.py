@@ -217,7 +217,7 @@ def _text(record: JsonObject, where: Callable[[], str], reading: Reading) -> str
     if reading.conversations:
         try:
             return conversation(record).to_json()
-        except (ValueError, RecursionError) as error:
+        except (ValueError, TypeError, RecursionError) as error:  # JSON has no times, for one
             raise ValueError(f"{where()}: {error}") from error
     if field not in record:
         raise ValueError(f"{where()}: has no field {field!r}: name the text's with --field; it has {_list(record)}")

@@ -28,7 +28,7 @@ from llama_jax.data.manifest import (
 from llama_jax.data.prepare import workers as worker_processes
 from llama_jax.data.prepare.chat import ChatEncoder
 from llama_jax.data.prepare.inputs import Record, changes, digest, listed
-from llama_jax.data.prepare.request import Request, make_tasks, read_tokenizer, tokenizer_id
+from llama_jax.data.prepare.request import Request, encoder_id, make_tasks, read_tokenizer, tokenizer_id
 from llama_jax.data.prepare.request import make_request as make_request
 from llama_jax.data.prepare.shards import (
     ROOM,
@@ -100,7 +100,7 @@ def prepare_with(
                 return manifest
             files = tokenizer_files(request, out / UNFINISHED, workers=training_workers)
             encoder = make_encoder(files, request)
-            tasks = make_tasks(request, tokenizer_sha256(files)[1])
+            tasks = make_tasks(request, encoder_id(files, request))
             done = _resume(out, tasks, files, encoder.columns)
             work = ShardWork(out, encoder, request.reading)
             for result in run(work, [task for task in tasks if task.name not in done]):
@@ -125,10 +125,9 @@ def make_encoder(files: Mapping[str, bytes], request: Request) -> Encoder:
         raise ValueError("the tokenizer has no BOS: leave --bos out")
     bos = tokenizer.add_bos if request.bos is None else request.bos
     if request.reading.conversations:
-        chat = ChatEncoder(files, bos, request.chat_format, request.max_tokens)
-        assert chat.chat_format is not None  # raises where there is none, before any work
-        return chat
-    encoder = Encoder(files, bos)
+        encoder: Encoder = ChatEncoder(files, bos, request.chat_format, request.max_tokens)
+    else:
+        encoder = Encoder(files, bos)
     assert encoder.eos_id is not None  # raises where there is none, before any work
     return encoder
 

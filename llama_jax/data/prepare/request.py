@@ -7,10 +7,11 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from llama_jax.data.manifest import FORMATS, tokenizer_sha256
+from llama_jax.data.prepare.chat import chat_id
 from llama_jax.data.prepare.documents import InvalidUtf8, Reading
 from llama_jax.data.prepare.pieces import Format, InputSlice, cut_pieces, find_pieces, group_pieces
 from llama_jax.data.prepare.shards import Task
@@ -156,12 +157,12 @@ def make_request(
     )
 
 
-def make_tasks(request: Request, sha256: str) -> list[Task]:
-    """Divides a request into shards; the tokenizer's SHA-256 is part of their fingerprints."""
+def make_tasks(request: Request, encoder: str) -> list[Task]:
+    """Divides a request into shards; `encoder_id` is part of their fingerprints."""
     groups = group_pieces(list(request.pieces), request.shard_bytes)
     tasks = []
     for i, group in enumerate(groups):
-        part, more = dataclasses.replace(request, pieces=group), (sha256, i, len(groups))
+        part, more = dataclasses.replace(request, pieces=group), (encoder, i, len(groups))
         name = f"{i:05d}-of-{len(groups):05d}"
         tasks.append(Task(name, group, part.fingerprint(*more), part.fingerprint(*more, times=False)))
     return tasks
@@ -171,7 +172,15 @@ def tokenizer_id(request: Request) -> object:
     """What decides which tokenizer a request gets: its SHA-256, or how one is trained."""
     if request.tokenizer is None:
         return [request.vocab_size, request.sample_bytes]
-    return tokenizer_sha256(read_tokenizer(request.tokenizer))[1]
+    return encoder_id(read_tokenizer(request.tokenizer), request)
+
+
+def encoder_id(files: Mapping[str, bytes], request: Request) -> str:
+    """What decides how a tokenizer's files encode documents: its SHA-256, and of conversations how it writes them."""
+    sha256 = tokenizer_sha256(files)[1]
+    if request.reading.conversations:
+        return f"{sha256} {chat_id(files, request.chat_format)}"
+    return sha256
 
 
 def read_tokenizer(path: Path) -> dict[str, bytes]:

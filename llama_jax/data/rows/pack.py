@@ -109,6 +109,15 @@ def pack(documents: np.ndarray, pairs: np.ndarray, seq_len: int) -> Packed:
     )
 
 
+def check_whole(pairs: np.ndarray, seq_len: int) -> None:
+    """Raises ValueError where a document does not fit into a row of `seq_len` pairs."""
+    if len(pairs) and (longest := int(pairs.max())) > seq_len:
+        raise ValueError(
+            f"{int((pairs > seq_len).sum())} documents are longer than a sequence of {seq_len} tokens, the longest has"
+            f" {longest + 1}: prepare them again with --max-tokens {seq_len + 1}, or train with a larger batch.seq_len"
+        )
+
+
 def pack_whole(documents: np.ndarray, pairs: np.ndarray, seq_len: int) -> Packed:
     """Fills rows with whole documents, the longest first, each where it fills best; what is left of a row is padding.
 
@@ -122,11 +131,7 @@ def pack_whole(documents: np.ndarray, pairs: np.ndarray, seq_len: int) -> Packed
     Raises:
       ValueError: a document is longer.
     """
-    if len(pairs) and (longest := int(pairs.max())) > seq_len:
-        raise ValueError(
-            f"{int((pairs > seq_len).sum())} documents are longer than a sequence of {seq_len} tokens, the longest has"
-            f" {longest + 1}: prepare them again with --max-tokens {seq_len + 1}, or train with a larger batch.seq_len"
-        )
+    check_whole(pairs, seq_len)
     items = np.flatnonzero(pairs)
     items = items[np.argsort(-pairs[items], kind="stable")]
     row_of = np.array(_best_fit(pairs[items].tolist(), [], new=seq_len), np.int64)

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from llama_jax.data.rows.pack import Packed, Span, count_rows, pack, pack_whole
+from llama_jax.data.rows.pack import Packed, Span, check_whole, count_rows, pack, pack_whole
 from llama_jax.data.rows.shuffle import Permutation
 
 WINDOW = 65_536  # documents packed together: enough for rows without holes, 0.1 s to pack
@@ -112,6 +112,10 @@ class CorpusRows:
         self._lengths, self._seq_len, self._window, self._whole = lengths, seq_len, window, whole
         self._key = (seed, corpus)
         self._num_documents = self._count()
+        if whole:  # now, not when the first of them comes
+            for first in range(0, self._num_documents, window):
+                numbers = np.arange(first, min(first + window, self._num_documents))
+                check_whole(self._lengths[self._numbers(numbers)].astype(np.int64) - 1, seq_len)
         self._windows = max(1, -(-self._num_documents // window))  # an epoch
         self._ends = array.array("q")  # rows up to the end of each window, as far as anybody asked
         self._lock = threading.Lock()
@@ -131,6 +135,10 @@ class CorpusRows:
 
     def _count(self) -> int:
         return len(self._lengths)
+
+    def _numbers(self, places: np.ndarray) -> np.ndarray:
+        """Documents of the corpus at some places of what is read."""
+        return places
 
     def _order(self, epoch: int) -> Callable[[np.ndarray], np.ndarray]:
         """Position in the epoch -> document, for many."""
@@ -340,6 +348,9 @@ class SequentialPlan(CorpusRows):
 
     def _count(self) -> int:
         return len(self.documents)
+
+    def _numbers(self, places: np.ndarray) -> np.ndarray:
+        return self.documents[places]
 
     def _order(self, epoch: int) -> Callable[[np.ndarray], np.ndarray]:
         return self.documents.__getitem__
