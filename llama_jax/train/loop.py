@@ -291,6 +291,7 @@ class TrainingRun:
             reference=self._reference(),
             skipped=int(self.last.get("skipped", 0)),
             signal=signal_,
+            chats=recipe.objective == "sft",
         )
 
     def _reference(self) -> dict[str, float]:
@@ -416,7 +417,8 @@ class TrainingRun:
         start, model, say = time.perf_counter(), self.state.model, self.reporter.say
         if found := self.measurements.validated(model, self.step, say):
             self.validated, self.validated_step = found, self.step
-        found |= self.measurements.shown(model, self.step, say)
+        if replies := self.measurements.shown(model, self.step, say):
+            found = self.validated = found | replies
         self._clock += time.perf_counter() - start
         return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -216,6 +217,31 @@ def test_what_is_refused_by_name(case, base, tmp_path):
     (folder / CONFIG).write_text(json.dumps(config))
     with pytest.raises(error, match=message):
         llama_jax.load(base, adapters=folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_peft_itself(case, base, tmp_path):
+    """Needs `pip install peft`: it loads what is saved here, all of it, and computes the same."""
+    import peft
+    import torch
+
+    modules, config, *_ = CASES[case]
+    folder = write_adapter(tmp_path / "adapter", modules, config, base=base)
+    llama, ids = llama_jax.load(folder), torch.tensor(IDS, dtype=torch.long)
+    with jax.set_mesh(llama.mesh):
+        save_adapter(
+            llama.model, from_peft(json.loads((folder / CONFIG).read_text()), ""), tmp_path / "b", base=str(base)
+        )
+    expected = np.asarray(llama_jax.logits(llama, IDS.tolist()))
+    for path in (folder, tmp_path / "b"):
+        plain = transformers.LlamaForCausalLM.from_pretrained(base)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # PEFT warns of what it does not find, and of what it does not know
+            model = peft.PeftModel.from_pretrained(plain, path)
+        with torch.no_grad():
+            np.testing.assert_allclose(model(ids).logits, expected, atol=1e-5)
+            np.testing.assert_allclose(model.merge_and_unload()(ids).logits, expected, atol=1e-5)
 
 
 def test_a_model_with_an_adapter_beside_it_is_the_model(base, tmp_path):
