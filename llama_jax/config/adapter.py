@@ -60,6 +60,11 @@ class Adapter:
             raise ConfigError("an adapter's targets are names, or one expression alone")
         if len(self.targets) > 1 and "all-linear" in self.targets:
             raise ConfigError("an adapter's target all-linear stands alone: it has all matrices of the layers")
+        for expression in (*self.targets, *self.rank_pattern, *self.alpha_pattern):
+            try:
+                re.compile(expression)
+            except re.error as error:
+                raise ConfigError(f"{expression!r} is not a name, nor an expression ({error})") from None
         if not self.targets:
             raise ConfigError("an adapter needs targets: all-linear, or names such as q_proj and v_proj")
 
@@ -125,27 +130,12 @@ def from_peft(content: Fields, where: str) -> Adapter:
     Raises:
       ConfigError: it is of another kind, or has a key that changes the mathematics and is not computed here.
     """
-    if content.get("peft_type") != "LORA":
-        raise ConfigError(f"{where}: peft_type is {content.get('peft_type')!r}, and LORA is what is computed here")
-    for key, neutral in _NEUTRAL.items():
-        if key in content and content[key] not in neutral:
-            raise ConfigError(f"{where}: {key} = {content[key]!r:.80} is not computed: an adapter without it is needed")
-    init = content.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(_OTHER_BASE):
-        raise ConfigError(
-            f"{where}: it was made with init_lora_weights={init!r}, which also changes the base: convert it with PEFT"
-            " (path_initial_model_for_weight_conversion) to a plain adapter"
-        )
+    _check_peft(content, where)
     targets, layers = content.get("target_modules"), content.get("layers_to_transform")
     if isinstance(targets, str) and targets.lower() == "all-linear":
         targets = ["all-linear"]
     if targets is None:
         targets = ["q_proj", "v_proj"]  # PEFT's own for Llama
-    for name, value in (("r", content.get("r", 8)), ("lora_alpha", content.get("lora_alpha", 8))):
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ConfigError(f"{where}: {name} is {value!r}, not a number")
-    if content.get("r", 8) == 0:
-        raise ConfigError(f"{where}: r is 0: an adapter has a rank of 1 or more")
     try:
         return Adapter(
             rank=content.get("r", 8),
@@ -159,6 +149,27 @@ def from_peft(content: Fields, where: str) -> Adapter:
         )
     except (ConfigError, TypeError) as error:
         raise ConfigError(f"{where}: {error}") from None
+
+
+def _check_peft(content: Fields, where: str) -> None:
+    """Refuses, by its name, what is not computed here."""
+    if content.get("peft_type") != "LORA":
+        raise ConfigError(f"{where}: peft_type is {content.get('peft_type')!r}, and LORA is what is computed here")
+    for key, neutral in _NEUTRAL.items():
+        if key in content and content[key] not in neutral:
+            raise ConfigError(f"{where}: {key} = {content[key]!r:.80} is not computed: an adapter without it is needed")
+    init = content.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(_OTHER_BASE):
+        raise ConfigError(
+            f"{where}: it was made with init_lora_weights={init!r}, which also changes the base: convert it with PEFT"
+            " (path_initial_model_for_weight_conversion) to a plain adapter"
+        )
+    for name in ("r", "lora_alpha"):
+        value = content.get(name, 8)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ConfigError(f"{where}: {name} is {value!r}, not a number")
+    if content.get("r", 8) == 0:
+        raise ConfigError(f"{where}: r is 0: an adapter has a rank of 1 or more")
 
 
 def to_peft(adapter: Adapter, base: str) -> JsonObject:

@@ -216,17 +216,13 @@ def shard(job: Workload, shape: tuple[int, ...], axes: tuple[str, ...], *, gathe
 
 
 def factors(job: Workload) -> tuple[int, int]:
-    """Elements of an adapter's two factors on one device, of all layers, and of its gates: as `model.adapt` makes them.
-
-    A stack has factors of the largest rank in every layer, those of layers without an adapter zero.
-    """
+    """Elements of an adapter's factors on one device, and of its gates: of the largest rank in every layer."""
     if job.adapter is None:
         return 0, 0
     size, found, gates = sizes(job.config), 0, 0
     modules = job.adapter.modules(job.config)
     rank = max(job.adapter.rank_of(name) for name in modules)
-    specs = {spec.ours: spec for spec, _ in modules.values()}
-    for spec in specs.values():
+    for spec in {spec.ours: spec for spec, _ in modules.values()}.values():
         layers = sum(kind in spec.layers for kind in job.config.layers)
         outer, inner = spec.stored
         for letters in (inner, outer):

@@ -92,26 +92,28 @@ def job(
     row = None if adapter else tuned.find(config, where, mode, seq_len)
     size, length = _sizes(config, where, mode, row, batch, seq_len)
     parts = 1 if microbatches is None else microbatches
-    if mode != "train" and remat:
-        raise ValueError(f"remat is of training: leave it out with --mode {mode}")
-    if mode != "train" and adapter:
-        raise ValueError(f"an adapter is of training: leave it out with --mode {mode}")
+    _check_mode(mode, remat, adapter)
     asked = Workload(config, where, mode, size, length, mesh or {}, remat or "full", parts, attention, adapter=adapter)
     if mesh is None:
         check(dataclasses.replace(asked, mesh=mesh_of_machine(asked)), batch=False)
     else:
         check(asked)
-    by_hand = mesh is not None and (mode != "train" or bool(remat and microbatches))
     found = choose(asked, mesh=mesh, remat=remat, microbatches=microbatches)
     if found and found[1]:
         return found[0], f"the tuned table, {found[1].machine}"
-    if by_hand:
+    if mesh is not None and (mode != "train" or (remat and microbatches)):
         return asked, "as given"
     if found is None:
         check(dataclasses.replace(asked, mesh=mesh or mesh_of_machine(asked)))
         raise ValueError(f"nothing divides a batch of {size} x {length} on {where.name}")
     nothing_given = mesh is None and remat is None and microbatches is None
     return found[0], "arithmetic" if nothing_given else "arithmetic, and as given"
+
+
+def _check_mode(mode: Mode, remat: str | None, adapter: Adapter | None) -> None:
+    if mode != "train" and (remat or adapter):
+        what = "remat" if remat else "an adapter"
+        raise ValueError(f"{what} is of training: leave it out with --mode {mode}")
 
 
 def _sizes(
