@@ -12,6 +12,7 @@ import pytest
 
 from llama_jax.data.corpus import open_corpus
 from llama_jax.data.masks import report
+from llama_jax.data.prepare.orders import orders, orders_corpus
 from llama_jax.data.prepare.prepare import prepare
 from llama_jax.data.prepare.request import make_request
 from llama_jax.data.prepare.shapes import conversation
@@ -172,3 +173,26 @@ def test_the_command_shows_what_is_learned(model, tmp_path, environment):
     assert done.returncode == 0, done.stderr
     assert f"assistant \u27e6{TELL}<|im_end|>\u27e7" in done.stdout
     assert "rows: 1 of shape messages" in done.stderr
+
+
+def test_orders_that_are_made(model, tmp_path):
+    """Held out are other names and other orders; the same seed gives the same rows; another template, another corpus."""
+    train, held_out = orders(300, 40)
+    assert (train, held_out) == orders(300, 40)
+    answers = [[json.loads(row["messages"][-1]["content"]) for row in rows] for rows in (train, held_out)]
+    names, others = ({answer["name"] for answer in part} for part in answers)
+    assert not names & others
+    keys = [{tuple(answer[key] for key in ("item", "size", "count", "time")) for answer in part} for part in answers]
+    assert not keys[0] & keys[1]
+    for row, answer in zip(held_out, answers[1], strict=True):
+        asked = row["messages"][1]["content"]
+        assert answer["name"] in asked
+        assert answer["size"] in asked
+    copy = tmp_path / "model"
+    shutil.copytree(model, copy)
+    first = orders_corpus(tmp_path, str(copy))
+    assert orders_corpus(tmp_path, str(copy)) == first
+    facts = json.loads((copy / "tokenizer_config.json").read_text())
+    facts["chat_template"] = facts["chat_template"].replace("assistant ", "assistant: ")
+    (copy / "tokenizer_config.json").write_text(json.dumps(facts))
+    assert orders_corpus(tmp_path, str(copy)) != first

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from llama_jax.data.manifest import tokenizer_sha256
+from llama_jax.data.prepare.chat import chat_id
 from llama_jax.data.prepare.prepare import prepare
-from llama_jax.data.prepare.request import make_request
+from llama_jax.data.prepare.request import make_request, read_tokenizer
 from llama_jax.files import locked, write_whole
 from llama_jax.typing import JsonObject
 
@@ -54,7 +57,8 @@ def orders_corpus(folder: str | Path, tokenizer: str) -> tuple[Path, Path]:
     Returns:
       The folders of the training and the validation corpus.
     """
-    key = hashlib.sha256(f"{VERSION} {tokenizer}".encode()).hexdigest()[:16]
+    files = read_tokenizer(Path(os.path.expanduser(tokenizer)))
+    key = hashlib.sha256(f"{VERSION} {tokenizer_sha256(files)[1]} {chat_id(files, None)}".encode()).hexdigest()[:16]
     place = Path(folder) / f"orders-{key}"
     place.mkdir(parents=True, exist_ok=True)
     with locked(place / "lock"):  # of several processes of a run, one prepares
