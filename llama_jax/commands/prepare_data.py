@@ -11,8 +11,8 @@
 
 A text file is one document; so is a line of JSON lines, or a row. With --chat each row is a conversation (messages,
 prompt and completion, Alpaca or ShareGPT: recognised), and a mask says which tokens are learned: the answers, each with
-the token that ends it. Ctrl-C, a full disk or a lost machine costs the
-shards that were being written: the same command continues with the others. scripts/train.py trains on the folder.
+the token that ends it. Ctrl-C, a full disk or a lost machine costs the shards that were being written: the same command
+continues with the others. scripts/train.py trains on the folder.
 """
 
 from __future__ import annotations

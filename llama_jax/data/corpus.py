@@ -118,7 +118,7 @@ class Corpus:
           The token ids of each, int32 [tokens], or the column's numbers, one for each token.
 
         Raises:
-          ValueError: A shard is damaged.
+          ValueError: a shard is damaged.
         """
         dtype = self._dtype if column is None else self.columns[column].newbyteorder("<")
         suffix = "array_record" if column is None else f"{column}.array_record"

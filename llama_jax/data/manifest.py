@@ -28,6 +28,7 @@ from llama_jax.typing import Foreign, JsonObject
 FORMATS = (1, 2)  # without and with columns: what has none is written as ever
 MANIFEST = "manifest.json"
 INPUTS = "inputs.json"
+LOSS_MASK = "loss_mask"  # a column: 1 for a token that is learned, of conversations
 UNFINISHED = "unfinished"  # a folder in the corpus's own while it is being prepared
 INDEX_DTYPE = np.dtype("<u4")
 AGAIN = "prepare the corpus again, into a new folder"

@@ -10,7 +10,7 @@ from typing import TextIO
 import numpy as np
 
 from llama_jax.data.corpus import Corpus
-from llama_jax.data.prepare.chat import LOSS_MASK
+from llama_jax.data.manifest import LOSS_MASK
 from llama_jax.data.prepare.shapes import SHAPES
 from llama_jax.text.base import Tokenizer
 

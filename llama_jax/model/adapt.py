@@ -140,10 +140,3 @@ def is_trained(model: Llama) -> Callable[[str], bool]:
 def without_adapter(model: Llama) -> Llama:
     """The base alone, whose arrays it shares."""
     return jax.tree.map(lambda w: w.base if isinstance(w, Adapted) else w, model, is_leaf=is_leaf)
-
-
-def merged(model: Llama) -> Llama:
-    """The model with its adapter added to the weights; its mesh must be in use."""
-
-    dense = jax.jit(lambda w: w.dense())
-    return jax.tree.map(lambda w: dense(w) if isinstance(w, Adapted) else w, model, is_leaf=is_leaf)

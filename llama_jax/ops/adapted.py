@@ -20,12 +20,10 @@ class Adapted(Stored):
     """W + A diag(gate) B, of which W, A and B are never added up.
 
     Attributes:
-      base: W [*in, *out], any leaf or array.
-      a: float32 [*in, R].
-      b: float32 [R, *out].
-      gate: float32 [R], or [B, 1, R] with numbers of each row of the batch: what the product of a column of `a` and a
-        row of `b` counts. alpha / r; 0 switches an adapter off; several adapters in one batch are side by side in R,
-        each row's own with its scale and the others 0.
+      base: W [*in, *out], any leaf or array; of a stack of layers [L, *in, *out].
+      a: float32 [*in, R], or [L, *in, R].
+      b: float32 [R, *out], or [L, R, *out].
+      gate: float32 [R], or [L, R]: what the product of a column of `a` and a row of `b` counts, alpha / r.
     """
 
     base: PyTree
@@ -61,7 +59,7 @@ class Adapted(Stored):
         return (base.astype(jnp.float32) + update).astype(base.dtype)
 
     def product(self, equation: str, x: jax.Array, out_sharding: P) -> jax.Array:
-        """x W + ((x A) gate) B: two thin products beside the base's own, all in the dtype of `x`."""
+        """x W + ((x A) gate) B, of one layer: two thin products beside the base's own, all in the dtype of `x`."""
         y = leaf_of(self.base).product(equation, x, out_sharding)
         operands, result = equation.split("->")
         of_x, of_w = operands.split(",")

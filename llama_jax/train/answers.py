@@ -10,6 +10,7 @@ import numpy as np
 
 from llama_jax.config import ModelConfig
 from llama_jax.data.corpus import Corpus
+from llama_jax.data.manifest import LOSS_MASK
 from llama_jax.infer.generate import generate
 from llama_jax.loaded import LoadedLlama
 from llama_jax.model import Llama
@@ -41,7 +42,7 @@ class Answers:
             self._writer = LoadedLlama(config, make_model(recipe, config), tokenizer, mesh)  # without weights
         for corpus in corpora:
             rows = np.arange(min(recipe.validation.answers, len(corpus)))
-            for ids, mask in zip(corpus.read(rows), corpus.read(rows, "loss_mask"), strict=True):
+            for ids, mask in zip(corpus.read(rows), corpus.read(rows, LOSS_MASK), strict=True):
                 learned = np.flatnonzero(mask)
                 start = int(learned[np.flatnonzero(np.diff(learned, prepend=-2) > 1)[-1]])  # of the last answer
                 stop = int(learned[-1]) + 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from llama_jax import sharding
 from llama_jax.config import ModelConfig
@@ -12,9 +11,6 @@ from llama_jax.data.corpus import check_tokenizer
 from llama_jax.data.rows.loader import BatchSchedule, BatchStage
 from llama_jax.train.corpora import Corpora
 from llama_jax.train.recipe import Batch, Recipe
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger("llama_jax")
 

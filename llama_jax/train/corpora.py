@@ -9,16 +9,12 @@ import logging
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from llama_jax.data.corpus import Corpus, changed_facts, check_tokenizer, open_corpus
 from llama_jax.data.rows.plan import WINDOW, RowPlan
 from llama_jax.train.objective import objective_of
 from llama_jax.train.recipe import Recipe
 from llama_jax.typing import JsonObject
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger("llama_jax")
 

@@ -7,6 +7,7 @@ import logging
 import numpy as np
 
 from llama_jax.data.corpus import Corpus
+from llama_jax.data.manifest import LOSS_MASK
 from llama_jax.train.recipe import Recipe
 from llama_jax.weights.checkpoint import Checkpoint
 from llama_jax.weights.params import EMBED, HEAD, ParamSpec
@@ -27,9 +28,8 @@ def check_markers(recipe: Recipe, checkpoint: Checkpoint, corpus: Corpus) -> Non
     known = {i: name for name, i in corpus.tokenizer().control_tokens.items()}
     rows = range(min(DOCUMENTS, len(corpus)))
     ids = np.concatenate(corpus.read(rows))
-    read, learned = ids, ids[np.concatenate(corpus.read(rows, "loss_mask")) > 0]
-    asked = [(EMBED, np.concatenate([read, learned]) if checkpoint.config.tie_embeddings else read)]
-    asked += [] if checkpoint.config.tie_embeddings else [(HEAD, learned)]
+    read, learned = ids, ids[np.concatenate(corpus.read(rows, LOSS_MASK)) > 0]
+    asked = [(EMBED, read)] if checkpoint.config.tie_embeddings else [(EMBED, read), (HEAD, learned)]
     found = sorted({
         i for spec, used in asked for i in _untrained(checkpoint, spec, sorted(known.keys() & set(used.tolist())))
     })  # fmt: skip

@@ -1,4 +1,5 @@
-"""What a run minimises: an objective turns a model and a batch into sums. Pretraining and supervised fine-tuning.
+"""What a run minimises: an objective turns a model and a batch into sums. There are pretraining and
+supervised fine-tuning.
 
 Another objective is a class with the methods of `Objective` and an entry in OBJECTIVES; recipes name it.
 """
@@ -12,6 +13,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
+from llama_jax.data.manifest import LOSS_MASK
 from llama_jax.model import Llama
 from llama_jax.train.losses import Loss, cross_entropy
 from llama_jax.train.recipe import Recipe
@@ -93,18 +95,18 @@ class SupervisedFineTuning(Pretrain):
     or over devices.
     """
 
-    columns: tuple[str, ...] = ("loss_mask",)
+    columns: tuple[str, ...] = (LOSS_MASK,)
     whole: bool = True
 
     def count(self, batch: BatchArrays) -> jax.Array:
         """Tokens that are learned."""
-        return batch["loss_mask"].sum(dtype=jnp.float32)
+        return batch[LOSS_MASK].sum(dtype=jnp.float32)
 
     def sums(self, model: Llama, batch: BatchArrays) -> Loss:
         """The cross-entropy of each conversation by itself."""
         segments_BT = batch["segment_ids"]
         x_BTD, _ = model.hidden(batch["tokens"], positions_BT=batch["positions"], segment_ids_BT=segments_BT)
-        mask_BT = jnp.where(segments_BT > 0, batch["loss_mask"].astype(jnp.float32), 0)
+        mask_BT = jnp.where(segments_BT > 0, batch[LOSS_MASK].astype(jnp.float32), 0)
         return self._loss(model, x_BTD, batch["targets"], mask_BT)
 
 

@@ -40,10 +40,10 @@ def train_step(
       objective: what is minimised.
 
     Returns:
-      The new state, and float32 and bool scalars: the objective's metrics, such as `loss` and `tokens`; `grad_norm`
-      (before clipping), `param_norm` (after the update), both of what trains; `learning_rate`, `finite` (loss and
-      gradient; else nothing has changed), `skipped`, `skipped_in_a_row` and `stop` (of any process, so that all know it
-      after the same step).
+      The new state, and float32, int32 and bool scalars: the objective's metrics, such as `loss` and `tokens`;
+      `grad_norm` (before clipping), `param_norm` (after the update), both of what trains; `learning_rate`, `finite`
+      (loss and gradient; else nothing has changed), `positions` (all but padding), `skipped`, `skipped_in_a_row` and
+      `stop` (of any process, so that all know it after the same step).
     """
     M = batch["tokens"].shape[0]
     count = jnp.maximum(objective.count(batch), 1)

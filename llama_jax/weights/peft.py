@@ -68,11 +68,10 @@ class SavedAdapter:
           CheckpointError: its factors are not those of its configuration, or not of this model's shapes.
           ConfigError: it targets what the model does not have.
         """
-        from llama_jax.model.adapt import adapt, factors
+        from llama_jax.model.adapt import adapt
 
         self.check(model.config)
-        found = factors(model, self.adapter)
-        return adapt(model, self.adapter, lambda one, name: self._read(found[name]))
+        return adapt(model, self.adapter, lambda one, _: self._read(one))
 
     def check(self, config: ModelConfig) -> None:
         """Raises CheckpointError or ConfigError, as `load`, without reading a factor."""
@@ -143,7 +142,7 @@ def open_adapter(name: str | Path, adapters: str | Path | None) -> tuple[str | P
       adapters: of an adapter, or None.
 
     Raises:
-      CheckpointError: there is no such adapter; or its base is not known, or is not there.
+      CheckpointError: there is no such adapter, or it does not say what its base is.
     """
     folder = adapter_folder(name)
     if adapters is not None:
@@ -191,9 +190,7 @@ def _read_config(path: Path) -> JsonObject:
     return content
 
 
-def peft_files(
-    model: Llama, adapter: Adapter, arrays: Mapping[str, np.ndarray], base: str, dtype: str = "float32"
-) -> dict[str, bytes]:
+def peft_files(model: Llama, adapter: Adapter, arrays: Mapping[str, np.ndarray], base: str) -> dict[str, bytes]:
     """Returns the files of an adapter's folder, by name.
 
     Args:
@@ -201,7 +198,6 @@ def peft_files(
       adapter: what it is.
       arrays: the factors on the host, by name in the model: "blocks.attn.wq.a".
       base: the name of the model without it.
-      dtype: that the factors are stored in.
     """
     from safetensors.numpy import save
 
@@ -216,7 +212,7 @@ def peft_files(
             of_a, of_b = (a[i], b[i]) if one.place.stacked else (a, b)
             tensors[f"{PREFIX}{module}.lora_A.weight"] = of_a.reshape(-1, of_a.shape[-1])[:, :rank].T
             tensors[f"{PREFIX}{module}.lora_B.weight"] = of_b[:rank].reshape(rank, -1).T
-    contiguous = {name: np.ascontiguousarray(x.astype(dtype)) for name, x in sorted(tensors.items())}
+    contiguous = {name: np.ascontiguousarray(x) for name, x in sorted(tensors.items())}
     config = json.dumps(to_peft(adapter, base), indent=2, ensure_ascii=False) + "\n"
     return {CONFIG: config.encode(), WEIGHTS: save(contiguous, metadata={"format": "pt"})}
 

@@ -16,14 +16,16 @@ import transformers
 
 import llama_jax
 from llama_jax.config import ConfigError
-from llama_jax.config.adapter import from_peft
-from llama_jax.model.adapt import is_trained, without_adapter
+from llama_jax.config.adapter import Adapter, from_peft
+from llama_jax.model.adapt import adapt, is_trained, without_adapter
 from llama_jax.ops.adapted import Adapted
 from llama_jax.ops.weights import is_leaf
 from llama_jax.train.losses import cross_entropy
 from llama_jax.train.trainable import join, split
 from llama_jax.weights.peft import CONFIG, WEIGHTS, save_adapter
 from llama_jax.weights.source import CheckpointError
+from tests.builders import tiny_config
+from tests.infer.helpers import random_llama
 
 pytestmark = pytest.mark.unoptimized
 
@@ -139,6 +141,9 @@ def test_merged_in_every_format(case, base, tmp_path):
         found = llama_jax.logits(llama_jax.load(path), IDS.tolist())
         np.testing.assert_allclose(found, expected, atol=1e-5, err_msg=to)
     if case == "all":
+        llama_jax.save(llama_jax.load(base, adapters=folder), tmp_path / "saved", format="hf")  # merged too
+        saved = llama_jax.logits(llama_jax.load(tmp_path / "saved"), IDS.tolist())
+        np.testing.assert_allclose(saved, expected, atol=1e-5)
         model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "merged-hf")
         import torch
 
@@ -179,6 +184,27 @@ def test_generation_uses_it(base, tmp_path):
     )
     assert [c.tokens for c in beside] == [c.tokens for c in merged]
     assert [c.tokens for c in beside] != [c.tokens for c in plain]
+
+
+def test_a_stack_of_layers_merges_as_its_layers():
+    """Against NumPy, layer by layer, with two ranks; a layer without an adapter is the base."""
+    adapter = Adapter(rank=4, alpha=8, targets=("q_proj", "o_proj"), rank_pattern={"layers.0.self_attn.q_proj": 2},
+                      layers=(0,))  # fmt: skip
+    llama = random_llama(tiny_config(num_layers=2), mesh="fsdp=2,tensor=4", stacked=True)
+
+    def make(one, name):
+        random = np.random.default_rng(len(name))
+        return (random.standard_normal(shape).astype(np.float32) for shape in (one.a_shape, one.b_shape))
+
+    with jax.set_mesh(llama.mesh):
+        model = adapt(llama.model, adapter, make)
+        for name, scale in (("wq", 4.0), ("wo", 2.0)):
+            leaf = getattr(model.blocks.attn, name).get_value()
+            base, a, b = (np.asarray(x, np.float64) for x in (leaf.base, leaf.a, leaf.b))
+            found = np.asarray(jax.jit(lambda leaf: leaf.dense())(leaf))
+            update = scale * (a[0].reshape(-1, 4) @ b[0].reshape(4, -1)).reshape(base[0].shape)
+            np.testing.assert_allclose(found[0], base[0] + update, atol=1e-5 * np.abs(update).max())
+            np.testing.assert_array_equal(found[1], leaf.base[1])
 
 
 def test_factors_stay_float32_beside_bfloat16(base, tmp_path):

@@ -11,15 +11,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from llama_jax.data.manifest import LOSS_MASK
 from llama_jax.data.prepare.documents import Document
 from llama_jax.data.prepare.shapes import Conversation
 from llama_jax.data.prepare.shards import Encoded, Encoder, load_from_files
 from llama_jax.text.answers import NO_ANSWER, answers
 from llama_jax.text.chat import ChatError, ChatFormat, chat_format
 from llama_jax.typing import JsonObject
-
-LOSS_MASK = "loss_mask"  # the column: 1 for a token that is learned
-TOO_LONG = "too_long"
 
 
 def chat_id(files: Mapping[str, bytes], form: str | None) -> str:

@@ -64,7 +64,7 @@ def read_piece(piece: InputSlice, reading: Reading, skipped: Counter[str] | None
       skipped: counts what is left out: `invalid_utf8` documents.
 
     Raises:
-      ValueError: A document cannot be read; the message says where it is and what to do.
+      ValueError: a document cannot be read; the message says where it is and what to do.
     """
     skipped = Counter() if skipped is None else skipped
     if reading.conversations and piece.kind == "text":

@@ -90,8 +90,8 @@ def find_pieces(
       notes: where to say what is left out, and what is read as something else than its name says.
 
     Raises:
-      FileNotFoundError: A file is not there, or a folder has none.
-      PermissionError: A file or folder may not be read.
+      FileNotFoundError: a file is not there, or a folder has none.
+      PermissionError: a file or folder may not be read.
       ValueError: the type of a file is unknown.
     """
     notes = Notes() if notes is None else notes

@@ -64,7 +64,7 @@ def prepare(
     Raises:
       FileExistsError: the folder holds something else, or another process is preparing it.
       OSError: the disk is full, or an input cannot be read.
-      ValueError: A document cannot be read, or there is none.
+      ValueError: a document cannot be read, or there is none.
     """
 
     def run(work: ShardWork, tasks: Sequence[Task]) -> Iterator[Done]:
@@ -271,7 +271,7 @@ def tokenizer_files(request: Request, scratch: Path, *, workers: int = 1) -> dic
 
     Args:
       request: what `make_request` returns.
-      scratch: A folder in which a trained one stays for the next call.
+      scratch: a folder in which a trained one stays for the next call.
       workers: 0 trains in this process.
 
     Returns:

@@ -117,7 +117,7 @@ def make_request(
 
     Args:
       inputs: files, folders and `hf:` datasets, as `documents.find_pieces` takes.
-      tokenizer: A folder with a tokenizer, such as a checkpoint, or its `tokenizer.json` or `tokenizer.model`.
+      tokenizer: a folder with a tokenizer, such as a checkpoint, or its `tokenizer.json` or `tokenizer.model`.
       vocab_size: instead of a tokenizer: train one of this size on the input.
       sample_bytes: about how much of the input it is trained on.
       field: which field of JSON lines, Parquet files and datasets holds the text.
@@ -187,7 +187,7 @@ def read_tokenizer(path: Path) -> dict[str, bytes]:
     """Reads the files of a tokenizer.
 
     Args:
-      path: A folder, or the vocabulary's file in one; or what else `load` takes.
+      path: a folder, or the vocabulary's file in one; or what else `load` takes.
 
     Raises:
       FileNotFoundError: there is none.

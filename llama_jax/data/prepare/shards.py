@@ -152,7 +152,7 @@ class ShardWork:
 
         Raises:
           OSError: the disk is full, or as reading raises.
-          ValueError: A document cannot be read.
+          ValueError: a document cannot be read.
         """
         unfinished = self.folder / UNFINISHED
         names = shard_files(task.name, self.encoder.columns)

@@ -26,12 +26,12 @@ def open_binary(path: str, *, whole: bool = True) -> Iterator[IO[bytes]]:
     """Opens a file, and decompresses it if its bytes say that it is compressed.
 
     Args:
-      path: A file, `-` for standard input, or a URL that Apache Beam opens.
+      path: a file, `-` for standard input, or a URL that Apache Beam opens.
       whole: False where only a part of the file is wanted, which a compressed one does not have.
 
     Raises:
       OSError: as the system says, with the file's name.
-      ValueError: A part of a compressed file is wanted, or a package is missing.
+      ValueError: a part of a compressed file is wanted, or a package is missing.
     """
     with naming(path), contextlib.ExitStack() as stack:
         file: Foreign = stack.enter_context(open_stored(path))

@@ -78,7 +78,7 @@ class Walk:
 
         Raises:
           FileNotFoundError: it is not there, or has no file.
-          PermissionError: A folder or a file may not be read.
+          PermissionError: a folder or a file may not be read.
           ValueError: it is the folder of the corpus, a socket or a device.
         """
         path = os.path.expanduser(item)

@@ -53,7 +53,7 @@ def run(work: Work[Task, Result], tasks: Sequence[Task], *, workers: int, advanc
       The results, as they come.
 
     Raises:
-      OSError: A worker was killed.
+      OSError: a worker was killed.
       Exception: what `work` raises.
     """
     if workers <= 0:
