@@ -10,6 +10,7 @@ from typing import Any
 import gguf
 import jax
 import numpy as np
+import pytest
 import torch
 import transformers
 
@@ -19,6 +20,11 @@ from llama_jax.model import Llama
 
 LLAMA31 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=8192)
 LLAMA32 = RopeScaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=8192)
+
+
+def slow(*values: Any) -> Any:
+    """One case among others that cover it nearly as well: `python -m pytest -m slow`."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def tiny_config(**changes: Any) -> ModelConfig:

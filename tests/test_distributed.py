@@ -22,7 +22,7 @@ from llama_jax.distributed import meeting
 from llama_jax.distributed.place import Place, find_place
 from llama_jax.weights.load import read_model
 from llama_jax.weights.open import open_checkpoint
-from tests.builders import one_device
+from tests.builders import one_device, slow
 from tests.distributed_worker import MESHES, compute
 from tests.processes import HOST, ROOT, SHORT, free_port, outputs, said, worker
 
@@ -53,7 +53,7 @@ def test_two_processes_compute_what_one_does(start, tmp_path):
     ("command", "stdin"),
     [
         (("generate.py", "--prompts-file", "-", "--json", "--temperature", "1"), "the quick brown\nit is a wolf\n"),
-        (("chat.py",), "the fox\n/reset\n" + "the quick brown fox " * 60 + "\nthe wolf\n"),
+        slow(("chat.py",), "the fox\n/reset\n" + "the quick brown fox " * 60 + "\nthe wolf\n"),
     ],
     ids=["generate", "chat"],
 )

@@ -19,7 +19,7 @@ import torch
 
 import llama_jax
 from llama_jax.config import ModelConfig
-from tests.builders import LLAMA31, LLAMA32, hf_model, one_device, rebuild, tiny_config, write_hf
+from tests.builders import LLAMA31, LLAMA32, hf_model, one_device, rebuild, slow, tiny_config, write_hf
 
 LENGTH, LAST = 8704, 64
 TOLERANCE = 1e-4
@@ -88,8 +88,8 @@ def test_logits_equal_transformers(case_of, name):
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("MHA, theta 1e4", {"norm_eps": 1e-6}),
-        ("GQA, theta 5e5, factor 8", {"rope_theta": 1e4}),
+        slow("MHA, theta 1e4", {"norm_eps": 1e-6}),
+        slow("GQA, theta 5e5, factor 8", {"rope_theta": 1e4}),
         ("GQA, theta 5e5, factor 8", {"rope_scaling": None}),
         ("GQA, theta 5e5, factor 32, head_dim 64, tied", {"rope_scaling": LLAMA31}),
     ],

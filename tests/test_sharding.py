@@ -25,7 +25,7 @@ from llama_jax.config.presets import PRESETS
 from llama_jax.model import Llama
 from llama_jax.sharding import ShardingRules
 from tests.aot import machines
-from tests.builders import tiny_config
+from tests.builders import slow, tiny_config
 
 pytestmark = pytest.mark.unoptimized
 
@@ -158,7 +158,7 @@ def trace(config: ModelConfig, mesh: str, what: str, **options: Any) -> list[str
         return violations(config, jax.jit(program, keep_unused=True).trace(*args), sizes)
 
 
-@pytest.mark.parametrize("what", ["training", "prefill", "decode"])
+@pytest.mark.parametrize("what", ["training", slow("prefill"), "decode"])
 @pytest.mark.parametrize(("model", "mesh"), CASES)
 def test_nothing_large_is_whole_where_it_should_be_split(model, mesh, what):
     assert not trace(MODELS[model], mesh, what)

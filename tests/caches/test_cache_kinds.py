@@ -13,7 +13,7 @@ import llama_jax
 from llama_jax import caches, sharding
 from llama_jax.caches.full import FullCache
 from llama_jax.model import Llama
-from tests.builders import tiny_config
+from tests.builders import slow, tiny_config
 from tests.infer.helpers import random_ids, random_llama
 
 CONFIG = tiny_config(num_kv_heads=2, num_heads=4)
@@ -97,7 +97,7 @@ class Turned:
         return Turned(jnp.pad(self.kv, extra))
 
 
-@pytest.mark.parametrize("stacked", [False, True], ids=["list", "stacked"])
+@pytest.mark.parametrize("stacked", [False, slow(True)], ids=["list", "stacked"])
 def test_a_kind_from_outside(stacked):
     """Prefill, decode, growth and rows put in, in a model that mixes it with the full cache: the same tokens."""
     prompts = [random_ids(n) for n in (3, 17)]

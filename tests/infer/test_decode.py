@@ -19,7 +19,7 @@ from llama_jax.infer.engine import Request
 from llama_jax.infer.generate import Generation
 from llama_jax.model import Llama, blocks, flatten_heads
 from llama_jax.ops.attention import attention_of_one, way_of
-from tests.builders import tiny_config
+from tests.builders import slow, tiny_config
 from tests.infer.helpers import random_ids, random_llama
 
 SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=32)
@@ -107,7 +107,13 @@ def on_one_device():
 
 @pytest.mark.parametrize(
     ("name", "mesh"),
-    [*(("2 kv heads", mesh) for mesh in MESHES), *(("nothing divides", mesh) for mesh in MESHES[:2])],
+    [
+        *(("2 kv heads", mesh) for mesh in MESHES[:2]),
+        ("2 kv heads", MESHES[-1]),
+        ("nothing divides", MESHES[0]),
+        *(slow("2 kv heads", mesh) for mesh in MESHES[2:-1]),
+        slow("nothing divides", MESHES[1]),
+    ],
 )
 def test_every_mesh_gives_the_tokens_of_one_device(name, mesh, on_one_device):
     """Dead rows fill the batch of three up; a seed gives the same tokens everywhere."""
@@ -327,7 +333,14 @@ def two_turns(mesh: str, size: int, larger: int | None, *, stacked: bool = False
 
 @pytest.mark.parametrize(
     ("size", "larger", "stacked"),
-    [(64, None, False), (64, None, True), (64, 128, False), (60, None, False), (60, 68, True), (60, 64, False)],
+    [
+        (64, None, False),
+        (60, 68, True),
+        slow(64, None, True),
+        slow(64, 128, False),
+        slow(60, None, False),
+        slow(60, 64, False),
+    ],
 )
 def test_a_cache_that_lies_on_many_devices(size, larger, stacked):
     """Over its length, where that divides by eight; tokens and slots are not split alike."""
@@ -418,7 +431,7 @@ def test_the_cache_of_a_finished_row_is_not_written(gqa):
         assert int(run.state.position_B[0]) == 5
 
 
-@pytest.mark.parametrize("mesh", ["tensor=8", "fsdp=2,tensor=4", "context=8"])
+@pytest.mark.parametrize("mesh", ["tensor=8", slow("fsdp=2,tensor=4"), slow("context=8")])
 def test_flattened_heads_change_nothing(mesh, tmp_path):
     """As `load` leaves them on a TPU: the same tokens, and the same weights when they are saved."""
     llama = random_llama(SPLIT, mesh=mesh)

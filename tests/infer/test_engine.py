@@ -16,7 +16,7 @@ import llama_jax
 from llama_jax import Sampling
 from llama_jax.infer.decode import LENGTH, RUNNING, STOP
 from llama_jax.infer.engine import Engine, Request
-from tests.builders import tiny_config
+from tests.builders import slow, tiny_config
 from tests.infer.helpers import random_ids, random_llama
 
 CONFIG = tiny_config(num_layers=1, num_kv_heads=2, num_heads=4)
@@ -49,7 +49,7 @@ def options_of(sampling: Sampling) -> dict:
     return {name: getattr(sampling, name) for name in Sampling.__dataclass_fields__}
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", [slow(MESHES[0]), *MESHES[1:]])
 def test_six_settings_in_one_batch_are_six_single_calls(mesh):
     """Different budgets too; and every seed matters."""
     llama, budgets = random_llama(CONFIG, mesh=mesh, max_seq_len=SLOTS), [12, 7, 1, 12, 9, 12]

@@ -22,6 +22,7 @@ from transformers import (
 from llama_jax import Sampling
 from llama_jax.infer.generate import _samplings
 from llama_jax.infer.sampling import keep, row_sampling, sample
+from tests.builders import slow
 from tests.infer import sorting
 
 B, V = 16, 300
@@ -212,8 +213,8 @@ def test_frequencies_are_the_probabilities(options):
     assert (np.abs(deviation_V) <= 4 * np.sqrt(N * expected_V * (1 - expected_V))[common]).all()
 
 
-@pytest.mark.parametrize("seeds", ["one seed", "one position"])
-@pytest.mark.parametrize("options", [{}, {"top_k": 400}, {"top_p": 0.95}], ids=str)
+@pytest.mark.parametrize("seeds", ["one seed", slow("one position")])
+@pytest.mark.parametrize("options", [{}, slow({"top_k": 400}), {"top_p": 0.95}], ids=str)
 def test_chi_squared_of_draws(options, seeds):
     """40,000 draws from 1,000 tokens, four blocks, against the probabilities that sorting leaves.
 

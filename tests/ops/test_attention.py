@@ -12,7 +12,7 @@ import pytest
 from llama_jax import sharding
 from llama_jax.ops import attention
 from llama_jax.ops.attention import KERNELS, MASKED, dot_product_attention, tpu
-from tests.builders import tiny_config
+from tests.builders import slow, tiny_config
 
 pytestmark = pytest.mark.unoptimized
 
@@ -20,13 +20,6 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 FAST = [name for name in MASKED if name != "reference"]
 H = 16
 SCALE = 0.3
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(autouse=True)
@@ -304,7 +297,7 @@ def of_reference(T: int, K: int, G: int, head_dim: int, segmented: bool):
 
 @pytest.mark.parametrize("segmented", [True, False], ids=["packed", "causal"])
 @pytest.mark.parametrize(("K", "G"), [(4, 1), (2, 4), (1, 8)], ids=["mha", "gqa 4", "mqa 8"])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [slow(64), 128])
 @pytest.mark.parametrize("implementation", KERNELS)
 def test_kernels(implementation, head_dim, K, G, segmented):
     """Splash interpreted, and what stands for cuDNN on a CPU; three blocks, the last one padded."""

@@ -18,7 +18,7 @@ from llama_jax.train.optim import adamw
 from llama_jax.train.recipe import Optimizer, Schedule
 from llama_jax.train.state import from_named_arrays, named_arrays, new_state
 from llama_jax.train.step import attached, handles
-from tests.builders import tiny_config
+from tests.builders import slow, tiny_config
 from tests.infer.helpers import random_ids, random_llama
 
 pytestmark = pytest.mark.unoptimized
@@ -80,7 +80,7 @@ def pair(mesh: str, *, stacked: bool, tied: bool):
     return models
 
 
-@pytest.mark.parametrize(("mesh", "tied"), [("tensor=1", True), ("fsdp=2,tensor=4", True), ("context=8", False)])
+@pytest.mark.parametrize(("mesh", "tied"), [slow("tensor=1", True), ("fsdp=2,tensor=4", True), ("context=8", False)])
 def test_decoding(mesh, tied):
     leaf, dense = pair(mesh, stacked=False, tied=tied)
     assert is_leaf(leaf.model.embed.get_value())

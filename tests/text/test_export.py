@@ -125,6 +125,7 @@ def test_newer_form_and_added_tokens(sp, sp_model, tmp_path):
     assert re.search(f"only the first {size} of {size + 3} tokens", *warnings)
 
 
+@pytest.mark.slow
 def test_llama3_in_every_format(llama3, llama3_files, llama3_parts, tmp_path):
     hf = transformers_tokenizer(tmp_path, llama3_files)
     metadata = export.gguf_metadata(llama3_files, 128_256)
@@ -149,6 +150,7 @@ def test_llama3_in_every_format(llama3, llama3_files, llama3_parts, tmp_path):
     assert files["tokenizer.model"] == llama3_tokenizer().read_bytes()
 
 
+@pytest.mark.slow
 def test_only_llama3s_tokenizer_json_becomes_a_tiktoken_file(llama3_files):
     state = json.loads(llama3_files["tokenizer.json"])
 

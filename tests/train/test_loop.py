@@ -147,7 +147,7 @@ def test_runs_are_the_same_whole_killed_or_asked_to_stop(train, start_run, tmp_p
 @pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
 def test_kills_at_random_moments(train, start_run, tmp_path, kills):
     """However often: every checkpoint that is there loads, and no document is lost or repeated."""
-    steps = 80
+    steps = 40
     longer = ("--optimizer.schedule.steps", str(steps), "--validation.every", "0")
     assert train("whole", *longer)[0] == 0
     rng, name, resumed = random.Random(0), "killed", 0
@@ -191,6 +191,7 @@ def test_a_disk_that_fills_up_during_a_save(train, tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "full")
 
 
+@pytest.mark.slow
 def test_it_goes_on_with_other_processes_and_another_mesh(train, start, tmp_path, recipe):
     """7 steps on 1 process x 8 devices, 13 on 2 processes x 4: the same documents, and the same numbers to rounding."""
     whole = ("--mesh", "fsdp=4,tensor=2")

@@ -12,7 +12,7 @@ import llama_jax
 from llama_jax.ops.weights import embed
 from llama_jax.train import losses
 from llama_jax.train.losses import cross_entropy
-from tests.builders import tiny_config
+from tests.builders import slow, tiny_config
 from tests.infer.helpers import random_llama
 
 pytestmark = pytest.mark.unoptimized
@@ -106,7 +106,7 @@ def test_float32_logits_of_the_batch_never_exist():
     assert not [shape for shape in ("[2,150,512]", "[300,512]", "[150,2,512]") if f"f32{shape}" in text]
 
 
-@pytest.mark.parametrize("mesh", ["tensor=1", "fsdp=2,tensor=4", "context=8"])
+@pytest.mark.parametrize("mesh", ["tensor=1", slow("fsdp=2,tensor=4"), slow("context=8")])
 def test_ids_outside_the_vocabulary_are_loud(mesh, batch):
     """The same NaN on every mesh where they count, and nothing where they do not."""
     tokens, targets, mask, _ = (x.copy() for x in batch)

@@ -18,7 +18,7 @@ from llama_jax.train.state import TrainState, new_state
 from llama_jax.train.step import attached, compiled, handles, train_step
 from llama_jax.weights.load import read_model
 from llama_jax.weights.open import open_checkpoint
-from tests.builders import hf_model, one_device, tiny_config
+from tests.builders import hf_model, one_device, slow, tiny_config
 
 pytestmark = pytest.mark.unoptimized
 
@@ -107,7 +107,13 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "M"), [("tensor=1", 1), ("tensor=1", 2), ("fsdp=2,context=2,tensor=2", 2), ("data=2,fsdp=2,tensor=2", 1)]
+    ("mesh", "M"),
+    [
+        ("tensor=1", 1),
+        slow("tensor=1", 2),
+        ("fsdp=2,context=2,tensor=2", 2),
+        slow("data=2,fsdp=2,tensor=2", 1),
+    ],
 )
 def test_fifty_steps_equal_torch(checkpoint, mesh, M):
     opened, expected = checkpoint
@@ -123,7 +129,7 @@ def test_fifty_steps_equal_torch(checkpoint, mesh, M):
         assert before.sharding == after.sharding
 
 
-@pytest.mark.parametrize("attention", ["reference", "xla", "cpu", "splash", "cudnn"])
+@pytest.mark.parametrize("attention", ["reference", "cpu", slow("xla"), slow("splash"), slow("cudnn")])
 def test_documents_of_a_row_do_not_see_each_other(checkpoint, attention):
     """Another first document changes nothing of the second one, to the last bit; without segments it does."""
     opened, _ = checkpoint

@@ -184,6 +184,7 @@ def smollm2_hf(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_transformers_loads_the_export_of_smollm2(smollm2_hf):
     llama = llama_jax.load("smollm2-135m-instruct", mesh=one_device(), dtype="float32")
     model = transformers.AutoModelForCausalLM.from_pretrained(smollm2_hf, dtype=torch.float32)
