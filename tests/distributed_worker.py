@@ -16,7 +16,7 @@ import numpy as np
 from llama_jax import distributed
 from llama_jax.cli import fail_clearly
 
-MESHES = ("fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2")
+MESHES = ("data=2,fsdp=2,tensor=2",)
 
 
 def compute(mesh: str) -> dict[str, np.ndarray]:

@@ -61,6 +61,7 @@ def test_completion():
     assert done.stdout.splitlines() == ["prepare-data", "hf meta gguf native", "--record"]
 
 
+@pytest.mark.slow
 def test_a_benchmark_is_recorded(model, environment, tmp_path):
     sizes = ("--batch", "1", "--new-tokens", "2", "--prefill-tokens", "8", "--repeats", "1")
     command = [sys.executable, ROOT / "scripts/bench.py", "--model", model, *sizes, "--json"]

@@ -52,7 +52,7 @@ def test_two_processes_compute_what_one_does(start, tmp_path):
 @pytest.mark.parametrize(
     ("command", "stdin"),
     [
-        (("generate.py", "--prompts-file", "-", "--json", "--temperature", "1"), "the quick brown\nit is a wolf\n"),
+        slow(("generate.py", "--prompts-file", "-", "--json", "--temperature", "1"), "the quick brown\nit is a wolf\n"),
         slow(("chat.py",), "the fox\n/reset\n" + "the quick brown fox " * 60 + "\nthe wolf\n"),
     ],
     ids=["generate", "chat"],

@@ -116,8 +116,10 @@ def test_a_kind_from_outside(stacked):
 
     def logits_of(llama):
         """Of the next token after a prompt in a row put in, in a cache that has grown."""
-        model, ids = llama.model, jnp.asarray([prompts[1]])
-        with jax.set_mesh(llama.mesh):
+        ids = jnp.asarray([prompts[1]])
+
+        @jax.jit
+        def logits(model):
             order = jnp.arange(17)[None]
             _, one = model.hidden(ids, positions_BT=order, cache=model.init_cache(1, 32), ordered=True)
             cache = caches.grow(caches.insert_row(model.init_cache(3, 32), jnp.int32(1), one), model.rules, 40)
@@ -125,5 +127,8 @@ def test_a_kind_from_outside(stacked):
             positions = jnp.array([[40], [17], [40]])
             x_B1D, _ = model.hidden(jnp.full((3, 1), 5), positions_BT=positions, cache=caches.rewind(cache, positions))
             return model.logits(x_B1D)[1, 0]
+
+        with jax.set_mesh(llama.mesh):
+            return logits(llama.model)
 
     np.testing.assert_allclose(logits_of(llama), logits_of(plain), atol=1e-4)

@@ -49,7 +49,7 @@ def options_of(sampling: Sampling) -> dict:
     return {name: getattr(sampling, name) for name in Sampling.__dataclass_fields__}
 
 
-@pytest.mark.parametrize("mesh", [slow(MESHES[0]), *MESHES[1:]])
+@pytest.mark.parametrize("mesh", [MESHES[0], slow(MESHES[1])])
 def test_six_settings_in_one_batch_are_six_single_calls(mesh):
     """Different budgets too; and every seed matters."""
     llama, budgets = random_llama(CONFIG, mesh=mesh, max_seq_len=SLOTS), [12, 7, 1, 12, 9, 12]
@@ -96,7 +96,7 @@ def served(llama, arrivals, *, rows: int = 8, chunk: int = 3, leaves=()) -> dict
     return found
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", [slow(MESHES[0]), MESHES[1]])
 def test_rows_that_come_and_leave_change_no_other_row(mesh):
     """To the last bit; what a row gives is what `generate` gives, whenever it comes and wherever it is put."""
     llama = random_llama(CONFIG, mesh=mesh, max_seq_len=SLOTS)

@@ -13,7 +13,7 @@ import transformers
 
 import llama_jax
 from llama_jax import sharding
-from tests.builders import hf_config
+from tests.builders import hf_config, slow
 from tests.material import smollm2_gguf
 
 PROMPT = "The capital of France is"
@@ -44,9 +44,7 @@ def test_prompt_probability_and_greedy_text(smollm2):
     assert np.exp(completion.logprobs[0]) == pytest.approx(0.7725, abs=0.001)
 
 
-@pytest.mark.parametrize(
-    ("mesh", "count"), [pytest.param("tensor=2", 24, marks=pytest.mark.slow), ("fsdp=4,tensor=2", 6)]
-)
+@pytest.mark.parametrize(("mesh", "count"), [slow("tensor=2", 24), slow("fsdp=4,tensor=2", 6)])
 def test_a_mesh_that_does_not_divide_its_heads(mesh, count, smollm2):
     """Three kv heads, nine query heads."""
     devices = sharding.make_mesh(smollm2.config, **sharding.parse_mesh(mesh))

@@ -80,7 +80,9 @@ def pair(mesh: str, *, stacked: bool, tied: bool):
     return models
 
 
-@pytest.mark.parametrize(("mesh", "tied"), [slow("tensor=1", True), ("fsdp=2,tensor=4", True), ("context=8", False)])
+@pytest.mark.parametrize(
+    ("mesh", "tied"), [slow("tensor=1", True), ("fsdp=2,tensor=4", True), slow("context=8", False)]
+)
 def test_decoding(mesh, tied):
     leaf, dense = pair(mesh, stacked=False, tied=tied)
     assert is_leaf(leaf.model.embed.get_value())

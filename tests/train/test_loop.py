@@ -144,10 +144,10 @@ def test_runs_are_the_same_whole_killed_or_asked_to_stop(train, start_run, tmp_p
     assert "holds a run, saved at step 20: go on with it by --resume auto" in err
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
-def test_kills_at_random_moments(train, start_run, tmp_path, kills):
-    """However often: every checkpoint that is there loads, and no document is lost or repeated."""
-    steps = 40
+@pytest.mark.slow
+def test_kills_at_random_moments(train, start_run, tmp_path):
+    """Ten times: every checkpoint that is there loads, and no document is lost or repeated."""
+    steps, kills = 80, 10
     longer = ("--optimizer.schedule.steps", str(steps), "--validation.every", "0")
     assert train("whole", *longer)[0] == 0
     rng, name, resumed = random.Random(0), "killed", 0
@@ -176,6 +176,7 @@ def test_kills_at_random_moments(train, start_run, tmp_path, kills):
     assert_same_run(tmp_path / "whole", output, steps)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_during_a_save(train, tmp_path):
     """Files of more than 20 kB cannot be written: a checkpoint fails half-way, and the one before is whole."""
     assert train("whole")[0] == 0

@@ -129,7 +129,7 @@ def test_fifty_steps_equal_torch(checkpoint, mesh, M):
         assert before.sharding == after.sharding
 
 
-@pytest.mark.parametrize("attention", ["reference", "cpu", slow("xla"), slow("splash"), slow("cudnn")])
+@pytest.mark.parametrize("attention", ["reference", slow("cpu"), slow("xla"), slow("splash"), slow("cudnn")])
 def test_documents_of_a_row_do_not_see_each_other(checkpoint, attention):
     """Another first document changes nothing of the second one, to the last bit; without segments it does."""
     opened, _ = checkpoint

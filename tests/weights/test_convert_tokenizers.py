@@ -10,7 +10,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from llama_jax.weights.open import open_checkpoint
 from llama_jax.weights.save import convert
-from tests.builders import tiny_config, write_hf
+from tests.builders import slow, tiny_config, write_hf
 from tests.text.helpers import random_texts, write_folder
 from tests.text.test_export import sentencepiece_model
 
@@ -45,7 +45,7 @@ def test_no_merges(tmp_path):
         assert tokenizer.encode(text) == expected.encode(text, add_special_tokens=False).ids
 
 
-@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+@pytest.mark.parametrize("kind", [slow("bpe"), "unigram"])
 def test_a_right_tokenizer_of_another_kind(kind, tmp_path):
     """OpenLLaMA's kind: SentencePiece's own normalization, and its own removal of spaces."""
     model = sentencepiece_model(model_type=kind)
