@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llama_jax.config.quantization import Quantize
 from llama_jax.typing import JsonObject
 
 if TYPE_CHECKING:
@@ -36,7 +37,9 @@ class ModelArgs:
     """Slots of the key/value cache; default: what the call needs, up to the model's context."""
     attention: str | None = None
     """splash (TPU), cudnn (GPU), xla, cpu or reference; default: the fastest of the platform that is as exact."""
-
+    quantize: Quantize | None = None
+    """Store the matrices of the layers in NF4: with double quantization in 4.13 bits a number (nf4), or 4.5
+    (nf4-single); default: that of the adapter's run, else none."""
     adapter: str | None = None
     """A LoRA adapter: a folder as PEFT saves it, or of a training run. Given as the model, it brings its base."""
 

@@ -41,6 +41,9 @@ class Args:
     """gguf: quantize the matrices, to 8.5 or 4.5 bits a weight."""
     adapter: str | None = None
     """Add this LoRA adapter to the weights: a folder as PEFT saves it, or of a training run."""
+    merge_into: Literal["seen", "original"] = "seen"
+    """An adapter whose run quantized its base (QLoRA): add it to that quantized base, with which it was trained, or to
+    the original weights, which are another model; how far they are apart is said."""
     overwrite: bool = False
     """Replace the checkpoint at the destination, once the new one is complete."""
     verify: bool = True
@@ -57,7 +60,7 @@ def main(args: Args) -> None:
     report = convert(
         args.source, args.destination, to=args.to, dtype=args.dtype, shards=args.shards,
         max_shard_size=args.max_shard_size, quantize=args.quantize, overwrite=args.overwrite,
-        verify=args.verify, adapter=args.adapter,
+        verify=args.verify, adapter=args.adapter, merge_into=args.merge_into,
     )  # fmt: skip
     for warning in report.warnings:
         print(f"warning: {warning}", file=sys.stderr)

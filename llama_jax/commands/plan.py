@@ -23,6 +23,7 @@ from typing import Literal
 
 from llama_jax.cli import import_jax
 from llama_jax.config.adapter import Adapter
+from llama_jax.config.quantization import Quantize
 from llama_jax.plan import environment
 from llama_jax.progress import working
 
@@ -50,6 +51,8 @@ class Args:
     """Its implementation, such as splash:512 (blocks of 512)."""
     adapters: int = 0
     """Of training: the rank of a LoRA adapter on every matrix of the layers, which alone trains; 0 trains all."""
+    quantize: Quantize | None = None
+    """With --adapters: the form of the weights that do not train, nf4 (4.13 bits a number) or nf4-single (4.5)."""
     search: bool = False
     """Rank all meshes, remat policies and microbatches that are not given, compile the best, and print the table."""
     compile: int = 4
@@ -97,6 +100,7 @@ def main(args: Args) -> int:
         seq_len=args.seq,
         attention=args.attention,
         adapter=Adapter(rank=args.adapters, alpha=2 * args.adapters) if args.adapters else None,
+        quantize=args.quantize,
         **given,
     )
     with working() as say:

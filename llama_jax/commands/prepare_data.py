@@ -8,6 +8,7 @@
     python scripts/prepare_data.py gs://b/c4/ gs://b/corpus --tokenizer Llama-3.2-1B --runner DataflowRunner \\
         --beam-options project=P region=R temp_location=gs://b/tmp
     python scripts/prepare_data.py chats.jsonl corpus --chat --tokenizer Llama-3.1-8B-Instruct --show 3
+    python scripts/prepare_data.py preferences.jsonl corpus --pairs --tokenizer Llama-3.1-8B-Instruct
 
 A text file is one document; so is a line of JSON lines, or a row. With --chat each row is a conversation (messages,
 prompt and completion, Alpaca or ShareGPT: recognised), and a mask says which tokens are learned: the answers, each with
@@ -48,11 +49,14 @@ class Args:
     """What to do with a document that is not valid UTF-8 or holds NUL bytes (an escaped one in JSON is text)."""
     chat: bool = False
     """Rows are conversations, for supervised fine-tuning (objective sft)."""
+    pairs: bool = False
+    """Rows have two answers, of which one is preferred (objective dpo and its relatives): prompt, chosen and rejected;
+    chosen and rejected that begin alike; or OpenAI's input, preferred_output and non_preferred_output."""
     chat_format: str | None = None
     """Of conversations: llama2, llama3, codellama70b, template or template:NAME; default: the tokenizer's own."""
     max_tokens: int | None = None
-    """Of a conversation: a longer one loses whole turns from the front, after the system message, or is left out. Give
-    the sequence length of the training. Default: none is cut."""
+    """Of a conversation, of a pair of both together: a longer one loses whole turns from the front, after the system
+    message, or is left out. Give the sequence length of the training. Default: none is cut."""
     show: int = 0
     """Print so many conversations, what is learned marked."""
     bos: bool | None = None
@@ -78,7 +82,8 @@ def main(args: Args) -> int:
     request = p.make_request(
         inputs, tokenizer=args.tokenizer, vocab_size=args.train_tokenizer, sample_bytes=args.tokenizer_sample_bytes,
         field=args.field, format=args.format, glob=args.glob, invalid_utf8=args.invalid_utf8,
-        shard_bytes=args.shard_bytes, bos=args.bos, out=out, conversations=args.chat, chat_format=args.chat_format,
+        shard_bytes=args.shard_bytes, bos=args.bos, out=out, conversations=args.chat or args.pairs, pairs=args.pairs,
+        chat_format=args.chat_format,
         max_tokens=args.max_tokens,
     )  # fmt: skip
     is_there = os.path.isfile(Path(os.path.expanduser(out)) / MANIFEST)
@@ -94,7 +99,7 @@ def main(args: Args) -> int:
         print(f"warning: {count} {why} documents were left out", file=sys.stderr)
     for given in manifest.barren:
         print(f"error: {given}: gave no document: check it, or leave it out", file=sys.stderr)
-    if args.chat and "://" not in out:
+    if (args.chat or args.pairs) and "://" not in out:
         from llama_jax.data.masks import report, show
 
         corpus = open_corpus(out)

@@ -16,6 +16,7 @@ from llama_jax.config import ModelConfig
 from llama_jax.config.adapter import Adapter
 from llama_jax.config.params import AXES as MEANING
 from llama_jax.config.params import HEAD, group_size, sizes, specs_of
+from llama_jax.config.quantization import BLOCK, quantized_bytes
 from llama_jax.costs.machines import Machine
 from llama_jax.costs.mfu import training_flops
 
@@ -41,6 +42,7 @@ class Workload:
       attention: its implementation, "auto" or a name, such as "splash:512".
       compiler_options: beyond the defaults.
       adapter: of training: it alone trains, on weights in bfloat16; None trains all parameters.
+      quantize: with an adapter, the form of the layers' matrices, of `config.quantization`; None is bfloat16.
     """
 
     config: ModelConfig
@@ -54,6 +56,7 @@ class Workload:
     attention: str = "auto"
     compiler_options: Mapping[str, str | int | float | bool] = dataclasses.field(default_factory=dict)
     adapter: Adapter | None = None
+    quantize: str | None = None
 
     @property
     def ways(self) -> dict[str, int]:
@@ -185,12 +188,14 @@ class Weight:
       axes: what its dimensions mean.
       layers: how many layers have it; 0 outside the layers.
       is_matrix: whether the step multiplies with it: no norm.
+      inner: of a matrix, how many dimensions a product contracts, the first ones.
     """
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
     layers: int
     is_matrix: bool
+    inner: int = 0
 
 
 @functools.lru_cache(maxsize=32)
@@ -200,7 +205,13 @@ def weights(config: ModelConfig) -> tuple[Weight, ...]:
     outside = [spec for spec in specs_of(None).values() if spec is not HEAD or not config.tie_embeddings]
     inside = [(spec, number) for kind, number in kinds.items() for spec in specs_of(kind).values()]
     return tuple(
-        Weight(spec.shape(config), spec.logical_axes, number, spec.kind in ("matrix", "table", "expert"))
+        Weight(
+            spec.shape(config),
+            spec.logical_axes,
+            number,
+            spec.kind in ("matrix", "table", "expert"),
+            len(spec.stored[1]) if spec.kind == "matrix" else 0,
+        )
         for spec, number in [(spec, 0) for spec in outside] + inside
     )
 
@@ -213,6 +224,23 @@ def shard(job: Workload, shape: tuple[int, ...], axes: tuple[str, ...], *, gathe
         split = math.prod(ways[name] for name in names)
         sides.append(size // split if size % split == 0 else size)
     return math.prod(sides)
+
+
+def block_bytes(job: Workload) -> int:
+    """Bytes of the layers' matrices on one device, where they are kept in bfloat16 or quantized."""
+    found = 0.0
+    for weight in weights(job.config):
+        if not weight.layers or not weight.is_matrix:
+            continue
+        if not job.quantize or not weight.inner:
+            found += 2 * weight.layers * shard(job, weight.shape, weight.axes)
+            continue
+        blocks = list(weight.shape)
+        blocks[weight.inner - 1] //= BLOCK  # a block is on one device
+        inputs, outputs = math.prod(weight.shape[: weight.inner]), math.prod(weight.shape[weight.inner :])
+        per_number = quantized_bytes(job.quantize, inputs, outputs) / (inputs * outputs)
+        found += weight.layers * shard(job, tuple(blocks), weight.axes) * BLOCK * per_number
+    return int(found)
 
 
 def factors(job: Workload) -> tuple[int, int]:
@@ -269,7 +297,8 @@ def _training(job: Workload, blocks: int, tables: int, vectors: int) -> Memory:
     adapted, gates = factors(job)
     head_gradient = 0 if job.adapter else 4 * shard(job, (D, V), ("embed", "vocab"))
     trained = adapted if job.adapter else blocks + tables + vectors
-    parameters = (2 * (blocks + tables + vectors) + 4 * gates if job.adapter else 0) + 4 * trained
+    frozen = block_bytes(job) + 2 * (tables + vectors) + 4 * gates if job.adapter else 0
+    parameters = frozen + 4 * trained
     batch = 16 * T * job.microbatches  # tokens, targets, positions, segments
     of_blocks = 4 * adapted if job.adapter else 2 * blocks
     accumulated = (4 * adapted if job.adapter else 4 * (blocks + tables)) if job.microbatches > 1 else 0
@@ -348,6 +377,8 @@ def work(job: Workload) -> Work:
     parameters = L * matrices + D * vocab * (1 if config.tie_embeddings else 2)
     trained = factors(job)[0] * W if job.adapter else parameters
     whole = 2 * M * L * matrices  # the blocks' weights in bfloat16, once a microbatch
+    if job.quantize:
+        whole *= quantized_bytes(job.quantize, D, D) / (2 * D * D)
     recomputed = job.remat not in ("none", "matmuls")
     passes = 1 + any(_AGAIN[job.remat]) + (job.remat == "groups")
     # Weights are gathered and read twice, their gradients written and read.

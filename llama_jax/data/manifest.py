@@ -29,6 +29,10 @@ FORMATS = (1, 2)  # without and with columns: what has none is written as ever
 MANIFEST = "manifest.json"
 INPUTS = "inputs.json"
 LOSS_MASK = "loss_mask"  # a column: 1 for a token that is learned, of conversations
+# Of pairs of answers, a document with one after the other, each after the prompt: of each token twice two bits, whether
+# it is of the rejected answer and whether it ends one, and above them its position in prompt and answer.
+PAIR = "pair"
+REJECTED, ENDS, POSITION = 1, 2, 2  # bits, and the number of bits below the position
 UNFINISHED = "unfinished"  # a folder in the corpus's own while it is being prepared
 INDEX_DTYPE = np.dtype("<u4")
 AGAIN = "prepare the corpus again, into a new folder"

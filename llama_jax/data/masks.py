@@ -10,8 +10,8 @@ from typing import TextIO
 import numpy as np
 
 from llama_jax.data.corpus import Corpus
-from llama_jax.data.manifest import LOSS_MASK
-from llama_jax.data.prepare.shapes import SHAPES
+from llama_jax.data.manifest import LOSS_MASK, PAIR, REJECTED
+from llama_jax.data.prepare.shapes import PAIR_SHAPES, SHAPES
 from llama_jax.text.base import Tokenizer
 
 COUNTED = 1000  # rows, of which the learned tokens are counted
@@ -20,7 +20,8 @@ COUNTED = 1000  # rows, of which the learned tokens are counted
 def report(corpus: Corpus, form: str | None = None) -> Iterator[str]:
     """Says what shapes its rows had, how many were cut, and how many tokens of a row are learned."""
     facts = corpus.manifest.facts
-    shapes = ", ".join(f"{facts[shape]} of shape {shape}" for shape in SHAPES if facts.get(shape))
+    known = (*SHAPES, *PAIR_SHAPES)
+    shapes = ", ".join(f"{facts[shape]} of shape {shape}" for shape in known if facts.get(shape))
     yield f"rows: {shapes}"
     if form:
         yield f"the chat format is {form}: give --chat-format {form} to chat.py too, where it is not the model's own"
@@ -46,10 +47,17 @@ def show(corpus: Corpus, count: int, file: TextIO | None = None) -> None:
     numbers = range(min(count, len(corpus)))
     for number, ids, mask in zip(numbers, corpus.read(numbers), corpus.read(numbers, LOSS_MASK), strict=True):
         line = Text()
-        edges = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(ids)]
+        cuts = {0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(ids)}
+        second = 0  # where the other answer of a pair begins
+        if PAIR in corpus.columns:
+            (pair,) = corpus.read([number], PAIR)
+            second = int(np.argmax((pair & REJECTED) > 0))
+        edges = sorted(cuts | {second})
         for start, stop in itertools.pairwise(edges):
             text = _spelt(tokenizer, ids[start:stop].tolist(), names)
             learned = bool(mask[start])
+            if second and start in (0, second):
+                line.append("\nrejected: " if start else "chosen: ", style="bold")
             if learned and not console.is_terminal:
                 text = f"\u27e6{text}\u27e7"
             line.append(text, style="bold green" if learned else "dim")

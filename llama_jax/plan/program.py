@@ -50,6 +50,7 @@ def recipe_of(job: Workload) -> Recipe:
         remat=job.remat,  # pyright: ignore[reportArgumentType]
         attention=job.attention,
         adapter=job.adapter,
+        quantize=job.quantize,  # pyright: ignore[reportArgumentType]
     )
 
 

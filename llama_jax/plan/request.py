@@ -70,6 +70,7 @@ def job(
     microbatches: int | None = None,
     attention: str = "auto",
     adapter: Adapter | None = None,
+    quantize: str | None = None,
 ) -> tuple[Workload, str]:
     """The job that was asked for, and who chose what was left open, in words.
 
@@ -84,6 +85,7 @@ def job(
       microbatches: see `mode`.
       attention: see `mode`.
       adapter: of training; it alone trains.
+      quantize: form of the weights that do not train.
 
     Raises:
       ValueError: a name is not known, or the parts do not go together.
@@ -93,7 +95,12 @@ def job(
     size, length = _sizes(config, where, mode, row, batch, seq_len)
     parts = 1 if microbatches is None else microbatches
     _check_mode(mode, remat, adapter)
-    asked = Workload(config, where, mode, size, length, mesh or {}, remat or "full", parts, attention, adapter=adapter)
+    if quantize and not adapter:
+        raise ValueError("quantized weights do not train: give an adapter (--adapters 16), or leave quantize out")
+    asked = Workload(
+        config, where, mode, size, length, mesh or {}, remat or "full", parts, attention, adapter=adapter,
+        quantize=quantize,
+    )  # fmt: skip
     if mesh is None:
         check(dataclasses.replace(asked, mesh=mesh_of_machine(asked)), batch=False)
     else:
@@ -138,7 +145,10 @@ def of_recipe(recipe: Recipe, on: str) -> tuple[Recipe, Workload]:
     """
     config, batch = recipe.model, recipe.batch
     check_numbers(recipe)
-    asked = Workload(config, machine(on or "v5e"), "train", batch.sequences, batch.seq_len, {}, adapter=recipe.adapter)
+    asked = Workload(
+        config, machine(on or "v5e"), "train", batch.sequences, batch.seq_len, {}, adapter=recipe.adapter,
+        quantize=recipe.quantize,
+    )  # fmt: skip
     if not on:
         rows = [machine(row.machine) for row in tuned.rows_of(config, "train") if row.seq_len >= batch.seq_len]
         rows = [] if recipe.adapter else rows
@@ -155,5 +165,5 @@ def _job(recipe: Recipe, on: Machine) -> Workload:
     batch = recipe.batch
     return Workload(
         recipe.model, on, "train", batch.sequences, batch.seq_len, sharding.parse_mesh(recipe.mesh), recipe.remat,
-        max(1, batch.microbatches), recipe.attention, recipe.compiler_options, recipe.adapter,
+        max(1, batch.microbatches), recipe.attention, recipe.compiler_options, recipe.adapter, recipe.quantize,
     )  # fmt: skip

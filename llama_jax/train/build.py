@@ -18,6 +18,8 @@ from llama_jax.costs.machines import Machine
 from llama_jax.data.rows.loader import ARRAYS
 from llama_jax.model import Llama, random_keys
 from llama_jax.model.adapt import adapt, is_trained, new_factors
+from llama_jax.model.quantize import quantized
+from llama_jax.ops.weights import is_leaf
 from llama_jax.text.differences import differences
 from llama_jax.train.checks import batch_schedule, check_divides
 from llama_jax.train.corpora import Corpora
@@ -69,9 +71,10 @@ def make_model(recipe: Recipe, config: ModelConfig, *, seed: int | None = None) 
     rngs = None if seed is None else random_keys(seed)
     remat = "full" if recipe.remat == "auto" else recipe.remat
     param_dtype = dtype if recipe.adapter else "float32"
-    return Llama(
+    model = Llama(
         config, dtype=dtype, param_dtype=param_dtype, stacked=True, remat=remat, attention=attention, rngs=rngs
     )
+    return quantized(model, lambda place: recipe.quantize) if recipe.quantize else model
 
 
 def state_of(recipe: Recipe, model: Llama, optimizer: optax.GradientTransformation) -> TrainState:
@@ -149,14 +152,16 @@ def open_initial(recipe: Recipe, corpora: Corpora) -> Checkpoint | None:
 
 
 def read_initial(recipe: Recipe, checkpoint: Checkpoint, mesh: jax.sharding.Mesh) -> Llama:
-    """Its weights, stacked, on the mesh: in float32; where an adapter alone trains, in the dtype of the computation."""
+    """Its weights, stacked, on the mesh: in float32; where an adapter alone trains, in the dtype of the computation, or
+    quantized."""
     from llama_jax.weights.load import read_model
 
     with jax.set_mesh(mesh):
-        like = make_model(recipe, checkpoint.config)
+        like = make_model(dataclasses.replace(recipe, quantize=None), checkpoint.config)
     dtype = like.dtype if recipe.adapter else "float32"
-    leaves = jax.tree.leaves(read_model(checkpoint, mesh, dtype=dtype, stacked=True))
-    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+    read = read_model(checkpoint, mesh, dtype=dtype, stacked=True, quantize=recipe.quantize)
+    parameters = jax.tree.leaves(read, is_leaf=is_leaf)
+    return jax.tree.unflatten(jax.tree.structure(like), parameters)
 
 
 def initial_state(

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from llama_jax import sharding
 from llama_jax.config import ModelConfig
+from llama_jax.config.quantization import check_quantize
 from llama_jax.data.corpus import check_tokenizer
 from llama_jax.data.rows.loader import BatchSchedule, BatchStage
 from llama_jax.train.corpora import Corpora
@@ -50,6 +51,9 @@ def check_numbers(recipe: Recipe) -> None:
         raise ValueError("batch.stages.split would cut answers from their questions: leave it at 1 with objective sft")
     if recipe.adapter and not recipe.init_from:
         raise ValueError("an adapter needs the weights that it adapts: give --init-from")
+    check_quantize(recipe.quantize)
+    if recipe.quantize and not recipe.adapter:
+        raise ValueError("quantized weights do not train: give an adapter (--adapter.rank 16), or leave quantize out")
     if recipe.adapter and recipe.adapter.dropout:
         raise ValueError("adapter.dropout is not computed in training yet: leave it at 0")
 

@@ -11,8 +11,10 @@ import os
 from pathlib import Path
 
 from llama_jax.data.corpus import Corpus, changed_facts, check_tokenizer, open_corpus
+from llama_jax.data.manifest import PAIR
 from llama_jax.data.rows.plan import WINDOW, RowPlan
 from llama_jax.train.objective import objective_of
+from llama_jax.train.preferences import REFERENCE
 from llama_jax.train.recipe import Recipe
 from llama_jax.typing import JsonObject
 
@@ -58,10 +60,10 @@ def open_corpora(recipe: Recipe) -> Corpora:
         check_tokenizer(corpus, sha256=train[0].manifest.tokenizer_sha256)
         if not corpus.manifest.documents:
             raise ValueError(f"{corpus.path}: holds no document: prepare it from files that are not empty")
-        for column in set(objective_of(recipe).columns) - set(corpus.columns):
+        for column in set(objective_of(recipe).columns) - {*corpus.columns, REFERENCE}:
             raise ValueError(
                 f"{corpus.path}: has no column {column}, which the objective {recipe.objective} needs: prepare it from"
-                " conversations, with --chat"
+                f" {'pairs of answers, with --pairs' if column == PAIR else 'conversations, with --chat'}"
             )
     return Corpora(train, validation)
 

@@ -35,8 +35,10 @@ from llama_jax.train.measure import Measurements
 from llama_jax.train.objective import objective_of
 from llama_jax.train.optim import adamw, learning_rate
 from llama_jax.train.outcome import Outcome
+from llama_jax.train.preferences import REFERENCE
 from llama_jax.train.profile import tracing, window
 from llama_jax.train.recipe import Recipe
+from llama_jax.train.reference import keep_reference, referenced
 from llama_jax.train.report import Reporter, count, draw_curves, finite_or_none, read_metrics
 from llama_jax.train.state import TrainState, describe, from_named_arrays, named_arrays, new_state
 from llama_jax.train.step import compiled
@@ -45,10 +47,13 @@ from llama_jax.typing import JsonObject
 from llama_jax.weights.checkpoint import Checkpoint
 from llama_jax.weights.formats.hf import hf_texts
 from llama_jax.weights.formats.native import is_stacked
+from llama_jax.weights.peft import RECIPE
 
 log = logging.getLogger("llama_jax")
 
-CHECKPOINTS, RECIPE = "checkpoints", "recipe.json"
+CHECKPOINTS = "checkpoints"
+# Results of a step that are recorded by other names.
+ELSEWHERE = ("tokens", "positions", "finite", "skipped", "skipped_in_a_row", "stop")
 
 
 def train(recipe: Recipe, *, name: str = "run") -> Outcome:
@@ -108,6 +113,11 @@ class TrainingRun:
         self.objective = objective_of(recipe)
         self.optimizer, self.schedule = adamw(recipe.optimizer), learning_rate(recipe.optimizer.schedule)
         self.corpora = corpora.open_corpora(recipe)
+        if REFERENCE in self.objective.columns:
+            read = self.corpora
+            self.corpora = corpora.Corpora(
+                referenced(read.train, output, "train"), referenced(read.validation, output, "validation")
+            )
         self.batches = checks.batch_schedule(recipe.batch)
         self.plan = corpora.row_plan(recipe, self.corpora)
         # A resumed run has all that it began with, but the weights that an adapter leaves as they are.
@@ -136,6 +146,9 @@ class TrainingRun:
         self._whole_was_said = initial is not None  # by what reads it
         self.base = build.weights_id(initial) if initial and recipe.adapter else None
         self.state = self._restored(steps[-1], initial) if steps else self._new(initial)
+        if not steps and REFERENCE in self.objective.columns:
+            both = [*self.corpora.train, *self.corpora.validation]
+            keep_reference(self.state.model, both, self.objective, recipe.batch.seq_len, self.mesh)  # pyright: ignore
         self.reporter = Reporter(
             output, main=distributed.is_main(), total_steps=self.total, step=self.step,
             tensorboard=recipe.tensorboard, wandb=recipe.wandb, recipe=dataclasses.asdict(recipe),
@@ -382,7 +395,7 @@ class TrainingRun:
         self.last = results
         values = {
             "step": pending.step,
-            **{key: results[key] for key in ("loss", "grad_norm", "param_norm", "learning_rate")},
+            **{key: value for key, value in results.items() if key not in ELSEWHERE},
             "tokens_per_second": rate,
             "mfu": metrics.mfu(self.config, seq_len, rate, devices.size, devices.flat[0].device_kind),
             "step_seconds": seconds,

@@ -72,31 +72,11 @@ def cross_entropy(
     """
     if tokens < 1:
         raise ValueError(f"tokens must be at least 1, got {tokens}")
-    batch, seq, embed = jax.typeof(x_BTD).sharding.spec
-    rows, length = jax.typeof(x_BTD).sharding.shard_shape(x_BTD.shape)[:2]
-    devices = x_BTD.shape[1] // length  # that share a row
-    chunks = -(-length // max(1, tokens // rows))
-    size = -(-length // chunks)
-
-    def split(x: jax.Array, *rest: str | None) -> jax.Array:
-        """[B, T, ...] -> [chunks, B, devices * size, ...]: each chunk has `size` positions of each device."""
-        B, _, *inner = x.shape
-        x = jax.reshard(jnp.asarray(x), jax.P(batch, seq, *rest))
-        x = x.reshape(B, devices, length, *inner, out_sharding=jax.P(batch, seq, None, *rest))
-        x = jnp.pad(x, [(0, 0), (0, 0), (0, chunks * size - length), *((0, 0) for _ in inner)])  # mask 0
-        x = x.reshape(B, devices, chunks, size, *inner, out_sharding=jax.P(batch, seq, None, None, *rest))
-        x = jnp.moveaxis(x, 2, 0)
-        return x.reshape(chunks, B, devices * size, *inner, out_sharding=jax.P(None, batch, seq, *rest))
+    split = _Chunks(x_BTD, tokens).split
 
     def chunk(x_BtD, weights, targets_Bt, mask_Bt):
         """What is minimised, and the sums that are reported."""
-        logits_BtV = logits(x_BtD, *weights)
-        lse_Bt = jax.nn.logsumexp(logits_BtV, axis=-1)
-        # A comparison instead of a gather: the vocabulary may be split over the mesh.
-        V = logits_BtV.shape[-1]
-        chosen_BtV = jnp.arange(V, out_sharding=jax.P(_vocab(logits_BtV))) == targets_Bt[..., None]
-        nll_Bt = lse_Bt - jnp.sum(jnp.where(chosen_BtV, logits_BtV, 0), axis=-1)
-        nll_Bt += jnp.where((targets_Bt >= 0) & (targets_Bt < V), 0, jnp.nan)
+        nll_Bt, lse_Bt = _of_tokens(logits(x_BtD, *weights), targets_Bt)
         nll, z = (jnp.sum(jnp.where(mask_Bt != 0, x, 0) * mask_Bt) for x in (nll_Bt, lse_Bt**2))
         return nll + z_weight * z, (nll, z, jnp.sum(mask_Bt))
 
@@ -129,12 +109,77 @@ def cross_entropy(
         return (scale * dx_nBtD).astype(x_BTD.dtype), dw, None, None
 
     sums.defvjp(sums_and_gradients, scaled)
-    x_nBtD, *rest = split(x_BTD, embed), split(targets_BT), split(jnp.asarray(mask_BT, jnp.float32))
+    x_nBtD, *rest = split(x_BTD), split(targets_BT), split(jnp.asarray(mask_BT, jnp.float32))
     logits, weights = model.logits, []
     if head_trains:
         logits, weights = jax.closure_convert(model.logits, x_nBtD[0])  # its weights as arguments, to have gradients
     nll, z, count = sums(x_nBtD, weights, *rest)
     return Loss(nll, z, count, z_weight)
+
+
+def token_nll(model: Llama, x_BTD: jax.Array, targets_BT: jax.Array, *, tokens: int = TOKENS) -> jax.Array:
+    """The negative log-likelihood of each target, float32 [B, T] in nats, for losses that weigh them one by one.
+
+    In chunks too, whose logits the gradient computes again: four products with the head instead of three.
+
+    Args:
+      model: its norm and head make the logits.
+      x_BTD: the residual stream after the last block.
+      targets_BT: int32; what lies outside of the vocabulary gives NaN.
+      tokens: of one device in a chunk.
+    """
+    chunks = _Chunks(x_BTD, tokens)
+
+    @jax.checkpoint
+    def of_chunk(x_BtD, targets_Bt):
+        return _of_tokens(model.logits(x_BtD), targets_Bt)[0]
+
+    _, nll_nBt = jax.lax.scan(
+        lambda _, parts: (None, of_chunk(*parts)), None, (chunks.split(x_BTD), chunks.split(targets_BT))
+    )
+    return chunks.join(nll_nBt)
+
+
+def _of_tokens(logits_BtV: jax.Array, targets_Bt: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Negative log-likelihood, and the logarithm of the softmax's denominator, of each target."""
+    lse_Bt = jax.nn.logsumexp(logits_BtV, axis=-1)
+    # A comparison instead of a gather: the vocabulary may be split over the mesh.
+    V = logits_BtV.shape[-1]
+    chosen_BtV = jnp.arange(V, out_sharding=jax.P(_vocab(logits_BtV))) == targets_Bt[..., None]
+    nll_Bt = lse_Bt - jnp.sum(jnp.where(chosen_BtV, logits_BtV, 0), axis=-1)
+    return nll_Bt + jnp.where((targets_Bt >= 0) & (targets_Bt < V), 0, jnp.nan), lse_Bt
+
+
+class _Chunks:
+    """A cut of [B, T, ...] along T: each chunk has `size` positions of each of the devices that share a row."""
+
+    def __init__(self, x_BTD: jax.Array, tokens: int):
+        self.batch, self.seq, self.embed = jax.typeof(x_BTD).sharding.spec
+        rows, self.length = jax.typeof(x_BTD).sharding.shard_shape(x_BTD.shape)[:2]
+        self.devices = x_BTD.shape[1] // self.length  # that share a row
+        self.chunks = -(-self.length // max(1, tokens // rows))
+        self.size = -(-self.length // self.chunks)
+
+    def split(self, x: jax.Array) -> jax.Array:
+        """[B, T, ...] -> [chunks, B, devices * size, ...], filled up with zeros."""
+        B, _, *inner = x.shape
+        rest = [self.embed] * len(inner)
+        batch, seq, devices, chunks, size = self.batch, self.seq, self.devices, self.chunks, self.size
+        x = jax.reshard(jnp.asarray(x), jax.P(batch, seq, *rest))
+        x = x.reshape(B, devices, self.length, *inner, out_sharding=jax.P(batch, seq, None, *rest))
+        x = jnp.pad(x, [(0, 0), (0, 0), (0, chunks * size - self.length), *((0, 0) for _ in inner)])
+        x = x.reshape(B, devices, chunks, size, *inner, out_sharding=jax.P(batch, seq, None, None, *rest))
+        x = jnp.moveaxis(x, 2, 0)
+        return x.reshape(chunks, B, devices * size, *inner, out_sharding=jax.P(None, batch, seq, *rest))
+
+    def join(self, x: jax.Array) -> jax.Array:
+        """[chunks, B, devices * size] -> [B, T]."""
+        B = x.shape[1]
+        batch, seq, devices, chunks, size = self.batch, self.seq, self.devices, self.chunks, self.size
+        x = x.reshape(chunks, B, devices, size, out_sharding=jax.P(None, batch, seq, None))
+        x = jnp.moveaxis(x, 0, 2)
+        x = x.reshape(B, devices, chunks * size, out_sharding=jax.P(batch, seq, None))[:, :, : self.length]
+        return x.reshape(B, devices * self.length, out_sharding=jax.P(batch, seq))
 
 
 def _vocab(logits_BtV: jax.Array) -> str | tuple[str, ...] | None:

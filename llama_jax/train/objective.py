@@ -1,5 +1,5 @@
-"""What a run minimises: an objective turns a model and a batch into sums. There are pretraining and
-supervised fine-tuning.
+"""What a run minimises: an objective turns a model and a batch into sums. There are pretraining,
+supervised fine-tuning, and those of `train.preferences`.
 
 Another objective is a class with the methods of `Objective` and an entry in OBJECTIVES; recipes name it.
 """
@@ -16,7 +16,9 @@ import jax.numpy as jnp
 from llama_jax.data.manifest import LOSS_MASK
 from llama_jax.model import Llama
 from llama_jax.train.losses import Loss, cross_entropy
+from llama_jax.train.preferences import COMPARED, REFERENCE, WITHOUT_REFERENCE, PreferenceObjective
 from llama_jax.train.recipe import Recipe
+from llama_jax.typing import PyTree
 
 BatchArrays = Mapping[str, jax.Array]  # `data.rows.loader.ARRAYS`, and the columns that the objective asks for
 
@@ -34,19 +36,24 @@ class Objective(Protocol):
         """Whether no document may be cut to fill a sequence."""
         ...
 
-    def count(self, batch: BatchArrays) -> jax.Array:
+    def count(self, batch: BatchArrays) -> PyTree:
         """Returns what the sums of a whole step are divided by, float32, from its arrays [M, B, T]."""
         ...
 
-    def sums(self, model: Llama, batch: BatchArrays) -> Loss:
-        """Returns the sums of one microbatch, its arrays [B, T]."""
+    def sums(self, model: Llama, batch: BatchArrays) -> PyTree:
+        """Returns the sums of one microbatch, its arrays [B, T]; `nll` and `tokens` among them, for validation."""
         ...
 
-    def minimised(self, sums: Loss) -> jax.Array:
-        """Returns the sum whose gradient is taken."""
+    def minimised(self, sums: PyTree, count: PyTree) -> jax.Array:
+        """Returns what the sums of a microbatch add to the loss of its step, whose gradient is taken.
+
+        Args:
+          sums: of the microbatch.
+          count: of the whole step, at least 1.
+        """
         ...
 
-    def metrics(self, sums: Loss, count: jax.Array) -> dict[str, jax.Array]:
+    def metrics(self, sums: PyTree, count: PyTree) -> dict[str, jax.Array]:
         """Returns what a step reports of its sums: at least `loss`, and `tokens` that counted."""
         ...
 
@@ -78,9 +85,9 @@ class Pretrain:
     def _loss(self, model: Llama, x_BTD: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array) -> Loss:
         return cross_entropy(model, x_BTD, targets_BT, mask_BT, z_weight=self.z_weight, head_trains=self.head_trains)
 
-    def minimised(self, sums: Loss) -> jax.Array:
+    def minimised(self, sums: Loss, count: jax.Array) -> jax.Array:
         """Negative log-likelihood and z-loss."""
-        return sums.nll + self.z_weight * sums.z
+        return (sums.nll + self.z_weight * sums.z) / count
 
     def metrics(self, sums: Loss, count: jax.Array) -> dict[str, jax.Array]:
         """`loss` in nats a token, without the z-loss, and `tokens`."""
@@ -112,6 +119,14 @@ class SupervisedFineTuning(Pretrain):
 
 OBJECTIVES: dict[str, Callable[[Recipe], Objective]] = {
     "pretrain": lambda recipe: Pretrain(recipe.optimizer.z_weight, not recipe.adapter),
+    **{
+        name: lambda recipe, name=name: PreferenceObjective(
+            name,
+            recipe.preference,
+            reference="" if recipe.adapter or name in WITHOUT_REFERENCE else REFERENCE,
+        )
+        for name in COMPARED
+    },
     "sft": lambda recipe: SupervisedFineTuning(recipe.optimizer.z_weight, not recipe.adapter),
 }
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 from llama_jax.config import ModelConfig
 from llama_jax.config.adapter import Adapter
+from llama_jax.config.quantization import Quantize
 
 Remat = Literal["auto", "none", "matmuls", "attention", "full", "groups", "offload"]
 
@@ -134,6 +135,23 @@ class Samples:
 
 
 @dataclasses.dataclass(frozen=True)
+class Preference:
+    """How two answers to a prompt are compared: of the objectives dpo, dpo-norm, ipo, hinge, simpo and orpo."""
+
+    beta: float = 0.1
+    """How far the model may go from the reference; of orpo the weight of the odds ratio."""
+    nll_weight: float | None = None
+    """Of the loss of the better answer, as in supervised fine-tuning: without it, its probability may fall together
+    with that of the other one. Default: 0.2 of dpo and dpo-norm, as Llama 3 has it, 1 of orpo, else 0."""
+    label_smoothing: float = 0.0
+    """Of dpo: the share of pairs whose answers may be exchanged."""
+    gamma: float = 1.0
+    """Of simpo: the margin that is aimed at."""
+    ends: bool = False
+    """Whether the tokens that end an answer count in the comparison; in Llama 3 they do not."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Recipe:
     """One training run."""
 
@@ -147,9 +165,15 @@ class Recipe:
     """How it updates."""
     objective: str = "pretrain"
     """What is minimised: pretrain, the loss of every token that follows another; sft, that of the answers of
-    conversations (`prepare-data --chat`)."""
+    conversations (`prepare-data --chat`); dpo, dpo-norm, ipo, hinge, simpo or orpo, that the better of two answers is
+    the more probable one (`prepare-data --pairs`)."""
+    preference: Preference = Preference()
+    """Of the objectives that compare two answers."""
     adapter: Adapter | None = None
     """A LoRA adapter on `init_from`, which alone trains; --adapter.rank 0 trains all parameters."""
+    quantize: Quantize | None = None
+    """Of the weights that an adapter leaves as they are, the matrices of the layers: nf4, with double quantization, is
+    4.13 bits a number (QLoRA), nf4-single 4.5 bits."""
     checkpoints: Checkpoints = Checkpoints()
     """What it saves."""
     validation: Validation = Validation()

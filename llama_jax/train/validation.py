@@ -16,6 +16,7 @@ from llama_jax.model import Llama
 from llama_jax.sharding import pad_batch
 from llama_jax.text.base import Tokenizer
 from llama_jax.train.objective import Objective
+from llama_jax.typing import PyTree
 
 ROWS = 8  # of a batch, or as many as the mesh has parts
 READ = 256  # documents at a time
@@ -51,11 +52,10 @@ class Validator:
         with jax.set_mesh(mesh):
             self._rows = pad_batch(rows)
 
-        def sums(model: Llama, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            loss = objective.sums(model, {name: x[0] for name, x in batch.items()})
-            return loss.nll, loss.tokens
+        def sums(model: Llama, batch: dict[str, jax.Array]) -> tuple[PyTree, PyTree]:
+            return objective.sums(model, {name: x[0] for name, x in batch.items()}), objective.count(batch)
 
-        self._sums, self._program = jax.jit(sums), None
+        self._objective, self._sums, self._program = objective, jax.jit(sums), None
 
     def __call__(self, model: Llama) -> dict[str, float]:
         """`validation_loss` (nats a token) and `validation_bits_per_byte`, and of each of several corpora by name.
@@ -64,13 +64,18 @@ class Validator:
         a document, its first token is not predicted, and its bytes do not count; where none is left, there are no bits
         a byte.
         """
-        found, totals = {}, [0.0, 0.0, 0.0]
+        found, each = {}, []
         for corpus, plan, nbytes in zip(self._corpora, self._plans, self._bytes, strict=True):
-            sums = (*self._of(model, plan), nbytes)
-            totals = [a + b for a, b in zip(totals, sums, strict=True)]
+            each.append((*self._of(model, plan), nbytes))
             if len(self._corpora) > 1:
-                found |= {f"{name}/{corpus.name}": value for name, value in _values(*sums).items()}
-        return _values(*totals) | found
+                found |= {f"{name}/{corpus.name}": value for name, value in self._values(*each[-1]).items()}
+        return self._values(*jax.tree.map(lambda *x: math.fsum(x), *each)) | found
+
+    def _values(self, sums: PyTree, count: PyTree, nbytes: float) -> dict[str, float]:
+        bits = {"validation_bits_per_byte": sums.nll / math.log(2) / nbytes} if nbytes else {}
+        more = self._objective.metrics(sums, count)
+        more = {f"validation_{k}": float(x) for k, x in more.items() if k not in ("loss", "tokens", "pairs")}
+        return {"validation_loss": sums.nll / sums.tokens} | bits | more
 
     def _plan(self, corpus: Corpus) -> SequentialPlan:
         count = min(self._documents or len(corpus), len(corpus))
@@ -79,8 +84,8 @@ class Validator:
         except ValueError as error:
             raise ValueError(f"{corpus.path}, for validation: {error}") from None
 
-    def _of(self, model: Llama, plan: SequentialPlan) -> tuple[float, float]:
-        """Nats and tokens."""
+    def _of(self, model: Llama, plan: SequentialPlan) -> tuple[PyTree, PyTree]:
+        """The objective's sums and count."""
         schedule = BatchSchedule(self._seq_len, (BatchStage(0, self._rows),))
         sums = []
         with jax.set_mesh(self._mesh):
@@ -93,8 +98,9 @@ class Validator:
                     sums.append(self._program(model, step.batch))
                     if len(sums) % 16 == 0:
                         jax.block_until_ready(sums[-1])  # so that batches do not pile up on the devices
-            nats, tokens = (math.fsum(float(x) for x in column) for column in zip(*map(_host, sums), strict=True))
-        return nats, tokens
+            structure = jax.tree.structure(sums[0])
+            columns = zip(*(_host(jax.tree.leaves(one)) for one in sums), strict=True)
+        return jax.tree.unflatten(structure, [math.fsum(column) for column in columns])
 
 
 def _predicted_bytes(corpus: Corpus, count: int) -> float:
@@ -129,10 +135,5 @@ class _PredictedBytes:
         return min(max(predicted, 0), nbytes)
 
 
-def _host(pair: tuple[jax.Array, jax.Array]) -> tuple[float, ...]:
-    return tuple(float(x) for x in distributed.fetch(*pair))
-
-
-def _values(nats: float, tokens: float, nbytes: float) -> dict[str, float]:
-    bits = {"validation_bits_per_byte": nats / math.log(2) / nbytes} if nbytes else {}
-    return {"validation_loss": nats / tokens} | bits
+def _host(scalars: list[jax.Array]) -> tuple[float, ...]:
+    return tuple(float(x) for x in distributed.fetch(*scalars))

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import jax
 
     from llama_jax.model import Llama
+    from llama_jax.ops.quantized import NF4
     from llama_jax.weights.checkpoint import Checkpoint
     from llama_jax.weights.source import Index, Tensor
 
@@ -37,6 +38,7 @@ def load(
     max_seq_len: int | None = None,
     chat_format: str | None = None,
     attention: str | None = None,
+    quantize: str | None = None,
     adapters: str | Path | None = None,
 ) -> LoadedLlama:
     """Loads a Llama, tensor by tensor, each device's part straight to the device.
@@ -52,6 +54,9 @@ def load(
         guess that a warning names.
       attention: "splash", "cudnn", "xla", "cpu" or "reference", see `ops.attention.dot_product_attention`; None chooses
         by platform.
+      quantize: "nf4" stores the matrices of the layers in NF4 with double quantization, 4.13 bits a number,
+        "nf4-single" in 4.5 bits; bit for bit as bitsandbytes, and of its checkpoints the numbers that they hold. None
+        is what the adapter's run had, else all are expanded.
       adapters: the folder of a LoRA adapter as PEFT saves it, or of a training run that made one. Its weights stay
         beside those of the model. Where `name` is such a folder, the model is its base.
 
@@ -64,6 +69,7 @@ def load(
 
     from llama_jax import sharding
     from llama_jax.compilation_cache import use_compilation_cache
+    from llama_jax.config.quantization import check_quantize
     from llama_jax.model import flatten_heads
     from llama_jax.ops.attention import check_implementation
     from llama_jax.text.chat import format_named
@@ -78,6 +84,9 @@ def load(
     config = checkpoint.config
     if saved:
         saved.check(config)
+        if quantize is None and saved.quantize:
+            quantize = saved.quantize
+            log.info("%s is kept in %s, as its adapter was trained", name, quantize)
     if max_seq_len is not None and not 1 <= max_seq_len <= config.max_seq_len:
         raise ValueError(f"max_seq_len must be from 1 to the model's {config.max_seq_len}, got {max_seq_len}")
     use_compilation_cache()
@@ -85,9 +94,10 @@ def load(
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     check_implementation(attention)
+    check_quantize(quantize)
     if mesh is None or isinstance(mesh, str):
         mesh = sharding.mesh_of(config, mesh)
-    model = read_model(checkpoint, mesh, dtype=dtype, attention=attention)
+    model = read_model(checkpoint, mesh, dtype=dtype, attention=attention, quantize=quantize)
     tokenizer = checkpoint.tokenizer
     with jax.set_mesh(mesh):
         if saved:
@@ -105,6 +115,7 @@ def read_model(
     dtype: str | None,
     stacked: bool = False,
     attention: str | None = None,
+    quantize: str | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> Llama:
     """Reads the weights, one tensor at a time, into a model on `mesh`.
@@ -118,14 +129,18 @@ def read_model(
       dtype: of parameters and computation; None keeps each parameter as it is stored.
       stacked: the layout of blocks, see `model.Llama`.
       attention: name of the attention implementation.
+      quantize: form of the layers' matrices, of `config.quantization.Quantize`; None is `dtype`.
       advance: called with the number of bytes that this process has just read; None shows progress on process 0.
     """
     import jax
 
     from llama_jax.distributed import is_main
     from llama_jax.model import Llama
-    from llama_jax.ops.weights import name_of
+    from llama_jax.model.quantize import quantized
+    from llama_jax.ops.quantized import NF4
+    from llama_jax.ops.weights import is_leaf, name_of
     from llama_jax.sharding import ShardingRules, whole_weights
+    from llama_jax.weights.quantized import QuantizedParameter, form_of
 
     rules = ShardingRules()
     main = dtype or str(checkpoint.dtype)
@@ -139,14 +154,16 @@ def read_model(
             attention=attention,
             rngs=None,
         )
+        abstract = quantized(abstract, form_of(checkpoint, quantize))
         whole = whole_weights(rules.undivided(checkpoint.config))
     if whole:
         log.warning("%s", whole)
-    paths, treedef = jax.tree_util.tree_flatten_with_path(abstract)
+    paths, treedef = jax.tree_util.tree_flatten_with_path(abstract, is_leaf=is_leaf)
     parameters = [
-        _Parameter(checkpoint, name_of(path), leaf.shape, jax.NamedSharding(mesh, leaf.sharding.spec))
+        QuantizedParameter(checkpoint, name_of(path), _on(mesh, leaf)) if isinstance(leaf, NF4)
+        else _Parameter(checkpoint, name_of(path), leaf.shape, jax.NamedSharding(mesh, leaf.sharding.spec))
         for path, leaf in paths
-    ]
+    ]  # fmt: skip
     if advance or not is_main():
         shown = contextlib.nullcontext(advance or (lambda done: None))
     else:
@@ -154,6 +171,16 @@ def read_model(
     with shown as done:
         arrays = [parameter.read(dtype, done) for parameter in parameters]
     return jax.tree_util.tree_unflatten(treedef, arrays)
+
+
+def _on(mesh: jax.sharding.Mesh, leaf: NF4) -> NF4:
+    """An abstract leaf on the devices."""
+    import jax
+
+    def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, x.sharding.spec))
+
+    return jax.tree.map(place, leaf)
 
 
 class _Parameter:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Literal
 
 import numpy as np
 
@@ -13,20 +14,31 @@ from llama_jax.text.open import read_files
 from llama_jax.weights import params
 from llama_jax.weights.checkpoint import Checkpoint
 from llama_jax.weights.peft import SavedAdapter, own_tokenizer
+from llama_jax.weights.quantized import as_quantized
 from llama_jax.weights.source import Index, Tensor
 
+MergeInto = Literal["seen", "original"]
 
-def merged(checkpoint: Checkpoint, saved: SavedAdapter) -> Checkpoint:
+
+def merged(checkpoint: Checkpoint, saved: SavedAdapter, *, into: MergeInto = "seen") -> Checkpoint:
     """Returns the checkpoint with an adapter in its weights: W + s B A in float32, rounded once to the dtype of W.
 
-    The base is what is stored: of quantized tensors their own numbers, as the adapter saw them. Where the adapter's
-    folder has a tokenizer, it is that of the result: it has the chat template that the adapter was trained with.
+    Where the adapter's folder has a tokenizer, it is that of the result: it has the chat template that the adapter was
+    trained with.
+
+    Args:
+      checkpoint: the base; of stored blocks the numbers that they stand for.
+      saved: the adapter.
+      into: "seen" is the base as the adapter saw it, quantized where its run quantized it; "original" the base as it is
+        stored, which is another model.
 
     Raises:
       CheckpointError: the adapter is not of this model.
       ConfigError: it targets what the model does not have.
     """
     saved.check(checkpoint.config)
+    if saved.quantize and into == "seen":
+        checkpoint = as_quantized(checkpoint, saved.quantize)
     tensors = dict(checkpoint.tensors)
     for module, (spec, layer) in saved.adapter.modules(checkpoint.config).items():
         name = spec.name(checkpoint.format, layer)
@@ -36,6 +48,19 @@ def merged(checkpoint: Checkpoint, saved: SavedAdapter) -> Checkpoint:
         return dataclasses.replace(checkpoint, tensors=tensors)
     files = hf_files(with_named_ids(read_files(saved.path), tokenizer))
     return dataclasses.replace(checkpoint, tensors=tensors, tokenizer=tokenizer, tokenizer_files=lambda: files)
+
+
+def difference(checkpoint: Checkpoint, saved: SavedAdapter) -> float:
+    """Returns how far the layers' matrices are from those that an adapter saw: the difference's root mean square, as a
+    share of theirs; 0 where its run did not quantize them."""
+    if not saved.quantize:
+        return 0.0
+    seen, squares = as_quantized(checkpoint, saved.quantize), np.zeros(2)
+    for spec, layer in params.parameters(checkpoint.config):
+        if layer is not None and spec.kind == "matrix":
+            one, other = (c.tensor(spec, layer).read().astype(np.float32) for c in (checkpoint, seen))
+            squares += np.square(one - other).sum(dtype=np.float64), np.square(one).sum(dtype=np.float64)
+    return float(np.sqrt(squares[0] / squares[1]))
 
 
 def _product(x: np.ndarray, y: np.ndarray) -> np.ndarray:

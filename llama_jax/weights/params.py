@@ -80,7 +80,7 @@ def part_of(tensor: Tensor, spec: ParamSpec, config: ModelConfig, format: Format
         return tensor.read((slice(first + inside.start, first + inside.stop), *rest))
 
     nbytes = tensor.nbytes * shape[0] // tensor.shape[0]
-    return dataclasses.replace(tensor, shape=shape, nbytes=nbytes, reader=reader)
+    return dataclasses.replace(tensor, shape=shape, nbytes=nbytes, reader=reader, blocks=None)
 
 
 def read(tensor: Tensor, spec: ParamSpec, config: ModelConfig, format: Format, index: Sequence[slice]) -> np.ndarray:

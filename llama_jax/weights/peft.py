@@ -18,6 +18,7 @@ import numpy as np
 from llama_jax.config import ModelConfig
 from llama_jax.config.adapter import CONFIG, WEIGHTS, Adapter, from_peft, to_peft
 from llama_jax.config.params import stored_shape
+from llama_jax.config.quantization import check_quantize
 from llama_jax.text.base import Tokenizer
 from llama_jax.text.open import load_tokenizer
 from llama_jax.typing import JsonObject
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("llama_jax")
 
 PREFIX = "base_model.model."
+RECIPE = "recipe.json"  # beside the adapter, in a run's checkpoint
 
 
 class SavedAdapter:
@@ -39,6 +41,8 @@ class SavedAdapter:
       path: the folder.
       adapter: what it is.
       base: the name of its base, as its configuration has it; may be empty.
+      quantize: the form in which its run kept the base, of `config.quantization.Quantize`; None where it did not, or
+        where the adapter is not of a run of ours.
     """
 
     def __init__(self, path: Path):
@@ -54,6 +58,7 @@ class SavedAdapter:
         content = _read_config(path / CONFIG)
         self.adapter = from_peft(content, str(path / CONFIG))
         self.base: str = content.get("base_model_name_or_path") or ""
+        self.quantize = _quantize_of_run(path)
         if not exists(path / WEIGHTS):
             old = " (adapter_model.bin is a pickle: load and save it again with PEFT)" * exists(
                 path / "adapter_model.bin"
@@ -176,6 +181,17 @@ def own_tokenizer(saved: SavedAdapter, config: ModelConfig) -> Tokenizer | None:
         )  # fmt: skip
         return None
     return tokenizer
+
+
+def _quantize_of_run(path: Path) -> str | None:
+    if not exists(path / RECIPE):
+        return None
+    try:
+        found = json.loads((path / RECIPE).read_text(encoding="utf-8")).get("quantize")
+        check_quantize(found)
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path / RECIPE}: cannot be read ({error}): it says how the base was kept") from error
+    return found
 
 
 def _read_config(path: Path) -> JsonObject:

@@ -23,7 +23,7 @@ from llama_jax.weights.checkpoint import Checkpoint
 from llama_jax.weights.compare import compare_parameter
 from llama_jax.weights.formats import FORMATS
 from llama_jax.weights.formats.base import Options, parse_bytes
-from llama_jax.weights.merge import merged
+from llama_jax.weights.merge import MergeInto, difference, merged
 from llama_jax.weights.open import open_checkpoint
 from llama_jax.weights.params import Format
 from llama_jax.weights.peft import open_adapter
@@ -74,6 +74,7 @@ def convert(
     overwrite: bool = False,
     verify: bool = True,
     adapter: str | Path | None = None,
+    merge_into: MergeInto = "seen",
 ) -> ConversionReport:
     """Converts a checkpoint tensor by tensor; without JAX, except to "native".
 
@@ -88,6 +89,8 @@ def convert(
       overwrite: whether a checkpoint at `destination` is replaced.
       verify: whether the result is read again and compared with the source, bit for bit.
       adapter: the folder of a LoRA adapter that is added to the weights; where the source is one, its base is read.
+      merge_into: what an adapter is added to, where its run quantized the base: "seen" is that quantized base, as the
+        adapter was trained; "original" the base as it is stored, and a warning says how far the two are apart.
 
     Raises:
       CheckpointError: the source cannot be read, or the result differs from it.
@@ -99,8 +102,19 @@ def convert(
     _check_options(to, options)
     check_replaceable(Path(os.path.expanduser(destination)), overwrite=overwrite)  # before anything is fetched
     source, saved = open_adapter(source, adapter)
-    checkpoint = merged(open_checkpoint(source), saved) if saved else open_checkpoint(source)
-    return export(checkpoint, destination, to=to, options=options, overwrite=overwrite, verify=verify)
+    checkpoint, warnings = open_checkpoint(source), []
+    if saved:
+        if merge_into not in get_args(MergeInto):
+            raise ValueError(f"merge_into must be one of {', '.join(get_args(MergeInto))}, got {merge_into!r}")
+        if saved.quantize and merge_into == "original":
+            apart = difference(checkpoint, saved)
+            warnings.append(
+                f"the adapter was trained on this model in {saved.quantize}, and is merged into the original: their"
+                f" matrices are {apart:.1%} apart (root mean square), so this is another model than the one trained"
+            )
+        checkpoint = merged(checkpoint, saved, into=merge_into)
+    report = export(checkpoint, destination, to=to, options=options, overwrite=overwrite, verify=verify)
+    return dataclasses.replace(report, warnings=[*warnings, *report.warnings])
 
 
 def save(

@@ -16,6 +16,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from llama_jax.weights.nf4 import Blocks
+
 Index = tuple[slice, ...]
 
 DOWNLOAD_AGAIN = "the download or copy was interrupted or damaged: fetch the file again"
@@ -107,6 +109,8 @@ class Tensor:
       dtype: of what `read` returns: the stored dtype, or float32 where the file holds quantized blocks.
       nbytes: bytes in the file.
       reader: reads the part that an index selects.
+      blocks: reads it as it is stored, where that is NF4.
+      doubly: whether its magnitudes are quantized too.
     """
 
     name: str
@@ -114,6 +118,8 @@ class Tensor:
     dtype: np.dtype
     nbytes: int
     reader: Callable[[Index], np.ndarray] = dataclasses.field(repr=False)
+    blocks: Callable[[], Blocks] | None = dataclasses.field(default=None, repr=False)
+    doubly: bool = False
 
     def read(self, index: Index = ()) -> np.ndarray:
         """Reads a part of the tensor, touching only the pages of the file that hold it.

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from llama_jax.data.manifest import LOSS_MASK
+from llama_jax.data.manifest import ENDS, LOSS_MASK, PAIR, POSITION, REJECTED
 from llama_jax.data.prepare.documents import Document
 from llama_jax.data.prepare.shapes import Conversation
 from llama_jax.data.prepare.shards import Encoded, Encoder, load_from_files
@@ -37,15 +37,17 @@ class ChatEncoder(Encoder):
     Attributes:
       form: name of the chat format; None takes the tokenizer's own.
       max_tokens: of a row; a longer one loses its first turns, whole and after the system message; None cuts nothing.
+      pairs: whether a row has two answers; its tokens are then both, one after the other, each after the prompt.
     """
 
     form: str | None = None
     max_tokens: int | None = None
+    pairs: bool = False
 
     @property
     def columns(self) -> dict[str, str]:
-        """The mask."""
-        return {LOSS_MASK: "uint8"}
+        """The mask, and of pairs which answer a token is of."""
+        return {LOSS_MASK: "uint8"} | ({PAIR: "int32"} if self.pairs else {})
 
     @functools.cached_property
     def chat_format(self) -> ChatFormat:
@@ -60,19 +62,40 @@ class ChatEncoder(Encoder):
         """
         row = Conversation.from_json(document.text)
         try:
-            ids, mask = self._plain(row) if row.plain else self._chat(row.messages, row)
-            kept = row
-            while self.max_tokens is not None and len(ids) > self.max_tokens:
+            kept, found = row, self._encoded(row)
+            while self.max_tokens is not None and len(found.ids) > self.max_tokens:
                 shorter = None if row.plain else _without_first_turn(kept)
                 if shorter is None:
                     return None
-                kept = shorter
-                ids, mask = self._chat(kept.messages, kept)
+                kept, found = shorter, self._encoded(shorter)
         except ChatError as error:
             raise ValueError(f"{document.source}: {error}") from error
         facts["cut"] += kept is not row
         facts[row.shape] += 1
-        return Encoded(np.array(ids, self.dtype), {LOSS_MASK: np.array(mask, np.uint8)})
+        return found
+
+    def _encoded(self, row: Conversation) -> Encoded:
+        if row.other is None:
+            ids, mask = self._one(row)
+            return Encoded(np.array(ids, self.dtype), {LOSS_MASK: np.array(mask, np.uint8)})
+        prompt = next((i for i, learned in enumerate(row.learned) if learned), len(row.learned))
+        learned = [i >= prompt and message["role"] == "assistant" for i, message in enumerate(row.other)]
+        sides = [self._one(row), self._one(dataclasses.replace(row, messages=row.other, learned=learned))]
+        first, second = (ids[: mask.index(True)] for ids, mask in sides)
+        if first != second:
+            raise ChatError(
+                "the prompts of its two answers are other tokens: the answers begin or the template writes them so that"
+                " they cannot be compared; give the prompt by itself"
+            )
+        pair = [
+            position << POSITION | ENDS * (learned and _ends(mask, position)) | REJECTED * side
+            for side, (_, mask) in enumerate(sides) for position, learned in enumerate(mask)
+        ]  # fmt: skip
+        ids, mask = ([x for side in sides for x in side[i]] for i in (0, 1))
+        return Encoded(np.array(ids, self.dtype), {LOSS_MASK: np.array(mask, np.uint8), PAIR: np.array(pair, np.int32)})
+
+    def _one(self, row: Conversation) -> tuple[list[int], list[bool]]:
+        return self._plain(row) if row.plain else self._chat(row.messages, row)
 
     def _chat(self, messages: Sequence[JsonObject], row: Conversation) -> tuple[list[int], list[bool]]:
         ids, owners = answers(
@@ -88,7 +111,12 @@ class ChatEncoder(Encoder):
         return [*before, *after], [False] * len(before) + [True] * len(after)
 
     def __getstate__(self) -> JsonObject:
-        return {**super().__getstate__(), "form": self.form, "max_tokens": self.max_tokens}
+        return {**super().__getstate__(), "form": self.form, "max_tokens": self.max_tokens, "pairs": self.pairs}
+
+
+def _ends(mask: Sequence[bool], position: int) -> bool:
+    """Whether an answer's last token is there: the one that ends it."""
+    return position + 1 == len(mask) or not mask[position + 1]
 
 
 def _without_first_turn(row: Conversation) -> Conversation | None:
@@ -101,5 +129,6 @@ def _without_first_turn(row: Conversation) -> Conversation | None:
     return dataclasses.replace(
         row,
         messages=[*row.messages[:first], *row.messages[second:]],
+        other=None if row.other is None else [*row.other[:first], *row.other[second:]],
         learned=[*row.learned[:first], *row.learned[second:]],
     )

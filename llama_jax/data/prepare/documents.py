@@ -44,11 +44,13 @@ class Reading:
       invalid_utf8: what to do with a document that is not valid UTF-8, or holds NUL bytes: `error`, `skip` it, or
         `replace` the bad bytes by U+FFFD.
       conversations: whether rows are conversations, not texts.
+      pairs: whether each has two answers to its prompt.
     """
 
     field: str = "text"
     invalid_utf8: InvalidUtf8 = "error"
     conversations: bool = False
+    pairs: bool = False
 
     def __post_init__(self):
         if self.invalid_utf8 not in ("error", "skip", "replace"):
@@ -216,7 +218,7 @@ def _text(record: JsonObject, where: Callable[[], str], reading: Reading) -> str
     field = reading.field
     if reading.conversations:
         try:
-            return conversation(record).to_json()
+            return conversation(record, pairs=reading.pairs).to_json()
         except (ValueError, TypeError, RecursionError) as error:  # JSON has no times, for one
             raise ValueError(f"{where()}: {error}") from error
     if field not in record:

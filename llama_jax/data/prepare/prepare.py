@@ -125,7 +125,7 @@ def make_encoder(files: Mapping[str, bytes], request: Request) -> Encoder:
         raise ValueError("the tokenizer has no BOS: leave --bos out")
     bos = tokenizer.add_bos if request.bos is None else request.bos
     if request.reading.conversations:
-        encoder: Encoder = ChatEncoder(files, bos, request.chat_format, request.max_tokens)
+        encoder: Encoder = ChatEncoder(files, bos, request.chat_format, request.max_tokens, request.reading.pairs)
     else:
         encoder = Encoder(files, bos)
     assert encoder.eos_id is not None  # raises where there is none, before any work

@@ -74,8 +74,9 @@ class Request:
     def options(self, tokenizer: object) -> JsonObject:
         """Returns by name what else the corpus depends on; `tokenizer` is what `tokenizer_id` gives."""
         reading = dataclasses.asdict(self.reading)
-        conversations = reading.pop("conversations")
+        conversations, pairs = reading.pop("conversations"), reading.pop("pairs")
         chat = {"chat_format": self.chat_format, "max_tokens": self.max_tokens, "conversations": True}
+        chat |= {"pairs": True} if pairs else {}
         options = {"tokenizer": tokenizer, **reading, "bos": self.bos, "shard_bytes": self.shard_bytes}
         return {**options, **(chat if conversations else {})}
 
@@ -91,8 +92,8 @@ class Request:
             ]
             for piece in self.pieces
         ]
-        field, invalid_utf8, conversations = dataclasses.astuple(self.reading)
-        chat = [["chat", self.chat_format, self.max_tokens]] if conversations else []
+        field, invalid_utf8, conversations, pairs = dataclasses.astuple(self.reading)
+        chat = [["pairs" if pairs else "chat", self.chat_format, self.max_tokens]] if conversations else []
         return _hash(FORMATS[0], pieces, self.shard_bytes, [field, invalid_utf8], self.bos, *chat, *more)
 
 
@@ -110,6 +111,7 @@ def make_request(
     bos: bool | None = None,
     out: str | Path | None = None,
     conversations: bool = False,
+    pairs: bool = False,
     chat_format: str | None = None,
     max_tokens: int | None = None,
 ) -> Request:
@@ -128,6 +130,7 @@ def make_request(
       bos: whether BOS begins each document; None as the tokenizer says.
       out: the folder that the corpus will be in, so that it is left out where it is in a folder of the input.
       conversations: whether rows are conversations, see `shapes`.
+      pairs: whether these have two answers, of which one is preferred.
       chat_format: of conversations, as `load` takes it; None takes the tokenizer's own.
       max_tokens: of a conversation: a longer one loses its first turns, or is left out; None cuts none.
 
@@ -147,7 +150,7 @@ def make_request(
     return Request(
         cut_pieces(pieces, shard_bytes),
         shard_bytes,
-        Reading(field, invalid_utf8, conversations),
+        Reading(field, invalid_utf8, conversations, pairs),
         None if tokenizer is None else Path(os.path.expanduser(tokenizer)),
         vocab_size,
         sample_bytes,

@@ -5,6 +5,12 @@
     alpaca        {"instruction": ..., "input": ..., "output": ..., "system": ...}
     sharegpt      {"conversations": [{"from": "human", "value": ...}]}
 
+Of two answers to one prompt, the better one and another (`pairs`):
+
+    preference    {"prompt": ..., "chosen": ..., "rejected": ...}: texts, or lists of messages
+    implicit      {"chosen": [...], "rejected": [...]}: conversations that begin alike; or texts with "Human:" turns
+    openai        {"input": {"messages": [...]}, "preferred_output": [...], "non_preferred_output": [...]}
+
 A message's `weight` (OpenAI: 0 or 1), `train` or `training` (axolotl) says whether its answer is learned.
 """
 
@@ -12,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -35,6 +42,7 @@ class Conversation:
       messages: with role and content, and what a template may use besides.
       tools: schemas; None without.
       learned: of each message, whether its answer is learned; those of others than the assistant are not.
+      other: of a pair, the messages with the answer that is not preferred; they begin as `messages`.
       shape: that the row had.
       plain: whether the texts are taken as they are, without a chat format: a prompt and its completion.
     """
@@ -43,6 +51,7 @@ class Conversation:
     tools: Sequence[Any] | None
     learned: Sequence[bool]
     plain: bool = False
+    other: Sequence[JsonObject] | None = None
     shape: str = ""
 
     def to_json(self) -> str:
@@ -55,31 +64,49 @@ class Conversation:
         return cls(**json.loads(text))
 
 
-def shape_of(record: Fields) -> str:
+def shape_of(record: Fields, *, pairs: bool = False) -> str:
     """Returns the name of a row's shape.
+
+    Args:
+      record: the row.
+      pairs: whether it has two answers.
 
     Raises:
       ValueError: it has none, or two.
     """
     there = {name for name, value in record.items() if value is not None}
-    found = [name for name, (needed, _) in SHAPES.items() if needed <= there]
+    wanted = PAIR_SHAPES if pairs else SHAPES
+    found = [name for name, (needed, _) in wanted.items() if needed <= there]
+    if pairs and "preference" in found:
+        found.remove("implicit")  # it has a prompt besides
     if len(found) == 1:
         return found[0]
     has = ", ".join(map(repr, list(record)[:20])) or "nothing"
     if found:
         raise ValueError(f"is a row of two shapes, {' and '.join(found)}: leave the fields of one out; it has {has}")
-    shapes = "; ".join(" and ".join(sorted(needed)) for needed, _ in SHAPES.values())
-    raise ValueError(f"is not a conversation, as it has none of these: {shapes}; it has {has}")
+    shapes = "; ".join(" and ".join(sorted(needed)) for needed, _ in wanted.values())
+    others = [name for name, (needed, _) in (SHAPES if pairs else PAIR_SHAPES).items() if needed <= there]
+    what = "a pair of answers" if pairs else "a conversation"
+    hint = (
+        f"; it is {'a conversation: leave --pairs out' if pairs else 'a pair of answers: give --pairs'}"
+        if others
+        else ""
+    )
+    raise ValueError(f"is not {what}, as it has none of these: {shapes}; it has {has}{hint}")
 
 
-def conversation(record: Fields) -> Conversation:
+def conversation(record: Fields, *, pairs: bool = False) -> Conversation:
     """Returns the conversation of a row.
+
+    Args:
+      record: the row.
+      pairs: whether it has two answers to one prompt.
 
     Raises:
       ValueError: it has no shape, or is wrong in it; the message says what, and not where.
     """
-    shape = shape_of(record)
-    _, read = SHAPES[shape]
+    shape = shape_of(record, pairs=pairs)
+    _, read = (PAIR_SHAPES if pairs else SHAPES)[shape]
     found = read({name: value for name, value in record.items() if value is not None})
     if not any(found.learned):
         raise ValueError("has no answer to learn: no assistant message, or all have weight 0")
@@ -130,6 +157,76 @@ SHAPES: dict[str, tuple[frozenset[str], Callable[[Fields], Conversation]]] = {
     "completion": (frozenset({"prompt", "completion"}), _completion),
     "alpaca": (frozenset({"instruction", "output"}), _alpaca),
     "sharegpt": (frozenset({"conversations"}), _sharegpt),
+}
+
+
+def _preference(record: Fields) -> Conversation:
+    prompt, chosen, rejected = (record[name] for name in ("prompt", "chosen", "rejected"))
+    if all(isinstance(text, str) for text in (prompt, chosen, rejected)):
+        if not (chosen and rejected):
+            raise ValueError("one of its two answers is empty")
+        texts = [[{"role": "user", "content": prompt}, {"role": "assistant", "content": x}] for x in (chosen, rejected)]
+        return Conversation(texts[0], None, [False, True], plain=True, other=texts[1])
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _list(record, "prompt")
+    return _pair(asked, _answer(record, "chosen", asked), _answer(record, "rejected", asked), record)
+
+
+def _answer(record: Fields, name: str, asked: list[Any]) -> list[Any]:
+    """The messages of an answer; some files repeat the prompt in them."""
+    if isinstance(record[name], str) and not record[name].lstrip().startswith("["):
+        return [{"role": "assistant", "content": record[name]}]
+    found = _list(record, name)
+    return found[len(asked) :] if found[: len(asked)] == asked else found
+
+
+def _implicit(record: Fields) -> Conversation:
+    both = [record["chosen"], record["rejected"]]
+    if all(isinstance(text, str) and not text.lstrip().startswith("[") for text in both):
+        chosen, rejected = map(_turns_of_text, both)
+    else:
+        chosen, rejected = _list(record, "chosen"), _list(record, "rejected")
+    same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), -1)
+    if same < 0:
+        raise ValueError("its chosen and rejected answers are the same, or one is the beginning of the other")
+    return _pair(chosen[:same], chosen[same:], rejected[same:], record)
+
+
+def _turns_of_text(text: str) -> list[JsonObject]:
+    """The messages of a dialogue in Anthropic's spelling: "\n\nHuman: ...\n\nAssistant: ..."."""
+    parts = re.split(r"(?:^|\n\n)(Human|Assistant):[ ]?", text)
+    if len(parts) < 5 or parts[0].strip():
+        raise ValueError(
+            'is two texts without a prompt: give "prompt" too, lists of messages, or dialogues of Human: and Assistant:'
+        )
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": roles[who], "content": said} for who, said in zip(parts[1::2], parts[2::2], strict=True)]
+
+
+def _openai(record: Fields) -> Conversation:
+    given = record["input"]
+    if not isinstance(given, Mapping):
+        raise ValueError("its input is not an object with messages")
+    chosen, rejected = (_list(record, name) for name in ("preferred_output", "non_preferred_output"))
+    return _pair(
+        _list(given, "messages"), chosen, rejected, {**record, "tools": given.get("tools", record.get("tools"))}
+    )
+
+
+def _pair(prompt: list[Any], chosen: list[Any], rejected: list[Any], record: Fields) -> Conversation:
+    found, other = (_of_messages([*prompt, *answer], record) for answer in (chosen, rejected))
+    if not prompt:
+        raise ValueError("its two answers have no prompt in common")
+    for which, one in (("chosen", found), ("rejected", other)):
+        if one.messages[-1]["role"] != "assistant":
+            raise ValueError(f"its {which} answer ends with a message of the {one.messages[-1]['role']}")
+    learned = [one and i >= len(prompt) for i, one in enumerate(found.learned)]
+    return dataclasses.replace(found, learned=learned, other=other.messages)
+
+
+PAIR_SHAPES: dict[str, tuple[frozenset[str], Callable[[Fields], Conversation]]] = {
+    "preference": (frozenset({"prompt", "chosen", "rejected"}), _preference),
+    "implicit": (frozenset({"chosen", "rejected"}), _implicit),
+    "openai": (frozenset({"input", "preferred_output", "non_preferred_output"}), _openai),
 }
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from llama_jax.config.hf import from_hf_config, to_hf_config
 from llama_jax.typing import JsonObject
-from llama_jax.weights import diagnose, foreign, params, verdict
+from llama_jax.weights import bitsandbytes, diagnose, foreign, params, verdict
 from llama_jax.weights.checkpoint import Checkpoint
 from llama_jax.weights.formats import base
 from llama_jax.weights.safetensors import read_safetensors, write_safetensors
@@ -55,6 +55,9 @@ class _HuggingFace(base.FormatObject):
 
     def open(self, path: Path) -> Checkpoint:
         folder = read_hf(path)
+        if bitsandbytes.is_nf4(folder.config):
+            folder.tensors = bitsandbytes.joined(folder.tensors, path)
+            folder.config = {key: value for key, value in folder.config.items() if key != "quantization_config"}
         diagnose.check_config(folder.config)
         config = from_hf_config(folder.config)
         settled = verdict.settle(

@@ -1,0 +1,157 @@
+"""Weights in NF4: four bits a number. They are gathered over the mesh so, and expanded where they are multiplied."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from llama_jax.config.quantization import BLOCK, CODES, SCALE_BLOCK, SCALES
+from llama_jax.ops import linear
+from llama_jax.ops.weights import Stored
+from llama_jax.typing import PyTree
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NF4(Stored):
+    """A weight [*in, *out] in blocks of 64 along the last dimension of *in; it does not train.
+
+    Its numbers are those of bitsandbytes (`weights.nf4`), in an order that needs no shuffling here: byte j of a block
+    has number j in its high four bits and number 32 + j in its low ones.
+
+    Attributes:
+      codes: uint8 [*in / 64, 32, *out], the last dimension of *in divided; of a stack of layers with L in front, as
+        the others.
+      absmax: [*in / 64, *out]: the largest magnitude of a block, float32, or uint8 where these are quantized too.
+      scales: float32 [J, *out]: of the magnitudes of each output, where 256 of them in a row share one; else None.
+      offset: float32 scalar, [L] of a stack: the mean magnitude; else None.
+      number: the dtype of what it stands for.
+      inner: how many dimensions *in has.
+      outer: how many *out has.
+    """
+
+    codes: jax.Array
+    absmax: jax.Array
+    scales: jax.Array | None
+    offset: jax.Array | None
+    number: np.dtype = dataclasses.field(metadata={"static": True})
+    inner: int = dataclasses.field(metadata={"static": True})
+    outer: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of what it stands for."""
+        return self.number
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        axis = self._axis
+        return (*self.absmax.shape[:axis], self.absmax.shape[axis] * BLOCK, *self.absmax.shape[axis + 1 :])
+
+    @property
+    def spec(self) -> P:
+        """As its magnitudes are split: of the blocks, in whole ones."""
+        absmax: PyTree = self.absmax
+        spec = (absmax if isinstance(absmax, jax.ShapeDtypeStruct) else jax.typeof(absmax)).sharding.spec
+        return P(*spec, *(None for _ in range(self.absmax.ndim - len(spec))))
+
+    @property
+    def _axis(self) -> int:
+        """The dimension that is in blocks."""
+        return self.inner - 1 + self._lead
+
+    @property
+    def _lead(self) -> int:
+        """1 of a stack of layers, else 0."""
+        return self.absmax.ndim - self.inner - self.outer
+
+    def dense(self) -> jax.Array:
+        """The weight, computed in float32 and rounded once."""
+        axis = self._axis
+        high, low = (_code_point(half) for half in (self.codes >> 4, self.codes & 15))
+        numbers = jnp.concatenate([high, low], axis=axis + 1)
+        numbers = numbers * jnp.expand_dims(self._magnitudes(), axis + 1)
+        return jax.lax.reshape(numbers.astype(self.number), self.shape, out_sharding=self.spec)
+
+    def _magnitudes(self) -> jax.Array:
+        """Float32, as `absmax`."""
+        if self.scales is None or self.offset is None:
+            return self.absmax
+        shape, lead, first_output = self.absmax.shape, self._lead, self._axis + 1
+        inputs, outputs = range(lead, first_output), range(first_output, len(shape))
+        blocks = math.prod(shape[i] for i in inputs)
+
+        def position(dimensions: range) -> PyTree:
+            """Of each magnitude along some dimensions, as if they were one."""
+            found = jnp.int32(0)
+            for i in dimensions:
+                found = found * shape[i] + jax.lax.broadcasted_iota(jnp.int32, shape, i, out_sharding=self.spec)
+            return found
+
+        first = position(outputs) * blocks  # bitsandbytes counts all blocks of one output, then those of the next
+        own = (first + position(inputs)) // SCALE_BLOCK - first // SCALE_BLOCK
+        # A table of 256 numbers by selects would be 255 operations for each of hundreds of weights, to compile.
+        table = jnp.asarray(SCALES, jnp.float32)
+        unit = table.at[self.absmax].get(mode="promise_in_bounds", out_sharding=self.spec)
+        deviation = jnp.float32(0)
+        for j in range(self.scales.shape[lead]):
+            of_output = jax.lax.index_in_dim(self.scales, j, lead, keepdims=False)
+            # The product is in here so that no compiler joins it with the sum, and rounds once instead of twice.
+            deviation = jnp.where(own == j, unit * jnp.expand_dims(of_output, tuple(inputs)), deviation)
+        offset = jnp.expand_dims(self.offset, tuple(range(lead, len(shape))))
+        return deviation + offset
+
+    def product(self, equation: str, x: jax.Array, out_sharding: P) -> jax.Array:
+        """Gathers the codes and multiplies with what they stand for, which the gradient computes again."""
+        like = x.shape, x.dtype, P(*linear.spec_of(x))
+        return _product(equation, out_sharding, like, x, self)
+
+    def lookup(self, ids: jax.Array, out_sharding: P) -> jax.Array:
+        """Not of tables."""
+        raise NotImplementedError("an embedding table is not stored in NF4")
+
+
+def _code_point(index: jax.Array) -> PyTree:
+    """The code point of each index, float32: by its four bits, as a vector unit has no table to look it up in."""
+    bits = [(index >> i & 1).astype(jnp.bool_) for i in range(4)]
+
+    def of(some: tuple[float, ...]) -> PyTree:
+        if len(some) == 1:
+            return jnp.float32(some[0])
+        half = len(some) // 2
+        return jnp.where(bits[half.bit_length() - 1], of(some[half:]), of(some[:half]))
+
+    return of(CODES)
+
+
+def _whole(equation: str, x: jax.Array, weight: NF4) -> jax.Array:
+    axes = linear.axes_of_rows(equation, x)
+    return jax.tree.map(lambda part: linear.gather(part, axes), weight).dense().astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _product(equation: str, out_sharding: P, like: PyTree, x: jax.Array, weight: NF4) -> jax.Array:
+    return linear.multiply(equation, x, _whole(equation, x, weight), out_sharding)
+
+
+def _forward(equation: str, out_sharding: P, like: PyTree, x: jax.Array, weight: NF4):
+    # Nothing but the codes is kept for the backward pass: neither `x` nor the expanded weights of all layers.
+    return _product(equation, out_sharding, like, x, weight), weight
+
+
+def _backward(equation: str, out_sharding: P, like: PyTree, weight: NF4, cotangent: jax.Array):
+    shape, dtype, spec = like
+    x = jnp.zeros(shape, dtype, out_sharding=spec)  # the product is linear: its numbers are not used
+    w = _whole(equation, x, weight)
+    _, transposed = jax.vjp(lambda x: linear.multiply(equation, x, w, out_sharding), x)
+    return *transposed(cotangent), None
+
+
+_product.defvjp(_forward, _backward)
