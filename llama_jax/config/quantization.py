@@ -21,14 +21,26 @@ CODES = tuple(struct.unpack(">f", bytes.fromhex(word))[0] for word in _HEX.split
 """The 16 code points of NF4, ascending: quantiles of a normal distribution, with an exact zero."""
 
 
+def _float32(x: float) -> float:
+    return struct.unpack("<f", struct.pack("<f", x))[0]
+
+
 def _dynamic_map() -> tuple[float, ...]:
-    """The 256 numbers of bitsandbytes' signed dynamic data type, ascending: seven powers of ten, each in steps."""
+    """The 256 numbers of bitsandbytes' signed dynamic data type, ascending: seven powers of ten, each in steps.
+
+    In float32 as `torch.linspace` has them, a product and its sum rounded once: the numbers in its files, to the bit.
+    """
     found = [0.0, 1.0]
     for power in range(7):
         steps = 2**power
-        edges = [0.1 + 0.9 * i / steps for i in range(steps + 1)]
-        middles = [(low + high) / 2 * 10.0 ** (power - 6) for low, high in itertools.pairwise(edges)]
-        found += middles + [-middle for middle in middles]
+        step = _float32(_float32(1.0 - _float32(0.1)) / steps)
+        edges = [
+            _float32(_float32(0.1) + step * i) if 2 * i < steps + 1 else _float32(1.0 - step * (steps - i))
+            for i in range(steps + 1)
+        ]  # fmt: skip
+        for low, high in itertools.pairwise(edges):
+            middle = _float32(_float32(_float32(low + high) / 2) * _float32(10.0 ** (power - 6)))
+            found += [middle, -middle]
     return tuple(sorted(found))
 
 
@@ -42,12 +54,18 @@ def check_quantize(name: str | None) -> None:
         raise ValueError(f"quantize must be one of {', '.join(get_args(Quantize))}, got {name!r}")
 
 
-def quantized_bytes(quantize: str, inputs: int, outputs: int) -> int:
-    """Bytes of a matrix of so many inputs and outputs, with all that goes with it."""
-    blocks = inputs * outputs // BLOCK
+def quantized_bytes(quantize: str, inputs: int, *, numbers: int, outputs: int) -> int:
+    """Bytes that a device holds of a matrix.
+
+    Args:
+      quantize: its form.
+      inputs: numbers of each output, on all devices together.
+      numbers: that the device holds, in whole blocks.
+      outputs: of which it holds some.
+    """
     if quantize == "nf4-single":
-        return inputs * outputs // 2 + 4 * blocks
-    return inputs * outputs // 2 + blocks + 4 * scale_rows(inputs) * outputs + 4
+        return numbers // 2 + 4 * numbers // BLOCK
+    return numbers // 2 + numbers // BLOCK + 4 * scale_rows(inputs) * outputs + 4 + 4 * len(SCALES)
 
 
 def scale_rows(inputs: int) -> int:

@@ -228,7 +228,7 @@ def shard(job: Workload, shape: tuple[int, ...], axes: tuple[str, ...], *, gathe
 
 def block_bytes(job: Workload) -> int:
     """Bytes of the layers' matrices on one device, where they are kept in bfloat16 or quantized."""
-    found = 0.0
+    found = 0
     for weight in weights(job.config):
         if not weight.layers or not weight.is_matrix:
             continue
@@ -237,10 +237,11 @@ def block_bytes(job: Workload) -> int:
             continue
         blocks = list(weight.shape)
         blocks[weight.inner - 1] //= BLOCK  # a block is on one device
-        inputs, outputs = math.prod(weight.shape[: weight.inner]), math.prod(weight.shape[weight.inner :])
-        per_number = quantized_bytes(job.quantize, inputs, outputs) / (inputs * outputs)
-        found += weight.layers * shard(job, tuple(blocks), weight.axes) * BLOCK * per_number
-    return int(found)
+        numbers = BLOCK * shard(job, tuple(blocks), weight.axes)
+        outputs = shard(job, weight.shape[weight.inner :], weight.axes[weight.inner :])
+        inputs = math.prod(weight.shape[: weight.inner])
+        found += weight.layers * quantized_bytes(job.quantize, inputs, numbers=numbers, outputs=outputs)
+    return found
 
 
 def factors(job: Workload) -> tuple[int, int]:
@@ -378,7 +379,7 @@ def work(job: Workload) -> Work:
     trained = factors(job)[0] * W if job.adapter else parameters
     whole = 2 * M * L * matrices  # the blocks' weights in bfloat16, once a microbatch
     if job.quantize:
-        whole *= quantized_bytes(job.quantize, D, D) / (2 * D * D)
+        whole *= quantized_bytes(job.quantize, D, numbers=D * D, outputs=D) / (2 * D * D)
     recomputed = job.remat not in ("none", "matmuls")
     passes = 1 + any(_AGAIN[job.remat]) + (job.remat == "groups")
     # Weights are gathered and read twice, their gradients written and read.

@@ -11,7 +11,7 @@ import numpy as np
 
 from llama_jax.config import ConfigError
 from llama_jax.config.params import Place, place_of
-from llama_jax.config.quantization import BLOCK, check_quantize, scale_rows
+from llama_jax.config.quantization import BLOCK, SCALES, check_quantize, scale_rows
 from llama_jax.model.llama import Llama
 from llama_jax.ops.quantized import NF4
 from llama_jax.ops.weights import is_leaf, leaf_of, name_of
@@ -71,6 +71,7 @@ def _abstract(w: PyTree, place: Place, name: str, dtype: str) -> NF4:
         part(blocks, jnp.uint8 if double else jnp.float32, spec),
         part([*of_output[0], rows, *of_output[1]], jnp.float32, [*splits[0], None, *splits[1]]) if double else None,
         part(of_output[0], jnp.float32, splits[0]) if double else None,
+        part([*of_output[0], len(SCALES)], jnp.float32, [*splits[0], None]) if double else None,
     )
-    codes, absmax, scales, offset = parts
-    return NF4(codes, absmax, scales, offset, np.dtype(dtype), inner, outer)
+    codes, absmax, scales, offset, table = parts
+    return NF4(codes, absmax, scales, offset, table, np.dtype(dtype), inner, outer)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from llama_jax.config.quantization import BLOCK, CODES, SCALE_BLOCK, SCALES
+from llama_jax.config.quantization import BLOCK, CODES, SCALE_BLOCK
 from llama_jax.ops import linear
 from llama_jax.ops.weights import Stored
 from llama_jax.typing import PyTree
@@ -31,6 +31,7 @@ class NF4(Stored):
       absmax: [*in / 64, *out]: the largest magnitude of a block, float32, or uint8 where these are quantized too.
       scales: float32 [J, *out]: of the magnitudes of each output, where 256 of them in a row share one; else None.
       offset: float32 scalar, [L] of a stack: the mean magnitude; else None.
+      table: float32 [256], [L, 256] of a stack: what a magnitude in eight bits stands for, times its scale; else None.
       number: the dtype of what it stands for.
       inner: how many dimensions *in has.
       outer: how many *out has.
@@ -40,6 +41,7 @@ class NF4(Stored):
     absmax: jax.Array
     scales: jax.Array | None
     offset: jax.Array | None
+    table: jax.Array | None
     number: np.dtype = dataclasses.field(metadata={"static": True})
     inner: int = dataclasses.field(metadata={"static": True})
     outer: int = dataclasses.field(metadata={"static": True})
@@ -52,7 +54,7 @@ class NF4(Stored):
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the weight."""
-        axis = self._axis
+        axis = self.absmax.ndim - self.outer - 1
         return (*self.absmax.shape[:axis], self.absmax.shape[axis] * BLOCK, *self.absmax.shape[axis + 1 :])
 
     @property
@@ -62,19 +64,11 @@ class NF4(Stored):
         spec = (absmax if isinstance(absmax, jax.ShapeDtypeStruct) else jax.typeof(absmax)).sharding.spec
         return P(*spec, *(None for _ in range(self.absmax.ndim - len(spec))))
 
-    @property
-    def _axis(self) -> int:
-        """The dimension that is in blocks."""
-        return self.inner - 1 + self._lead
-
-    @property
-    def _lead(self) -> int:
-        """1 of a stack of layers, else 0."""
-        return self.absmax.ndim - self.inner - self.outer
-
     def dense(self) -> jax.Array:
         """The weight, computed in float32 and rounded once."""
-        axis = self._axis
+        if self.absmax.ndim > self.inner + self.outer:
+            return jnp.stack([jax.tree.map(lambda x: x[i], self).dense() for i in range(len(self.absmax))])  # noqa: B023
+        axis = self.inner - 1
         high, low = (_code_point(half) for half in (self.codes >> 4, self.codes & 15))
         numbers = jnp.concatenate([high, low], axis=axis + 1)
         numbers = numbers * jnp.expand_dims(self._magnitudes(), axis + 1)
@@ -82,10 +76,10 @@ class NF4(Stored):
 
     def _magnitudes(self) -> jax.Array:
         """Float32, as `absmax`."""
-        if self.scales is None or self.offset is None:
+        if self.scales is None or self.table is None or self.offset is None:
             return self.absmax
-        shape, lead, first_output = self.absmax.shape, self._lead, self._axis + 1
-        inputs, outputs = range(lead, first_output), range(first_output, len(shape))
+        shape = self.absmax.shape
+        inputs, outputs = range(self.inner), range(self.inner, len(shape))
         blocks = math.prod(shape[i] for i in inputs)
 
         def position(dimensions: range) -> PyTree:
@@ -97,16 +91,13 @@ class NF4(Stored):
 
         first = position(outputs) * blocks  # bitsandbytes counts all blocks of one output, then those of the next
         own = (first + position(inputs)) // SCALE_BLOCK - first // SCALE_BLOCK
-        # A table of 256 numbers by selects would be 255 operations for each of hundreds of weights, to compile.
-        table = jnp.asarray(SCALES, jnp.float32)
-        unit = table.at[self.absmax].get(mode="promise_in_bounds", out_sharding=self.spec)
+        # By selects, as the code points, they would be 255 operations for each of hundreds of weights, to compile.
+        unit = self.table.at[self.absmax].get(mode="promise_in_bounds", out_sharding=self.spec)
         deviation = jnp.float32(0)
-        for j in range(self.scales.shape[lead]):
-            of_output = jax.lax.index_in_dim(self.scales, j, lead, keepdims=False)
+        for j, of_output in enumerate(self.scales):
             # The product is in here so that no compiler joins it with the sum, and rounds once instead of twice.
             deviation = jnp.where(own == j, unit * jnp.expand_dims(of_output, tuple(inputs)), deviation)
-        offset = jnp.expand_dims(self.offset, tuple(range(lead, len(shape))))
-        return deviation + offset
+        return deviation + self.offset
 
     def product(self, equation: str, x: jax.Array, out_sharding: P) -> jax.Array:
         """Gathers the codes and multiplies with what they stand for, which the gradient computes again."""

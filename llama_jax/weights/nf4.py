@@ -27,12 +27,14 @@ class Blocks:
       absmax: [out, in / 64]: the magnitudes, float32, or uint8 where these are quantized themselves.
       scales: float32 [blocks / 256, rounded up]: the largest magnitude of 256 deviations from `offset`; else None.
       offset: float32 scalar: the mean magnitude; else None.
+      table: float32 [256]: what a magnitude in eight bits stands for, in units of its scale.
     """
 
     codes: np.ndarray
     absmax: np.ndarray
     scales: np.ndarray | None = None
     offset: np.float32 | None = None
+    table: np.ndarray = dataclasses.field(default_factory=lambda: _SCALES)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -44,7 +46,7 @@ class Blocks:
         if self.scales is None or self.offset is None:
             return self.absmax
         of_block = np.repeat(self.scales, SCALE_BLOCK)[: self.absmax.size].reshape(self.absmax.shape)
-        return _SCALES[self.absmax] * of_block + self.offset
+        return self.table[self.absmax] * of_block + self.offset
 
     def dense(self, rows: slice = slice(None)) -> np.ndarray:
         """The numbers, float32 [out, in], or of some rows."""

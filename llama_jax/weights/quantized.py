@@ -20,7 +20,7 @@ from llama_jax.weights.source import CheckpointError, Index, Tensor
 if TYPE_CHECKING:
     from llama_jax.ops.quantized import NF4
 
-FIELDS = ("codes", "absmax", "scales", "offset")
+FIELDS = ("codes", "absmax", "scales", "offset", "table")
 
 
 def form_of(checkpoint: Checkpoint, name: str | None) -> Callable[[Place], str | None]:
@@ -173,7 +173,7 @@ class QuantizedParameter:
         if blocks.scales is not None and blocks.offset is not None:
             own = np.arange(rows) * per_output // SCALE_BLOCK + np.arange(scale_rows(columns))[:, None]
             found["scales"] = blocks.scales[np.minimum(own, len(blocks.scales) - 1)].reshape(-1, *outer)
-            found["offset"] = np.asarray(blocks.offset)
+            found["offset"], found["table"] = np.asarray(blocks.offset), blocks.table
         return found
 
 

@@ -18,6 +18,7 @@ from llama_jax.config import ConfigError
 from llama_jax.files import sync
 from llama_jax.progress import SMALL, progress
 from llama_jax.text.differences import differences
+from llama_jax.typing import PyTree
 from llama_jax.weights import params
 from llama_jax.weights.checkpoint import Checkpoint
 from llama_jax.weights.compare import compare_parameter
@@ -32,7 +33,7 @@ from llama_jax.weights.source import CheckpointError, Tensor
 
 if TYPE_CHECKING:
     from llama_jax.loaded import LoadedLlama
-    from llama_jax.ops.weights import Leaf
+
 
 TARGETS: tuple[Format, ...] = get_args(Format)
 
@@ -256,6 +257,7 @@ def _of_loaded(llama: LoadedLlama) -> Checkpoint:
     from llama_jax.ops.weights import is_leaf, leaf_of, name_of
 
     tensors: dict[str, Tensor] = {}
+    dense = jax.jit(lambda value: leaf_of(value).dense())
     leaves = jax.tree_util.tree_flatten_with_path(llama.model, is_leaf=is_leaf)[0]
     for path, value in leaves:
         leaf, place = leaf_of(value), params.place_of(name_of(path), llama.config.layers)
@@ -266,9 +268,11 @@ def _of_loaded(llama: LoadedLlama) -> Checkpoint:
             shape = leaf.shape[1:] if stacked else leaf.shape
             nbytes = math.prod(shape) * dtype.itemsize
 
-            def read(index: tuple[slice, ...], leaf: Leaf = leaf, first: Any = (n,) if stacked else ()) -> np.ndarray:
+            def read(
+                index: tuple[slice, ...], value: PyTree = value, first: Any = (n,) if stacked else ()
+            ) -> np.ndarray:
                 with jax.set_mesh(llama.mesh):
-                    array = leaf.dense()
+                    array = dense(value)
                 return np.asarray(array[(*first, *index)] if first else array)[() if first else index]
 
             stored = row.name("native", i)
