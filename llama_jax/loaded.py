@@ -27,6 +27,7 @@ class LoadedLlama:
       max_seq_len: the largest cache of a call, in tokens; None is up to the configuration's.
       chat_name: the chat format that was asked for; None is the checkpoint's own.
       checkpoint: where it came from; None for a model that was made otherwise.
+      adapters: names of the several adapters that a row of a batch can have.
     """
 
     config: ModelConfig
@@ -36,6 +37,20 @@ class LoadedLlama:
     max_seq_len: int | None = None
     chat_name: str | None = None
     checkpoint: Checkpoint | None = dataclasses.field(default=None, repr=False)
+    adapters: tuple[str, ...] = ()
+
+    def adapter_number(self, name: str | None) -> int:
+        """Returns the number by which the engine knows an adapter; 0 is none.
+
+        Raises:
+          ValueError: there is no adapter of that name.
+        """
+        if name is None:
+            return 0
+        if name not in self.adapters:
+            there = f"there are {', '.join(self.adapters)}" if self.adapters else "load the model with adapters={...}"
+            raise ValueError(f"adapter {name!r} is not known: {there}")
+        return 1 + self.adapters.index(name)
 
     @property
     def chat_format(self) -> ChatFormat:

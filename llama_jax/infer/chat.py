@@ -53,6 +53,7 @@ class Conversation:
       messages: what was said before, such as a system message.
       max_new_tokens: most tokens of an answer.
       stop: texts that end an answer.
+      adapter: as for `generate`.
       **sampling: fields of `Sampling`: temperature, top_k, top_p, min_p, repetition_penalty, seed.
 
     Attributes:
@@ -67,12 +68,14 @@ class Conversation:
         *,
         max_new_tokens: int = 512,
         stop: str | Sequence[str] = (),
+        adapter: str | None = None,
         **sampling: Any,
     ):
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         self._llama, self._format = llama, llama.chat_format
         self._max_new_tokens, self._sampling = max_new_tokens, Sampling(**sampling)
+        self._adapter = llama.adapter_number(adapter)
         self._stops = [stop] if isinstance(stop, str) else list(stop)
         self.messages: list[Message] = list(messages)
         self.completion: Completion | None = None
@@ -155,5 +158,6 @@ class Conversation:
             self._sampling,
             {*self._format.stop_ids, *self._llama.require_tokenizer().stop_ids},
             held=ids[:start],
+            adapter=self._adapter,
         )
         return Generation(self._llama, [request], cache=cache, size=size, first_chunk=STREAM_CHUNK)

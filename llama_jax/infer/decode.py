@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from llama_jax.caches import KVCache, insert_row, num_slots
 from llama_jax.infer.sampling import RowSampling, any_row, greedy, sample
 from llama_jax.model import Llama
+from llama_jax.model.adapt import for_rows
 
 RUNNING, STOP, LENGTH, CACHE = range(4)
 FINISH_REASONS = {STOP: "stop", LENGTH: "length", CACHE: "cache"}
@@ -40,6 +41,7 @@ class DecodeState:
       finish_B: int32: RUNNING, STOP, LENGTH or CACHE; a row that is not running is free.
       stop_BN: int32: tokens that end the row; NO_TOKEN fills up.
       sampling: how each row chooses; None where all are greedy.
+      adapter_B: int32: which of a model's several adapters a row has; None where there are not several.
     """
 
     cache: KVCache
@@ -49,6 +51,7 @@ class DecodeState:
     finish_B: jax.Array
     stop_BN: jax.Array
     sampling: RowSampling | None
+    adapter_B: jax.Array | None = None
 
 
 def prefill(
@@ -59,6 +62,7 @@ def prefill(
     remaining_B: jax.Array,
     stop_BN: jax.Array,
     cache: KVCache | None,
+    adapter_B: jax.Array | None = None,
     *,
     size: int,
     span: int | None,
@@ -73,10 +77,12 @@ def prefill(
       remaining_B: how many tokens each row may emit.
       stop_BN: tokens that end each row.
       cache: of earlier turns, or None for a new one.
+      adapter_B: which of the model's several adapters each row has.
       size: slots of a new cache.
       span: static bound on the slots that these queries can see.
     """
     B, T = tokens_BT.shape
+    model = for_rows(model, adapter_B)
     fresh = cache is None
     cache = model.init_cache(B, size) if cache is None else cache
     order_BT = jnp.arange(T, dtype=jnp.int32)
@@ -95,6 +101,7 @@ def prefill(
         finish_B=jnp.where(length_B > 0, RUNNING, LENGTH),
         stop_BN=stop_BN,
         sampling=None,
+        adapter_B=adapter_B,
     )
 
 
@@ -114,6 +121,7 @@ def decode(
       where a row had ended.
     """
     state = release(state, halt_B)
+    model = for_rows(model, state.adapter_B)
     B = state.position_B.shape[0]
     spec = jax.P(jax.typeof(state.position_B).sharding.spec[0], None)
     tokens_BC = jnp.full((B, CHUNK), NO_TOKEN, jnp.int32, out_sharding=spec)

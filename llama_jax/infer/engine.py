@@ -22,6 +22,7 @@ from llama_jax.infer import decode
 from llama_jax.infer.decode import LENGTH, NO_TOKEN, DecodeState
 from llama_jax.infer.sampling import Sampling, row_sampling
 from llama_jax.model import Llama
+from llama_jax.model.adapt import has_several_adapters
 from llama_jax.sharding import pad_batch, whole_sequences
 from llama_jax.typing import Fields, Foreign, PyTree
 
@@ -42,6 +43,7 @@ class Request:
       sampling: how they are chosen.
       stop_ids: tokens that end the row.
       held: the tokens before `ids`, which the cache already holds.
+      adapter: of a model with several adapters: 0 is none, i the one number i - 1.
     """
 
     ids: Sequence[int]
@@ -49,6 +51,7 @@ class Request:
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     stop_ids: Collection[int] = ()
     held: Sequence[int] = ()
+    adapter: int = 0
 
     @property
     def length(self) -> int:
@@ -85,6 +88,7 @@ class Engine:
 
     def __init__(self, model: Llama, compiler_options: Fields | None = None):
         self._model, (self._leaves, self._structure) = model, jax.tree.flatten(model)
+        self._several = has_several_adapters(model)
         self._decode = _decode_program(tuple(sorted((compiler_options or {}).items())))
 
     @classmethod
@@ -109,6 +113,7 @@ class Engine:
             finish_B=self._put(none + LENGTH),
             stop_BN=self._put(np.full((rows, STOPS), NO_TOKEN, np.int32), "sampled"),
             sampling=None,
+            adapter_B=self._put(none) if self._several else None,
         )
 
     def prefill(
@@ -128,17 +133,17 @@ class Engine:
         T, size = bucket(longest), num_slots(cache) if cache is not None else size
         for length in (T, size):
             whole_sequences(length, jax.sharding.get_abstract_mesh().shape["context"])
-        tokens_BT, start_B, length_B, remaining_B = (np.zeros(s, np.int32) for s in ((B, T), B, B, B))
+        tokens_BT, start_B, length_B, remaining_B, adapter_B = (np.zeros(s, np.int32) for s in ((B, T), B, B, B, B))
         width = bucket(max(len(request.stop_ids) for request in requests), STOPS)
         stop_BN = np.full((B, width), NO_TOKEN, np.int32)
         for i, request in enumerate(requests):
-            length_B[i], start_B[i] = len(request.ids), len(request.held)
+            length_B[i], start_B[i], adapter_B[i] = len(request.ids), len(request.held), request.adapter
             remaining_B[i] = min(request.max_new_tokens, 2**31 - 1)
             tokens_BT[i, : len(request.ids)] = request.ids
             stop_BN[i, : len(request.stop_ids)] = sorted(request.stop_ids)
         state = _prefill(
             self._leaves, self._put(tokens_BT, "seq"), *map(self._put, (start_B, length_B, remaining_B)),
-            self._put(stop_BN, "sampled"), cache,
+            self._put(stop_BN, "sampled"), cache, self._put(adapter_B) if self._several else None,
             structure=self._structure, size=size, span=min(size, bucket(max(request.length for request in requests))),
         )  # fmt: skip
         return state if all(request.sampling.greedy for request in requests) else self._sampling(state, requests)

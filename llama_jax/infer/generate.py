@@ -60,6 +60,7 @@ def generate(
     repetition_penalty: float | Sequence[float | None] | None = None,
     seed: int | Sequence[int] = 0,
     stop: str | Sequence[str] | Sequence[Sequence[str]] = (),
+    adapter: str | Sequence[str | None] | None = None,
     logprobs: bool = False,
     on_tokens: Callable[[int], None] | None = None,
 ) -> list[Completion]:
@@ -81,6 +82,8 @@ def generate(
       seed: see `Sampling`. One number is the first prompt's seed, and each prompt's is one more than that of the prompt
         before it, so that equal prompts get different answers; a list gives each prompt its own.
       stop: texts that end a completion, and are not part of it; one list a prompt is a list of lists.
+      adapter: name of one of the model's several adapters (`load(adapters={...})`), or None for the model without; a
+        list gives each prompt its own.
       logprobs: whether to return each token's log-probability.
       on_tokens: called with the number of new tokens after each chunk, for a display of progress.
 
@@ -96,7 +99,7 @@ def generate(
     samplings, budgets = _samplings(options, len(prompts)), _budgets(max_new_tokens, len(prompts))
     if not prompts:
         return []
-    stops = _stops(stop, len(prompts))
+    stops, names = _stops(stop, len(prompts)), _each("adapter", adapter, len(prompts))
     ids = [encode_prompt(llama, prompt, where=f"prompt {i}") for i, prompt in enumerate(prompts)]
     rows = [
         RowText(llama, stop, goes_on=isinstance(prompt, (str, ContinuedText)))
@@ -104,8 +107,8 @@ def generate(
     ]
     stop_ids = llama.tokenizer.stop_ids if llama.tokenizer else ()
     requests = [
-        Request(tokens, budget, sampling, stop_ids)
-        for tokens, budget, sampling in zip(ids, budgets, samplings, strict=True)
+        Request(tokens, budget, sampling, stop_ids, adapter=llama.adapter_number(name))
+        for tokens, budget, sampling, name in zip(ids, budgets, samplings, names, strict=True)
     ]
     with jax.set_mesh(llama.mesh):
         run = Generation(llama, requests, first_chunk=STOP_CHUNK if any(stops) else CHUNK)

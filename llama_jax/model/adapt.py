@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +86,58 @@ def adapt(model: Llama, adapter: Adapter, make: Callable[[Factors, str], tuple[P
       adapter: what it is.
       make: makes the factors of a weight of that name; None makes abstract ones.
     """
-    wanted = factors(model, adapter)
+    return with_factors(model, factors(model, adapter), make)
+
+
+def side_by_side(each: Sequence[Mapping[str, Factors]]) -> dict[str, Factors]:
+    """Returns the factors of several adapters of a model whose blocks are a list, by the weight's name.
+
+    What makes their `a` and `b` puts those of the adapters one after the other along R. The gate has one row more than
+    there are adapters: row 0 is no adapter, row i the one number i - 1.
+    """
+    found = {}
+    for name in dict.fromkeys(name for one in each for name in one):
+        has = [one.get(name) for one in each]
+        first = next(one for one in has if one)
+        ranks = [one.a_shape[-1] if one else 0 for one in has]
+        gate, end = np.zeros((len(each) + 1, sum(ranks)), np.float32), 0
+        for i, (one, rank) in enumerate(zip(has, ranks, strict=True), 1):
+            if one:
+                gate[i, end : end + rank] = one.gate
+            end += rank
+        a_shape, b_shape = (*first.a_shape[:-1], sum(ranks)), (sum(ranks), *first.b_shape[1:])
+        found[name] = Factors(first.place, first.modules, tuple(ranks), a_shape, b_shape, gate)
+    return found
+
+
+def has_several_adapters(model: Llama) -> bool:
+    """Whether there are adapters to choose from, as `side_by_side` makes them."""
+    for w in jax.tree.leaves(model.blocks, is_leaf=is_leaf):
+        if isinstance(w, Adapted):
+            return w.gate.ndim > 1 and not model.stacked
+    return False
+
+
+def for_rows(model: Llama, adapter_B: jax.Array | None) -> Llama:
+    """Returns the model whose several adapters are chosen by row of a batch; unchanged where there is no choice.
+
+    Args:
+      model: its weights may have several adapters.
+      adapter_B: int32: 0 is none, i the one number i - 1.
+    """
+    if adapter_B is None:
+        return model
+
+    def choose(w):
+        return dataclasses.replace(w, adapter_B=adapter_B) if isinstance(w, Adapted) else w
+
+    return jax.tree.map(choose, model, is_leaf=is_leaf)
+
+
+def with_factors(
+    model: Llama, wanted: Mapping[str, Factors], make: Callable[[Factors, str], tuple[PyTree, PyTree]] | None
+) -> Llama:
+    """Returns the model with factors on the weights of those names; as `adapt`."""
     mesh = jax.sharding.get_abstract_mesh()
 
     def placed(w: PyTree, x: PyTree, part: P) -> jax.Array:

@@ -23,13 +23,16 @@ class Adapted(Stored):
       base: W [*in, *out], any leaf or array; of a stack of layers [L, *in, *out].
       a: float32 [*in, R], or [L, *in, R].
       b: float32 [R, *out], or [L, R, *out].
-      gate: float32 [R], or [L, R]: what the product of a column of `a` and a row of `b` counts, alpha / r.
+      gate: float32 [R], or [L, R]: what the product of a column of `a` and a row of `b` counts, alpha / r. Of several
+        adapters, whose factors are side by side in `a` and `b`, [adapters, R]: each counts in its own part alone.
+      adapter_B: int32 [B]: of several adapters, which one each row of a batch has; None where there is one.
     """
 
     base: PyTree
     a: jax.Array
     b: jax.Array
     gate: jax.Array
+    adapter_B: jax.Array | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -49,6 +52,8 @@ class Adapted(Stored):
     def dense(self) -> jax.Array:
         """The merged weight, in the base's dtype, rounded once."""
         base = leaf_of(self.base).dense()
+        if self.a.ndim + self.b.ndim - 2 - base.ndim + 1 < self.gate.ndim:
+            raise ValueError("several adapters are no one weight: load the model with one of them")
         stack = "l" * (self.gate.ndim - 1)  # of a stack's layers
         inner, outer = "abcd"[: self.a.ndim - 1 - len(stack)], "wxyz"[: self.b.ndim - 1 - len(stack)]
         gate = self.gate.reshape(*self.gate.shape[:-1], *(1 for _ in inner), -1)
@@ -67,7 +72,12 @@ class Adapted(Stored):
         rows, outer = of_x[: -len(inner)], "".join(axis for axis in of_w if axis not in inner)
         thin = P(*linear.spec_of(x)[: len(rows)], None)
         x_R = linear.product(f"{of_x},{inner}R->{rows}R", x, self.a, thin)
-        x_R = x_R * self.gate.astype(x.dtype)
+        gate = self.gate.astype(x.dtype)
+        if self.adapter_B is not None:
+            rows_spec = P(linear.spec_of(x)[0], *(None for _ in range(len(rows))))
+            gate = gate.at[self.adapter_B].get(mode="promise_in_bounds", out_sharding=P(rows_spec[0], None))
+            gate = jax.lax.reshape(gate, (len(gate), *(1 for _ in rows[1:]), gate.shape[1]), out_sharding=rows_spec)
+        x_R = x_R * gate
         return y + linear.product(f"{rows}R,R{outer}->{result}", x_R, self.b, out_sharding)
 
     def lookup(self, ids: jax.Array, out_sharding: P) -> jax.Array:
@@ -76,6 +86,7 @@ class Adapted(Stored):
 
     def parts(self) -> dict[str, jax.Array]:
         """The factors, and the base's own parts."""
-        return {"a": self.a, "b": self.b, "gate": self.gate} | {
+        several = {} if self.adapter_B is None else {"adapter_B": self.adapter_B}
+        return {"a": self.a, "b": self.b, "gate": self.gate, **several} | {
             f"base.{name}".removesuffix("."): part for name, part in leaf_of(self.base).parts().items()
         }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,7 @@ def load(
     chat_format: str | None = None,
     attention: str | None = None,
     quantize: str | None = None,
-    adapters: str | Path | None = None,
+    adapters: str | Path | Mapping[str, str | Path] | None = None,
 ) -> LoadedLlama:
     """Loads a Llama, tensor by tensor, each device's part straight to the device.
 
@@ -58,7 +58,8 @@ def load(
         "nf4-single" in 4.5 bits; bit for bit as bitsandbytes, and of its checkpoints the numbers that they hold. None
         is what the adapter's run had, else all are expanded.
       adapters: the folder of a LoRA adapter as PEFT saves it, or of a training run that made one. Its weights stay
-        beside those of the model. Where `name` is such a folder, the model is its base.
+        beside those of the model. Where `name` is such a folder, the model is its base. Several, {"name": folder}, are
+        loaded side by side, and each prompt of `generate` and each conversation chooses one, or none.
 
     Raises:
       CheckpointError: the checkpoint cannot be fetched or read; says which file and what to do.
@@ -75,11 +76,15 @@ def load(
     from llama_jax.text.chat import format_named
     from llama_jax.weights.checkpoint import DTYPES
     from llama_jax.weights.open import open_checkpoint
-    from llama_jax.weights.peft import open_adapter, own_tokenizer
+    from llama_jax.weights.peft import load_several, open_adapter, own_tokenizer
 
     if chat_format is not None:
         format_named(chat_format)
-    name, saved = open_adapter(name, adapters)
+    several = adapters if isinstance(adapters, Mapping) else {}
+    name, saved = open_adapter(name, None if isinstance(adapters, Mapping) else adapters)
+    each = [open_adapter(name, folder)[1] for folder in several.values()]
+    if saved and several:
+        raise ValueError(f"{name}: brings an adapter of its own: give the model that all of them are for")
     checkpoint = open_checkpoint(name)
     config = checkpoint.config
     if saved:
@@ -103,9 +108,11 @@ def load(
         if saved:
             model = saved.load(model)
             tokenizer = own_tokenizer(saved, config) or tokenizer
+        elif several:
+            model = load_several(model, [one for one in each if one])
         if mesh.devices.flat[0].platform == "tpu":
             model = flatten_heads(model)
-    return LoadedLlama(config, model, tokenizer, mesh, max_seq_len, chat_format, checkpoint)
+    return LoadedLlama(config, model, tokenizer, mesh, max_seq_len, chat_format, checkpoint, tuple(several))
 
 
 def read_model(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,7 +76,14 @@ class SavedAdapter:
         from llama_jax.model.adapt import adapt
 
         self.check(model.config)
-        return adapt(model, self.adapter, lambda one, _: self._read(one))
+        return adapt(model, self.adapter, lambda one, _: self.read(one))
+
+    def factors(self, model: Llama) -> dict[str, Factors]:
+        """Its factors, by the weight's name in the model."""
+        from llama_jax.model.adapt import factors
+
+        self.check(model.config)
+        return factors(model, self.adapter)
 
     def check(self, config: ModelConfig) -> None:
         """Raises CheckpointError or ConfigError, as `load`, without reading a factor."""
@@ -105,7 +112,7 @@ class SavedAdapter:
         """Returns A, float32 [r, in], or B, float32 [out, r], of a matrix."""
         return self._tensors[f"{PREFIX}{module}.lora_{which}.weight"].read().astype(np.float32)
 
-    def _read(self, one: Factors) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, one: Factors) -> tuple[np.ndarray, np.ndarray]:
         """The factors of one weight, of all its layers; what a layer lacks of the rank is zero."""
         first = one.a_shape[:1] if one.place.stacked else ()
         a, b = np.zeros(one.a_shape, np.float32), np.zeros(one.b_shape, np.float32)
@@ -116,6 +123,23 @@ class SavedAdapter:
             to_a[..., :rank] = self.factor(module, "A").T.reshape(*to_a.shape[:-1], rank)
             to_b[:rank] = self.factor(module, "B").T.reshape(rank, *to_b.shape[1:])
         return a, b
+
+
+def load_several(model: Llama, each: Sequence[SavedAdapter]) -> Llama:
+    """Returns the model with several adapters, of which each row of a batch chooses; its mesh must be in use.
+
+    Raises:
+      as `SavedAdapter.load`.
+    """
+    from llama_jax.model.adapt import side_by_side, with_factors
+
+    factors = [saved.factors(model) for saved in each]
+
+    def make(one: Factors, name: str) -> tuple[np.ndarray, np.ndarray]:
+        parts = [saved.read(own[name]) for saved, own in zip(each, factors, strict=True) if name in own]
+        return np.concatenate([a for a, _ in parts], axis=-1), np.concatenate([b for _, b in parts], axis=0)
+
+    return with_factors(model, side_by_side(factors), make)
 
 
 def adapter_folder(name: str | Path) -> Path | None:

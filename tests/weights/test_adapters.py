@@ -17,6 +17,7 @@ import transformers
 import llama_jax
 from llama_jax.config import ConfigError
 from llama_jax.config.adapter import Adapter, from_peft
+from llama_jax.infer import engine
 from llama_jax.model.adapt import adapt, is_trained, without_adapter
 from llama_jax.ops.adapted import Adapted
 from llama_jax.ops.weights import is_leaf
@@ -291,3 +292,28 @@ def test_folders_that_are_none(base, tmp_path):
     (folder / WEIGHTS).rename(folder / "adapter_model.bin")
     with pytest.raises(CheckpointError, match=r"adapter_model.bin is a pickle: load and save it again with PEFT"):
         llama_jax.load(base, adapters=folder)
+
+
+@pytest.mark.parametrize("mesh", [None, "fsdp=2,tensor=4"])
+def test_each_row_has_its_own_adapter(mesh, base, tmp_path):
+    """Four rows of one program, three adapters of different targets and ranks and none: as each by itself."""
+    cases = {"qv": "q, v", "all": "all", "patterns": "patterns"}
+    folders = {name: write_adapter(tmp_path / name, *CASES[case][:2], scale=0.3) for name, case in cases.items()}
+    prompts = [[1, 5, 9, 13], [1, 6, 11], [2, 17, 3, 8, 9], [1, 5, 9, 13]]
+    llama = llama_jax.load(base, adapters=folders, mesh=mesh)
+    names = ["qv", None, "patterns", "all"]
+    many = llama_jax.generate(llama, prompts, max_new_tokens=8, logprobs=True, adapter=names)
+    programs = engine._prefill._cache_size()
+    again = llama_jax.generate(llama, prompts[::-1], max_new_tokens=8, logprobs=True, adapter=names[::-1])[::-1]
+    assert engine._prefill._cache_size() == programs  # one for all choices
+    for i, (prompt, name) in enumerate(zip(prompts, names, strict=True)):
+        single = llama_jax.load(base, adapters=folders[name] if name else None, mesh=mesh)
+        (alone,) = llama_jax.generate(single, [prompt], max_new_tokens=8, logprobs=True)
+        for found in (many[i], again[i]):
+            assert found.tokens == alone.tokens
+            np.testing.assert_allclose(found.logprobs, alone.logprobs, atol=1e-5)
+    assert many[0].tokens != many[3].tokens
+    with pytest.raises(ValueError, match="adapter 'x' is not known: there are qv, all, patterns"):
+        llama_jax.generate(llama, prompts, adapter="x")
+    with pytest.raises((ValueError, CheckpointError), match="several adapters are no one weight"):
+        llama_jax.save(llama, tmp_path / "saved", format="hf")
