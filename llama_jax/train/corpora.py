@@ -16,6 +16,7 @@ from llama_jax.data.rows.plan import WINDOW, RowPlan
 from llama_jax.train.objective import objective_of
 from llama_jax.train.preferences import REFERENCE
 from llama_jax.train.recipe import Recipe
+from llama_jax.train.reference import referenced
 from llama_jax.typing import JsonObject
 
 log = logging.getLogger("llama_jax")
@@ -45,8 +46,12 @@ class Corpora:
         return read_files(self.train[0].path)
 
 
-def open_corpora(recipe: Recipe) -> Corpora:
+def open_corpora(recipe: Recipe, output: Path) -> Corpora:
     """Opens the corpora of a recipe, and checks that they are of one tokenizer.
+
+    Args:
+      recipe: of the run.
+      output: its folder, which keeps what the reference of DPO says of them.
 
     Raises:
       FileNotFoundError: one is not there.
@@ -65,6 +70,8 @@ def open_corpora(recipe: Recipe) -> Corpora:
                 f"{corpus.path}: has no column {column}, which the objective {recipe.objective} needs: prepare it from"
                 f" {'pairs of answers, with --pairs' if column == PAIR else 'conversations, with --chat'}"
             )
+    if REFERENCE in objective_of(recipe).columns:
+        return Corpora(referenced(train, output, "train"), referenced(validation, output, "validation"))
     return Corpora(train, validation)
 
 

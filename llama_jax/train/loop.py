@@ -38,7 +38,7 @@ from llama_jax.train.outcome import Outcome
 from llama_jax.train.preferences import REFERENCE
 from llama_jax.train.profile import tracing, window
 from llama_jax.train.recipe import Recipe
-from llama_jax.train.reference import keep_reference, referenced
+from llama_jax.train.reference import keep_reference
 from llama_jax.train.report import Reporter, count, draw_curves, finite_or_none, read_metrics
 from llama_jax.train.state import TrainState, describe, from_named_arrays, named_arrays, new_state
 from llama_jax.train.step import compiled
@@ -112,12 +112,7 @@ class TrainingRun:
         self.total, self.window = recipe.total_steps, window(recipe.profile)
         self.objective = objective_of(recipe)
         self.optimizer, self.schedule = adamw(recipe.optimizer), learning_rate(recipe.optimizer.schedule)
-        self.corpora = corpora.open_corpora(recipe)
-        if REFERENCE in self.objective.columns:
-            read = self.corpora
-            self.corpora = corpora.Corpora(
-                referenced(read.train, output, "train"), referenced(read.validation, output, "validation")
-            )
+        self.corpora = corpora.open_corpora(recipe, output)
         self.batches = checks.batch_schedule(recipe.batch)
         self.plan = corpora.row_plan(recipe, self.corpora)
         # A resumed run has all that it began with, but the weights that an adapter leaves as they are.
@@ -296,16 +291,10 @@ class TrainingRun:
             draw_curves(self.output)
         signal_ = (self.request.signal or signal.SIGTERM) if self.step < self.total else None
         return Outcome(
-            output=str(self.output),
-            step=self.step,
-            loss=finite_or_none(self.last.get("loss")),
-            seconds=time.monotonic() - self.start,
-            validation=self.validated,
-            reference=self._reference(),
-            skipped=int(self.last.get("skipped", 0)),
-            signal=signal_,
-            chats=recipe.objective == "sft",
-        )
+            output=str(self.output), step=self.step, loss=finite_or_none(self.last.get("loss")),
+            seconds=time.monotonic() - self.start, validation=self.validated, reference=self._reference(),
+            skipped=int(self.last.get("skipped", 0)), signal=signal_, chats=self.objective.whole,
+        )  # fmt: skip
 
     def _reference(self) -> dict[str, float]:
         """What else needs for the documents that were measured, where it is known."""

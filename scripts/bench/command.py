@@ -38,6 +38,8 @@ class Args:
     """transformers (needs the test extra)."""
     training: bool = False
     """Time a training step of SmolLM2's shape, 4 x 256 tokens, instead."""
+    adapter_rank: int = 0
+    """Of --training: the rank of a LoRA adapter that alone trains, with PEFT's for --against (needs peft)."""
     remat: tuple[str, ...] = ("matmuls",)
     """Of --training: the policies that are timed, each in turn with --against."""
     training_memory: bool = False
@@ -180,7 +182,9 @@ def conversions(args: Args, say: Say) -> tuple[Any, str]:
 def training(args: Args, say: Say) -> tuple[Any, str]:
     from scripts.bench import train
 
-    results = train.measure(args.remat, repeats=args.repeats, against=args.against, progress=say)
+    results = train.measure(
+        args.remat, repeats=args.repeats, against=args.against, rank=args.adapter_rank, progress=say
+    )
     lines = []
     for r in results:
         line = f"remat {r.what:10} {r.tokens_per_second:7.1f} tokens/s, {r.temporary_bytes / 1e9:.2f} GB of temporaries"
@@ -208,7 +212,7 @@ def loader(args: Args, say: Say) -> tuple[Any, str]:
     say("the tiny recipe's step")
     step = train.speed(recipe, repeats=max(args.repeats, 10))
     say("the loader")
-    corpora = open_corpora(recipe)
+    corpora = open_corpora(recipe, Path())
     read = data.loader_speed(row_plan(recipe, corpora), rows=recipe.batch.sequences)
     packing = {length: data.packing_efficiency(corpora.train[0], length) for length in (256, 2048, 8192)}
     text = (

@@ -20,12 +20,12 @@ import numpy as np
 
 from llama_jax import sharding
 from llama_jax.config import ModelConfig
+from llama_jax.config.adapter import Adapter
 from llama_jax.config.presets import PRESETS
 from llama_jax.libc import keep_freed_memory
 from llama_jax.train import build
 from llama_jax.train.optim import adamw
 from llama_jax.train.recipe import Batch, Data, Optimizer, Recipe, Remat, Schedule
-from llama_jax.train.state import new_state
 
 PRESET = "smollm2-135m"
 ROWS, LENGTH = 4, 256
@@ -59,6 +59,7 @@ def measure(
     *,
     repeats: int,
     against: str | None = "transformers",
+    rank: int = 0,
     progress: Callable[[str], None],
 ) -> list[Measurement]:
     """Times a step of 4 rows of 256 tokens: loss, gradient, clipping by its norm, AdamW.
@@ -67,6 +68,7 @@ def measure(
       remat: policies, each a measurement.
       repeats: how often each is timed; the median counts.
       against: "transformers", or None.
+      rank: of a LoRA adapter on all matrices of the layers, which alone trains (theirs with PEFT); 0 trains all.
       progress: called with a word about what is being timed.
 
     Raises:
@@ -78,9 +80,9 @@ def measure(
     results = []
     with contextlib.ExitStack() as stack:
         progress("a training step: compiling")
-        theirs = stack.enter_context(_Apart(against)) if against else None
+        theirs = stack.enter_context(_Apart(against, rank)) if against else None
         for policy in remat:
-            with _Apart(policy) as ours:  # one at a time: four of them need more than 20 GB
+            with _Apart(policy, rank) as ours:  # one at a time: four of them need more than 20 GB
                 times: list[list[float]] = [[], []]
                 for i in range(repeats):
                     progress(f"training steps, remat {policy}, {i + 1} of {repeats}")
@@ -106,10 +108,11 @@ def memory(
     return found
 
 
-def _recipe(remat: Remat, rows: int, microbatches: int = 1) -> Recipe:
+def _recipe(remat: Remat, rows: int, microbatches: int = 1, rank: int = 0) -> Recipe:
     optimizer = Optimizer(Schedule(LEARNING_RATE, 1000), weight_decay=WEIGHT_DECAY, clip_norm=CLIP)
     batch = Batch(LENGTH, rows, microbatches)
-    return Recipe(PRESETS[PRESET], Data(train=()), batch, optimizer, remat=remat, dtype="float32")
+    adapter = Adapter(rank=rank, alpha=2 * rank)
+    return Recipe(PRESETS[PRESET], Data(train=()), batch, optimizer, remat=remat, dtype="float32", adapter=adapter)
 
 
 def _temporary_bytes(program: Any) -> int:
@@ -121,10 +124,10 @@ def _temporary_bytes(program: Any) -> int:
 class _Apart:
     """A step in a process of its own, so that allocators and threads of one do not disturb another; warmed up."""
 
-    def __init__(self, what: str):
+    def __init__(self, what: str, rank: int):
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, what), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, what, rank), daemon=True)
         self._process.start()
         theirs.close()
         self.temporary_bytes: int = self._answer()
@@ -155,16 +158,16 @@ class _Apart:
         self._process.kill()
 
 
-def _serve(connection: Connection, what: str) -> None:
+def _serve(connection: Connection, what: str, rank: int) -> None:
     """Steps of one kind, as they are asked for."""
     try:
         config = PRESETS[PRESET]
         tokens = np.random.default_rng(0).integers(0, config.vocab_size, (ROWS, LENGTH + 1))
         if what == "transformers":
-            run, nbytes = transformers_step(config, tokens), 0
+            run, nbytes = transformers_step(config, tokens, rank), 0
         else:
             keep_freed_memory()  # as the training loop does
-            run, nbytes = our_step(_recipe(cast(Remat, what), ROWS), tokens)
+            run, nbytes = our_step(_recipe(cast(Remat, what), ROWS, rank=rank), tokens)
         for _ in range(2):
             run()
         connection.send(nbytes)
@@ -186,7 +189,7 @@ def our_step(recipe: Recipe, tokens: np.ndarray) -> tuple[Callable[[], None], in
         program, (like, batch, stop) = build.abstract_step(recipe)
         program = program.lower(like, batch, stop).compile()
         optimizer = adamw(recipe.optimizer)
-        state = jax.jit(lambda: new_state(build.make_model(recipe, recipe.model, seed=0), optimizer))()
+        state = jax.jit(lambda: build.state_of(recipe, build.make_model(recipe, recipe.model, seed=0), optimizer))()
         rows, length = tokens[:, 1:].shape
         values = {
             "tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": np.ones((rows, length)),
@@ -211,21 +214,27 @@ def speed(recipe: Recipe, *, repeats: int) -> float:
     return recipe.batch.sequences * recipe.batch.seq_len / statistics.median(_seconds(run) for _ in range(repeats))
 
 
-def transformers_step(config: ModelConfig, tokens: np.ndarray) -> Callable[[], None]:
-    """The same by transformers (torch, CPU, float32, all cores) with torch's fused AdamW."""
+def transformers_step(config: ModelConfig, tokens: np.ndarray, rank: int = 0) -> Callable[[], None]:
+    """The same by transformers (torch, CPU, float32, all cores), with PEFT's adapter, and torch's fused AdamW."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from llama_jax.config.hf import to_hf_config
 
     model = LlamaForCausalLM(LlamaConfig(**to_hf_config(config, dtype="float32", transformers=5))).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
+    if rank:
+        from peft import LoraConfig, get_peft_model
+
+        options = {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+        model = get_peft_model(model, LoraConfig(**options))
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
     ids = torch.from_numpy(tokens)
     inputs, targets = ids[:, :-1], ids[:, 1:].contiguous()
 
     def run() -> None:
         model(input_ids=inputs, labels=targets, shift_labels=targets).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        torch.nn.utils.clip_grad_norm_(trained, CLIP)
         optimizer.step()
         optimizer.zero_grad()
 

@@ -26,7 +26,7 @@ def read(tmp_path):
         prepare(make_request([file], tokenizer=tmp_path / "tokenizer.model"), tmp_path / folder, workers=0)
         data = Data(train=(str(tmp_path / folder),))
         recipe = Recipe(tiny_config(), data=data, batch=Batch(32, 4), optimizer=Optimizer(Schedule(1e-3, 9)), **changes)
-        return recipe, open_corpora(recipe)
+        return recipe, open_corpora(recipe, tmp_path)
 
     return read
 
