@@ -131,7 +131,7 @@ def objective_of(name: str, options: Preference) -> PreferenceObjective:
     return PreferenceObjective(name, options, reference="" if name in ("simpo", "orpo") else REFERENCE)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name if name in ("dpo", "ipo", "simpo", "orpo") else slow(name) for name in CASES])
 def test_the_numbers_of_trl(name, models):
     options, loss, norm = CASES[name]
     found = measured(objective_of(name, options), models, [[0], [1]], 16)
@@ -148,7 +148,7 @@ def test_the_numbers_of_trl(name, models):
         assert metrics["rejected_logp"] == pytest.approx((-14.594158 - 23.615093) / 2, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["dpo", slow("ipo"), slow("hinge"), slow("simpo"), "orpo", slow("dpo-norm")])
+@pytest.mark.parametrize("name", ["dpo", slow("ipo"), slow("hinge"), slow("simpo"), slow("orpo"), slow("dpo-norm")])
 @pytest.mark.parametrize(
     ("rows", "T", "mesh", "M"),
     [
