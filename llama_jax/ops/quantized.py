@@ -93,10 +93,11 @@ class NF4(Stored):
         own = (first + position(inputs)) // SCALE_BLOCK - first // SCALE_BLOCK
         # By selects, as the code points, they would be 255 operations for each of hundreds of weights, to compile.
         unit = self.table.at[self.absmax].get(mode="promise_in_bounds", out_sharding=self.spec)
-        deviation = jnp.float32(0)
+        deviation = unit
         for j, of_output in enumerate(self.scales):
             # The product is in here so that no compiler joins it with the sum, and rounds once instead of twice.
-            deviation = jnp.where(own == j, unit * jnp.expand_dims(of_output, tuple(inputs)), deviation)
+            scaled = unit * jnp.expand_dims(of_output, tuple(inputs))
+            deviation = jax.lax.select_n(own == j, deviation, scaled)
         return deviation + self.offset
 
     def product(self, equation: str, x: jax.Array, out_sharding: P) -> jax.Array:
@@ -109,27 +110,38 @@ class NF4(Stored):
         raise NotImplementedError("an embedding table is not stored in NF4")
 
 
-def _code_point(index: jax.Array) -> PyTree:
-    """The code point of each index, float32: by its four bits, as a vector unit has no table to look it up in."""
-    bits = [(index >> i & 1).astype(jnp.bool_) for i in range(4)]
+def _code_point(index: jax.Array) -> jax.Array:
+    """The code point of each index, float32: by its four bits, as a vector unit has no table to look it up in.
 
-    def of(some: tuple[float, ...]) -> PyTree:
-        if len(some) == 1:
-            return jnp.float32(some[0])
-        half = len(some) // 2
-        return jnp.where(bits[half.bit_length() - 1], of(some[half:]), of(some[:half]))
+    The choice between two constants is a product and a sum of integers, the bits of float32 numbers: a constant that is
+    spread over an array does not depend on the weight, and JAX would keep one of the weight's size for each of the 16.
+    """
+    bits = [(index >> i & 1).astype(jnp.int32) for i in range(4)]
+    points = np.array(CODES, np.float32).view(np.int32).tolist()
+    found = [bits[0] * _wrapped(odd - even) + even for even, odd in zip(points[::2], points[1::2], strict=True)]
+    chosen = [jax.lax.bitcast_convert_type(x, jnp.float32) for x in found]
+    for bit in bits[1:]:
+        pairs = zip(chosen[::2], chosen[1::2], strict=True)
+        chosen = [jax.lax.select_n(bit == 1, low, high) for low, high in pairs]
+    return chosen[0]
 
-    return of(CODES)
+
+def _wrapped(x: int) -> int:
+    """As int32 holds it."""
+    return (x + 2**31) % 2**32 - 2**31
 
 
-def _whole(equation: str, x: jax.Array, weight: NF4) -> jax.Array:
+def _whole(equation: str, x: jax.Array, weight: NF4, after: jax.Array) -> jax.Array:
+    """The weight gathered and expanded, once `after` is there: else a compiler expands those of a whole block at its
+    beginning, and keeps what the forward pass expanded for the backward pass."""
     axes = linear.axes_of_rows(equation, x)
+    weight, _ = jax.lax.optimization_barrier((weight, after))
     return jax.tree.map(lambda part: linear.gather(part, axes), weight).dense().astype(x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _product(equation: str, out_sharding: P, like: PyTree, x: jax.Array, weight: NF4) -> jax.Array:
-    return linear.multiply(equation, x, _whole(equation, x, weight), out_sharding)
+    return linear.multiply(equation, x, _whole(equation, x, weight, x), out_sharding)
 
 
 def _forward(equation: str, out_sharding: P, like: PyTree, x: jax.Array, weight: NF4):
@@ -140,7 +152,7 @@ def _forward(equation: str, out_sharding: P, like: PyTree, x: jax.Array, weight:
 def _backward(equation: str, out_sharding: P, like: PyTree, weight: NF4, cotangent: jax.Array):
     shape, dtype, spec = like
     x = jnp.zeros(shape, dtype, out_sharding=spec)  # the product is linear: its numbers are not used
-    w = _whole(equation, x, weight)
+    w = _whole(equation, x, weight, cotangent)
     _, transposed = jax.vjp(lambda x: linear.multiply(equation, x, w, out_sharding), x)
     return *transposed(cotangent), None
 
