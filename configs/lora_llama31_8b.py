@@ -6,7 +6,8 @@
     python scripts/train.py configs/lora_llama31_8b.py --dry-run --machine v5litepod-8    # does it fit
 
 The step compiled by libtpu 0.0.42 for v5litepod-8, 8 rows of 4096 tokens: 10.52 GB of a chip's 16.91 at the peak, on
-fsdp=4,tensor=2 with remat matmuls. By arithmetic 17.6 of 33.5 GB on v6e-8, and 44.4 of 63.7 GB on one H100.
+fsdp=4,tensor=2 with remat matmuls. For v6e-8 16.4 of 33.5 GB (fsdp=8), and for
+one H100, by XLA's CUDA compiler, 29.9 of 63.7 GB with one row.
 
 Rank 16, alpha 32, all matrices of the layers, 2e-4 with a cosine: what torchtune, litgpt and axolotl publish for this
 size, within a factor of two of each other. From Instruct: an adapter of the layers cannot teach a base model the tokens

@@ -6,9 +6,9 @@
     python scripts/train.py configs/qlora_llama31_70b.py --dry-run --machine v6e-8    # does it fit
     python scripts/convert.py runs/qlora_llama31_70b merged --to hf    # into the NF4 weights that it was trained on
 
-The step compiled by libtpu 0.0.42 for v6e-8, 8 rows of 4096 tokens: 30.64 GB of a chip's 33.54 at the peak, on fsdp=8
-with remat attention; the weights are 5.53 GB of that. By arithmetic 52.4 of 63.7 GB on one H100 (1 row), and 11.9 of
-16.9 GB on v5litepod-8 with remat offload. unsloth/Llama-3.3-70B-Instruct-bnb-4bit and its like are read as they are.
+The step compiled by libtpu 0.0.42 for v6e-8, 8 rows of 4096 tokens: 28.36 GB of a chip's 33.54 at the peak, on fsdp=8
+with remat attention; the weights are 5.53 GB of that. For one H100, by XLA's CUDA compiler, 50.88 of 63.73 GB with one
+row and remat full. unsloth/Llama-3.3-70B-Instruct-bnb-4bit and its like are read as they are.
 
 Rank 16 and 1e-4, as the QLoRA paper has it for 65B (rank 64 there), batches of 8 x 4096 tokens.
 """

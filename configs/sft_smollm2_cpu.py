@@ -22,7 +22,7 @@ def recipe() -> Recipe:
         objective="sft",
         adapter=Adapter(rank=16, alpha=32.0),
         batch=Batch(seq_len=512, sequences=2, microbatches=1),
-        remat="none",
+        remat="matmuls",
         optimizer=Optimizer(
             Schedule(peak=1e-3, steps=90, kind="linear", warmup_steps=5, final=0.0), b2=0.99, weight_decay=0.0
         ),

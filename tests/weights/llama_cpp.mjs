@@ -1,5 +1,5 @@
 // Asks llama.cpp (by node-llama-cpp, where it is installed) about a GGUF file.
-//   node llama_cpp.mjs MODEL.gguf '{"prompts": [[...], ...], "chat": [...], "stop": [...], "text": "..."}'
+//   node llama_cpp.mjs MODEL.gguf '{"prompts": [[...], ...], "chat": [...], "stop": [...], "text": "...", "most": 32}'
 // Prints {"top": the five most likely tokens after each prompt with their probabilities, "answer": the greedy text after
 // `chat` up to a stop id, "tokens": llama.cpp's ids of `text`}.
 import {createRequire} from "node:module";
@@ -8,7 +8,7 @@ import {pathToFileURL} from "node:url";
 const require = createRequire(process.cwd() + "/");
 const {getLlama} = await import(pathToFileURL(require.resolve("node-llama-cpp")));
 const [modelPath, request] = process.argv.slice(2);
-const {prompts, chat, stop, text} = JSON.parse(request);
+const {prompts, chat, stop, text, most = 32} = JSON.parse(request);
 const llama = await getLlama({gpu: false, build: "never", logLevel: "error"});
 const model = await llama.loadModel({modelPath});
 const context = await model.createContext({contextSize: 512});
@@ -28,7 +28,7 @@ for (const ids of prompts) {
 await sequence.clearHistory();
 const answer = [];
 let {token} = await next(chat);
-while (!stop.includes(token) && answer.length < 32) {
+while (!stop.includes(token) && answer.length < most) {
   answer.push(token);
   ({token} = await next([token]));
 }
