@@ -15,6 +15,7 @@ from llama_jax import distributed, sharding
 from llama_jax.config import ModelConfig
 from llama_jax.costs import machines
 from llama_jax.costs.machines import Machine
+from llama_jax.data.manifest import LOSS_MASK
 from llama_jax.data.rows.loader import ARRAYS
 from llama_jax.model import Llama, random_keys
 from llama_jax.model.adapt import adapt, is_trained, new_factors
@@ -146,7 +147,7 @@ def open_initial(recipe: Recipe, corpora: Corpora) -> Checkpoint | None:
             f"{corpora.train[0].path} was not prepared with the tokenizer of {recipe.init_from}: {found[0]}. Prepare it"
             f" again: scripts/prepare_data.py ... --tokenizer {recipe.init_from}"
         )
-    if recipe.objective == "sft":
+    if LOSS_MASK in objective_of(recipe).columns:
         check_markers(recipe, checkpoint, corpora.train[0])
     return checkpoint
 

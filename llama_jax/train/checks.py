@@ -11,6 +11,7 @@ from llama_jax.config.quantization import check_quantize
 from llama_jax.data.corpus import check_tokenizer
 from llama_jax.data.rows.loader import BatchSchedule, BatchStage
 from llama_jax.train.corpora import Corpora
+from llama_jax.train.preferences import COMPARED
 from llama_jax.train.recipe import Batch, Recipe
 
 log = logging.getLogger("llama_jax")
@@ -47,8 +48,13 @@ def check_numbers(recipe: Recipe) -> None:
         raise ValueError(
             "validation.answers are of conversations that are held out: give data.validation, objective sft"
         )
-    if recipe.objective == "sft" and any(stage.split > 1 for stage in batch.stages):
-        raise ValueError("batch.stages.split would cut answers from their questions: leave it at 1 with objective sft")
+    if recipe.objective != "pretrain" and any(stage.split > 1 for stage in batch.stages):
+        raise ValueError(
+            "batch.stages.split would cut answers from their questions: leave it at 1 with objective"
+            f" {recipe.objective}"
+        )
+    if recipe.objective in COMPARED:
+        _check_preference(recipe)
     if recipe.adapter and not recipe.init_from:
         raise ValueError("an adapter needs the weights that it adapts: give --init-from")
     check_quantize(recipe.quantize)
@@ -56,6 +62,20 @@ def check_numbers(recipe: Recipe) -> None:
         raise ValueError("quantized weights do not train: give an adapter (--adapter.rank 16), or leave quantize out")
     if recipe.adapter and recipe.adapter.dropout:
         raise ValueError("adapter.dropout is not computed in training yet: leave it at 0")
+
+
+def _check_preference(recipe: Recipe) -> None:
+    options = recipe.preference
+    if not options.beta > 0:
+        raise ValueError(f"preference.beta must be more than 0, got {options.beta}")
+    if not 0 <= options.label_smoothing < 0.5:
+        raise ValueError(f"preference.label_smoothing must be from 0 to below 0.5, got {options.label_smoothing}")
+    if options.nll_weight is not None and not options.nll_weight >= 0:
+        raise ValueError(f"preference.nll_weight must be at least 0, got {options.nll_weight}")
+    if recipe.optimizer.z_weight:
+        raise ValueError(f"optimizer.z_weight is not of objective {recipe.objective}: leave it at 0")
+    if not recipe.init_from:
+        raise ValueError(f"objective {recipe.objective} compares answers of a model that gives some: give --init-from")
 
 
 def check_sizes(recipe: Recipe, config: ModelConfig, corpora: Corpora) -> None:

@@ -65,6 +65,11 @@ def open_corpora(recipe: Recipe, output: Path) -> Corpora:
         check_tokenizer(corpus, sha256=train[0].manifest.tokenizer_sha256)
         if not corpus.manifest.documents:
             raise ValueError(f"{corpus.path}: holds no document: prepare it from files that are not empty")
+        if PAIR in corpus.columns and PAIR not in objective_of(recipe).columns:
+            raise ValueError(
+                f"{corpus.path}: holds pairs of answers, of which objective {recipe.objective} would learn both: give"
+                " --objective dpo, or prepare conversations with --chat"
+            )
         for column in set(objective_of(recipe).columns) - {*corpus.columns, REFERENCE}:
             raise ValueError(
                 f"{corpus.path}: has no column {column}, which the objective {recipe.objective} needs: prepare it from"

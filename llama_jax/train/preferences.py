@@ -141,12 +141,12 @@ class PreferenceObjective:
         return (LOSS_MASK, PAIR, *filter(None, [self.reference]))
 
     def count(self, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """Pairs, and tokens of the better answers."""
-        real, rejected = batch["segment_ids"] > 0, (batch[PAIR] & REJECTED) > 0
-        first = rejected & (batch[PAIR] >> POSITION == 0)  # each pair has one
+        """Pairs with something to compare, and tokens of the better answers."""
+        learned, compared, rejected = self._masks(batch)
+        found = _answers(compared, compared, rejected, batch["segment_ids"])
         return {
-            "pairs": (real & first).sum(dtype=jnp.float32),
-            "tokens": jnp.where(real & ~rejected, batch[LOSS_MASK], 0).sum(dtype=jnp.float32),
+            "pairs": _real(found).sum(dtype=jnp.float32),
+            "tokens": jnp.where(rejected, 0, learned).sum(dtype=jnp.float32),
         }
 
     def sums(self, model: Llama, batch: Mapping[str, jax.Array]) -> Comparison:
@@ -158,11 +158,9 @@ class PreferenceObjective:
             base_BT = batch[self.reference].astype(jnp.float32)
         else:
             base_BT = jax.lax.stop_gradient(self.log_probabilities(without_adapter(model), batch))
-        rejected_BT = (batch[PAIR] & REJECTED) > 0
-        learned_BT = jnp.where(batch["segment_ids"] > 0, batch[LOSS_MASK], 0).astype(jnp.float32)
-        compared_BT = learned_BT if self.options.ends else jnp.where((batch[PAIR] & ENDS) > 0, 0, learned_BT)
-        ours, base = (self._answers(x, compared_BT, rejected_BT, batch["segment_ids"]) for x in (logp_BT, base_BT))
-        real_BP = (ours.chosen_tokens > 0) & (ours.rejected_tokens > 0)
+        learned_BT, compared_BT, rejected_BT = self._masks(batch)
+        ours, base = (_answers(x, compared_BT, rejected_BT, batch["segment_ids"]) for x in (logp_BT, base_BT))
+        real_BP = _real(ours)
         # Where there is no pair the numbers are those of one, so that no division has a gradient that is not finite.
         some = Answers(*map(jnp.float32, (-1, -1, 1, 1)))
         ours, base = (jax.tree.map(lambda x, y: jnp.where(real_BP, x, y), own, some) for own in (ours, base))
@@ -194,21 +192,11 @@ class PreferenceObjective:
         x_BTD, _ = model.hidden(batch["tokens"], positions_BT=positions_BT, segment_ids_BT=segments_BT)
         return -token_nll(model, x_BTD, batch["targets"])
 
-    def _answers(
-        self, logp_BT: jax.Array, mask_BT: jax.Array, rejected_BT: jax.Array, segments_BT: jax.Array
-    ) -> Answers:
-        """Sums by pair: comparisons and sums of one fused loop, where a scatter would need another layout."""
-        number_P = jnp.arange(1, segments_BT.shape[1] // SHORTEST + 2)
-        own_BTP = segments_BT[..., None] == number_P
-
-        def of(x_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-            x_BT = jnp.where(mask_BT > 0, x_BT, 0)
-            return tuple(
-                jnp.where(own_BTP & (rejected_BT == side)[..., None], x_BT[..., None], 0).sum(axis=1)
-                for side in (False, True)
-            )  # pyright: ignore[reportReturnType]
-
-        return Answers(*of(mask_BT * logp_BT), *of(mask_BT))
+    def _masks(self, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Which targets are learned and which are compared, float32, and which are of the other answer."""
+        learned = jnp.where(batch["segment_ids"] > 0, batch[LOSS_MASK], 0).astype(jnp.float32)
+        compared = learned if self.options.ends else jnp.where((batch[PAIR] & ENDS) > 0, 0, learned)
+        return learned, compared, (batch[PAIR] & REJECTED) > 0
 
     def minimised(self, sums: Comparison, count: Mapping[str, jax.Array]) -> jax.Array:
         """The comparison, and the better answers' loss by its weight."""
@@ -227,3 +215,20 @@ class PreferenceObjective:
             "rejected_reward": sums.rejected_reward / pairs, "chosen_logp": sums.chosen_logp / pairs,
             "rejected_logp": sums.rejected_logp / pairs, "tokens": sums.tokens, "pairs": sums.pairs,
         }  # fmt: skip
+
+
+def _answers(logp: jax.Array, mask: jax.Array, rejected: jax.Array, segments: jax.Array) -> Answers:
+    """Sums over [..., T] by pair: comparisons and sums of one fused loop, where a scatter would need another layout."""
+    number_P = jnp.arange(1, segments.shape[-1] // SHORTEST + 2)
+    own = segments[..., None] == number_P
+
+    def of(x: jax.Array, side: bool) -> jax.Array:
+        x = jnp.where(mask > 0, x, 0)
+        return jnp.where(own & (rejected == side)[..., None], x[..., None], 0).sum(axis=-2)
+
+    return Answers(of(mask * logp, False), of(mask * logp, True), of(mask, False), of(mask, True))
+
+
+def _real(found: Answers) -> jax.Array:
+    """Which are pairs: both answers have something to compare."""
+    return (found.chosen_tokens > 0) & (found.rejected_tokens > 0)

@@ -252,3 +252,18 @@ def test_a_run(adapter, model, tmp_path):
     last = read_metrics(tmp_path / "whole")[-1]
     assert last["validation_accuracy"] > 0.7
     assert last["validation_margin"] > 0.1
+
+
+def test_what_a_recipe_cannot_be(model, tmp_path):
+    pairs = prepared(ROWS * 2, tmp_path / "pairs", model).path
+    cases = (
+        ({"objective": "sft"}, "holds pairs of answers, of which objective sft would learn both"),
+        ({"preference": Preference(beta=0.0)}, "preference.beta must be more than 0"),
+        ({"preference": Preference(label_smoothing=0.7)}, "label_smoothing must be from 0 to below 0.5"),
+        ({"preference": Preference(nll_weight=-1.0)}, "nll_weight must be at least 0"),
+        ({"optimizer": Optimizer(Schedule(1e-3, 10), z_weight=1e-4)}, "z_weight is not of objective dpo"),
+        ({"init_from": ""}, "objective dpo compares answers of a model that gives some: give --init-from"),
+    )
+    for changes, says in cases:
+        with pytest.raises(ValueError, match=says):
+            train(recipe(pairs, model, tmp_path / "x", **changes))
