@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
-from llama_jax.config import ModelConfig
+from llama_jax.config import ConfigError, ModelConfig
 from llama_jax.config.adapter import Adapter
 from llama_jax.config.params import AXES as MEANING
 from llama_jax.config.params import HEAD, group_size, sizes, specs_of
@@ -236,6 +236,11 @@ def block_bytes(job: Workload) -> int:
             found += 2 * weight.layers * shard(job, weight.shape, weight.axes)
             continue
         blocks = list(weight.shape)
+        if blocks[weight.inner - 1] % BLOCK:
+            raise ConfigError(
+                f"a matrix has {blocks[weight.inner - 1]} inputs in a row, and {job.quantize} stores blocks of {BLOCK}:"
+                " this model cannot be quantized so"
+            )
         blocks[weight.inner - 1] //= BLOCK  # a block is on one device
         numbers = BLOCK * shard(job, tuple(blocks), weight.axes)
         outputs = shard(job, weight.shape[weight.inner :], weight.axes[weight.inner :])

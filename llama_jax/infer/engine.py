@@ -22,7 +22,7 @@ from llama_jax.infer import decode
 from llama_jax.infer.decode import LENGTH, NO_TOKEN, DecodeState
 from llama_jax.infer.sampling import Sampling, row_sampling
 from llama_jax.model import Llama
-from llama_jax.model.adapt import has_several_adapters
+from llama_jax.model.adapt import for_rows, has_several_adapters
 from llama_jax.sharding import pad_batch, whole_sequences
 from llama_jax.typing import Fields, Foreign, PyTree
 
@@ -199,9 +199,10 @@ class Engine:
         )
         return state, Chunk(tokens, logprobs, finish_B)
 
-    def logits(self, tokens_BT: np.ndarray) -> jax.Array:
-        """Float32 logits [B, T, V], without a cache."""
-        return _logits(self._leaves, self._put(tokens_BT, "seq"), structure=self._structure)
+    def logits(self, tokens_BT: np.ndarray, adapter: int = 0) -> jax.Array:
+        """Float32 logits [B, T, V], without a cache, with an adapter of several, as of `Request`."""
+        rows = self._put(np.full(len(tokens_BT), adapter, np.int32)) if self._several else None
+        return _logits(self._leaves, self._put(tokens_BT, "seq"), rows, structure=self._structure)
 
     def lower_prefill(self, *args: PyTree, **static: int) -> Foreign:
         """The program of `decode.prefill` for abstract arguments, to compile for machines that are not there."""
@@ -265,7 +266,10 @@ _prefill = jax.jit(
     _on_leaves(decode.prefill), static_argnames=("structure", "size", "span"), donate_argnums=6, keep_unused=True
 )
 _sample_last = jax.jit(_on_leaves(_for_the_host(decode.sample_last)), static_argnames="structure", donate_argnums=1)
-_logits = jax.jit(_on_leaves(lambda model, tokens_BT: model(tokens_BT)[0]), static_argnames="structure")
+_logits = jax.jit(
+    _on_leaves(lambda model, tokens_BT, adapter_B: for_rows(model, adapter_B)(tokens_BT)[0]),
+    static_argnames="structure",
+)
 _insert = jax.jit(decode.insert, donate_argnums=0)
 _release = jax.jit(decode.release, donate_argnums=0)
 

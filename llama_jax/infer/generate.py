@@ -159,12 +159,13 @@ def _each(name: str, value: Any, count: int) -> list[Any]:
     return list(value)
 
 
-def logits(llama: LoadedLlama, tokens: Any) -> jax.Array:
+def logits(llama: LoadedLlama, tokens: Any, *, adapter: str | None = None) -> jax.Array:
     """Logits of the next token at every position.
 
     Args:
       llama: of `load`.
       tokens: int [B, T] ids.
+      adapter: name of one of the model's several adapters, or None for the model without.
 
     Returns:
       float32 [B, T, V].
@@ -185,7 +186,7 @@ def logits(llama: LoadedLlama, tokens: Any) -> jax.Array:
         padded_BT = np.zeros((pad_batch(B), tokens_BT.shape[1]), np.int32)
         padded_BT[:B] = tokens_BT
         whole_sequences(padded_BT.shape[1], llama.mesh.shape["context"])
-        logits_BTV = Engine.of(llama).logits(padded_BT)
+        logits_BTV = Engine.of(llama).logits(padded_BT, llama.adapter_number(adapter))
         if len(padded_BT) == B:
             return logits_BTV
         return jax.reshard(logits_BTV, jax.P(None, *jax.typeof(logits_BTV).sharding.spec[1:]))[:B]

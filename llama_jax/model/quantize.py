@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 
@@ -17,6 +18,8 @@ from llama_jax.ops.quantized import NF4
 from llama_jax.ops.weights import is_leaf, leaf_of, name_of
 from llama_jax.sharding import axes_of
 from llama_jax.typing import PyTree
+
+log = logging.getLogger("llama_jax")
 
 
 def quantized(model: Llama, form: Callable[[Place], str | None]) -> Llama:
@@ -56,8 +59,13 @@ def _abstract(w: PyTree, place: Place, name: str, dtype: str) -> NF4:
     spec = [*leaf.spec, *(None for _ in range(len(leaf.shape) - len(leaf.spec)))]
     blocks = [*leaf.shape]
     blocks[axis] //= BLOCK
-    if blocks[axis] % math.prod(mesh.shape[used] for used in axes_of(spec[axis])):
+    ways = math.prod(mesh.shape[used] for used in axes_of(spec[axis]))
+    if blocks[axis] % ways:
         spec[axis] = None  # a block is on one device
+        log.warning(
+            "each device holds all inputs of %s, whose %d blocks of %d do not divide by %d",
+            place.spec.ours, blocks[axis], BLOCK, ways,
+        )  # fmt: skip
     of_output = blocks[:lead], blocks[axis + 1 :]
     splits = spec[:lead], spec[axis + 1 :]
     double = name == "nf4"

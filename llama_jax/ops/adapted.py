@@ -73,6 +73,8 @@ class Adapted(Stored):
         thin = P(*linear.spec_of(x)[: len(rows)], None)
         x_R = linear.product(f"{of_x},{inner}R->{rows}R", x, self.a, thin)
         gate = self.gate.astype(x.dtype)
+        if gate.ndim > 1 and self.adapter_B is None:
+            raise ValueError("each row of a batch must have one of the model's several adapters (`adapt.for_rows`)")
         if self.adapter_B is not None:
             rows_spec = P(linear.spec_of(x)[0], *(None for _ in range(len(rows))))
             gate = gate.at[self.adapter_B].get(mode="promise_in_bounds", out_sharding=P(rows_spec[0], None))

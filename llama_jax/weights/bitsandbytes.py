@@ -18,6 +18,7 @@ from llama_jax.weights.nf4 import Blocks
 from llama_jax.weights.source import CheckpointError, Index, Tensor
 
 STATE = ".quant_state.bitsandbytes__nf4"
+LARGEST = 3e38  # of float32
 PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
 
@@ -54,12 +55,16 @@ def _tensor(name: str, tensors: Mapping[str, Tensor], path: object) -> Tensor:
 
     try:
         state = json.loads(tensors[name + STATE].read().tobytes())
-        rows, columns = (int(size) for size in state["shape"])
+        rows, columns = state["shape"]
         dtype = DTYPES[state["dtype"]]
         double = "nested_blocksize" in state
         expected = {"quant_type": "nf4", "blocksize": BLOCK} | ({"nested_blocksize": SCALE_BLOCK} if double else {})
-        offset = np.float32(state["nested_offset"]) if double else None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        mean = state["nested_offset"] if double else 0.0
+        if any(type(size) is not int for size in (rows, columns)):
+            raise ValueError(f"shape {state['shape']}")
+        if type(mean) is not float or not abs(mean) < LARGEST:
+            raise ValueError(f"nested_offset {mean}")
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise refuse(f"its quant_state cannot be read ({type(error).__name__}: {error})") from error
     for key, value in expected.items():
         if state.get(key) != value:
@@ -67,8 +72,9 @@ def _tensor(name: str, tensors: Mapping[str, Tensor], path: object) -> Tensor:
     if rows < 1 or columns < 1 or columns % BLOCK:
         raise refuse(f"a matrix of {rows} x {columns} does not divide into blocks of {BLOCK}")
     count = rows * columns // BLOCK
+    if tensors[name].nbytes != rows * columns // 2:  # of any dtype: bnb_4bit_quant_storage packs the bytes in others
+        raise refuse(f"holds {tensors[name].nbytes} bytes, and {rows * columns // 2} are needed")
     sizes: dict[str, tuple[int, tuple[str, ...]]] = {
-        name: (rows * columns // 2, ("uint8",)),
         f"{name}.absmax": (count, ("uint8",) if double else ("float32",)),
         f"{name}.quant_map": (len(CODES), ("float32",)),
     }  # fmt: skip
@@ -85,17 +91,17 @@ def _tensor(name: str, tensors: Mapping[str, Tensor], path: object) -> Tensor:
         raise refuse("quant_map has other numbers than NF4's")
 
     def blocks() -> Blocks:
-        codes = tensors[name].read().reshape(rows, columns // 2)
+        codes = np.ascontiguousarray(tensors[name].read()).reshape(-1).view(np.uint8).reshape(rows, columns // 2)
         absmax = tensors[f"{name}.absmax"].read().reshape(rows, columns // BLOCK)
         scales = tensors[f"{name}.nested_absmax"].read().ravel() if double else None
         if scales is None:
             return Blocks(codes, absmax)
         # Its numbers depend on the machine that quantized, in the last bit.
-        return Blocks(codes, absmax, scales, offset, tensors[f"{name}.nested_quant_map"].read().ravel())
+        return Blocks(codes, absmax, scales, np.float32(mean), tensors[f"{name}.nested_quant_map"].read().ravel())
 
     def reader(index: Index) -> np.ndarray:
         first, *rest = index or (slice(None),)
         return blocks().dense(first)[(slice(None), *rest)].astype(dtype)
 
-    nbytes = sum(tensors[part].nbytes for part in sizes)
+    nbytes = tensors[name].nbytes + sum(tensors[part].nbytes for part in sizes)
     return Tensor(name, (rows, columns), dtype, nbytes, reader, blocks, double)

@@ -76,22 +76,30 @@ def load(
     from llama_jax.text.chat import format_named
     from llama_jax.weights.checkpoint import DTYPES
     from llama_jax.weights.open import open_checkpoint
-    from llama_jax.weights.peft import load_several, open_adapter, own_tokenizer
+    from llama_jax.weights.peft import (
+        load_several,
+        open_adapter,
+        open_several,
+        own_tokenizer,
+        quantize_of,
+        warn_of_tokenizers,
+    )
 
     if chat_format is not None:
         format_named(chat_format)
     several = adapters if isinstance(adapters, Mapping) else {}
     name, saved = open_adapter(name, None if isinstance(adapters, Mapping) else adapters)
-    each = [open_adapter(name, folder)[1] for folder in several.values()]
     if saved and several:
         raise ValueError(f"{name}: brings an adapter of its own: give the model that all of them are for")
+    each = open_several(name, several)
     checkpoint = open_checkpoint(name)
     config = checkpoint.config
     if saved:
         saved.check(config)
         if quantize is None and saved.quantize:
             quantize = saved.quantize
-            log.info("%s is kept in %s, as its adapter was trained", name, quantize)
+    if quantize is None and each:
+        quantize = quantize_of(each)
     if max_seq_len is not None and not 1 <= max_seq_len <= config.max_seq_len:
         raise ValueError(f"max_seq_len must be from 1 to the model's {config.max_seq_len}, got {max_seq_len}")
     use_compilation_cache()
@@ -109,7 +117,8 @@ def load(
             model = saved.load(model)
             tokenizer = own_tokenizer(saved, config) or tokenizer
         elif several:
-            model = load_several(model, [one for one in each if one])
+            model = load_several(model, each)
+            warn_of_tokenizers(each, tokenizer)
         if mesh.devices.flat[0].platform == "tpu":
             model = flatten_heads(model)
     return LoadedLlama(config, model, tokenizer, mesh, max_seq_len, chat_format, checkpoint, tuple(several))

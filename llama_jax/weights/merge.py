@@ -60,7 +60,7 @@ def difference(checkpoint: Checkpoint, saved: SavedAdapter) -> float:
         if layer is not None and spec.kind == "matrix":
             one, other = (c.tensor(spec, layer).read().astype(np.float32) for c in (checkpoint, seen))
             squares += np.square(one - other).sum(dtype=np.float64), np.square(one).sum(dtype=np.float64)
-    return float(np.sqrt(squares[0] / squares[1]))
+    return float(np.sqrt(squares[0] / squares[1])) if squares[1] else 0.0
 
 
 def _product(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -39,6 +39,7 @@ class SavedAdapter:
 
     Attributes:
       path: the folder.
+      named: what it is called among several.
       adapter: what it is.
       base: the name of its base, as its configuration has it; may be empty.
       quantize: the form in which its run kept the base, of `config.quantization.Quantize`; None where it did not, or
@@ -54,7 +55,7 @@ class SavedAdapter:
         """
         from llama_jax.weights.safetensors import read_safetensors
 
-        self.path = path
+        self.path, self.named = path, path.name
         content = _read_config(path / CONFIG)
         self.adapter = from_peft(content, str(path / CONFIG))
         self.base: str = content.get("base_model_name_or_path") or ""
@@ -123,6 +124,52 @@ class SavedAdapter:
             to_a[..., :rank] = self.factor(module, "A").T.reshape(*to_a.shape[:-1], rank)
             to_b[:rank] = self.factor(module, "B").T.reshape(rank, *to_b.shape[1:])
         return a, b
+
+
+def open_several(name: str | Path, folders: Mapping[str, str | Path]) -> list[SavedAdapter]:
+    """Returns the adapters of a model, by the order of their names.
+
+    Raises:
+      CheckpointError: one is none.
+      ValueError: they are not folders by name.
+    """
+    found = []
+    for key, folder in folders.items():
+        if not isinstance(key, str) or not key or not isinstance(folder, str | Path):
+            raise ValueError(
+                f'several adapters are folders by name, {{"orders": "runs/orders"}}, got {key!r}: {folder!r}'
+            )
+        _, saved = open_adapter(name, folder)
+        assert saved is not None
+        saved.named = key
+        found.append(saved)
+    return found
+
+
+def quantize_of(each: Sequence[SavedAdapter]) -> str | None:
+    """Returns the form in which the runs of several adapters kept their base.
+
+    Raises:
+      ValueError: they kept it differently.
+    """
+    forms = {saved.named: saved.quantize for saved in each}
+    if len(set(forms.values())) > 1:
+        raise ValueError(
+            f"the adapters were trained on differently kept weights ({forms}): give quantize, or load those of one kind"
+        )
+    return next(iter(forms.values()))
+
+
+def warn_of_tokenizers(each: Sequence[SavedAdapter], tokenizer: Tokenizer | None) -> None:
+    """Warns where an adapter of several was trained with another chat template than the model's, which is used."""
+    for saved in each:
+        files = {name for name in listing(saved.path) if name in ("tokenizer_config.json", "chat_template.jinja")}
+        own = load_tokenizer(saved.path) if files else None
+        if own and tokenizer and own.chat_template != tokenizer.chat_template:
+            log.warning(
+                "adapter %s was trained with another chat template than that of the model, which is used: load it alone"
+                " to use its own", saved.named,
+            )  # fmt: skip
 
 
 def load_several(model: Llama, each: Sequence[SavedAdapter]) -> Llama:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -15,10 +16,12 @@ from llama_jax.config.quantization import BLOCK, SCALE_BLOCK, scale_rows
 from llama_jax.weights import params
 from llama_jax.weights.checkpoint import Checkpoint
 from llama_jax.weights.nf4 import Blocks, quantize
-from llama_jax.weights.source import CheckpointError, Index, Tensor
+from llama_jax.weights.source import CheckpointError, Index, Tensor, common_dtype
 
 if TYPE_CHECKING:
     from llama_jax.ops.quantized import NF4
+
+log = logging.getLogger("llama_jax")
 
 FIELDS = ("codes", "absmax", "scales", "offset", "table")
 
@@ -40,10 +43,10 @@ def form_of(checkpoint: Checkpoint, name: str | None) -> Callable[[Place], str |
             return name
         layers = (place.layers or ()) if place.stacked else (place.layers or ())[:1]
         tensors = [checkpoint.tensor(place.spec, layer) for layer in layers]
-        if not all(tensor.blocks for tensor in tensors):
-            return None
-        forms = {"nf4" if tensor.doubly else "nf4-single" for tensor in tensors}
-        return forms.pop() if len(forms) == 1 else None
+        kinds = {tensor.blocks and ("nf4" if tensor.doubly else "nf4-single") for tensor in tensors}
+        if len(kinds) > 1:
+            log.warning("%s is expanded in all its layers, as they are not all stored alike", place.spec.ours)
+        return kinds.pop() if len(kinds) == 1 else None
 
     return form
 
@@ -85,7 +88,9 @@ def _matrix(checkpoint: Checkpoint, spec: params.ParamSpec, layer: int | None) -
     ours = params.read(tensor, spec, checkpoint.config, checkpoint.format, whole)
     matrix = ours.reshape(math.prod(inner), math.prod(outer)).T
     if not np.isfinite(matrix).all():
-        raise CheckpointError(f"{tensor.name}: holds numbers that are not finite: it cannot be quantized")
+        raise CheckpointError(
+            f"{checkpoint.path}: {tensor.name}: holds numbers that are not finite: it cannot be quantized"
+        )
     return matrix
 
 
@@ -122,7 +127,7 @@ class QuantizedParameter:
         """Reads it, quantizes what is not stored so, and puts it on the devices.
 
         Args:
-          dtype: is that of the abstract weight, and not used.
+          dtype: of the model: the weight stands for numbers of this or of its stored dtype, whichever is narrower.
           advance: called with the bytes that were read.
         """
         import jax
@@ -130,13 +135,15 @@ class QuantizedParameter:
         from llama_jax.ops.quantized import NF4
 
         like, stacked = self._like, self._place.stacked
+        tensors = [self._checkpoint.tensor(self._place.spec, layer) for layer in self._layers]
+        stored = common_dtype(tensor.dtype for tensor in tensors)
+        number = stored if stored.itemsize < like.number.itemsize else like.number
         parts = {name: part for name in FIELDS if (part := getattr(like, name)) is not None}
         held: dict[str, dict[tuple, tuple[Index, np.ndarray]]] = {}
         for name, part in parts.items():
             indices = part.sharding.addressable_devices_indices_map(part.shape).values()
             held[name] = {_key(index): (index, np.empty(_shape(part.shape, index), part.dtype)) for index in indices}
-        for i, layer in enumerate(self._layers):
-            tensor = self._checkpoint.tensor(self._place.spec, layer)
+        for i, (layer, tensor) in enumerate(zip(self._layers, tensors, strict=True)):
             arrays = self._arrays(tensor.blocks() if tensor.blocks else self._quantized(layer))
             for name, own in held.items():
                 for index, out in own.values():
@@ -153,7 +160,7 @@ class QuantizedParameter:
             )
 
         made = {name: put(name) if name in parts else None for name in FIELDS}
-        return NF4(**made, number=like.number, inner=like.inner, outer=like.outer)  # pyright: ignore[reportArgumentType]
+        return NF4(**made, number=number, inner=like.inner, outer=like.outer)  # pyright: ignore[reportArgumentType]
 
     def _quantized(self, layer: int | None) -> Blocks:
         return quantize(_matrix(self._checkpoint, self._place.spec, layer), double=self._like.scales is not None)

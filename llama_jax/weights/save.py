@@ -107,8 +107,7 @@ def convert(
     if saved:
         if merge_into not in get_args(MergeInto):
             raise ValueError(f"merge_into must be one of {', '.join(get_args(MergeInto))}, got {merge_into!r}")
-        if saved.quantize and merge_into == "original":
-            apart = difference(checkpoint, saved)
+        if saved.quantize and merge_into == "original" and (apart := difference(checkpoint, saved)):
             warnings.append(
                 f"the adapter was trained on this model in {saved.quantize}, and is merged into the original: their"
                 f" matrices are {apart:.1%} apart (root mean square), so this is another model than the one trained"
@@ -255,6 +254,12 @@ def _of_loaded(llama: LoadedLlama) -> Checkpoint:
     import jax
 
     from llama_jax.ops.weights import is_leaf, leaf_of, name_of
+
+    if llama.adapters:
+        raise ValueError(
+            f"a model with several adapters ({', '.join(llama.adapters)}) is no one model: load it with the one that is"
+            " to be saved"
+        )
 
     tensors: dict[str, Tensor] = {}
     dense = jax.jit(lambda value: leaf_of(value).dense())

@@ -313,7 +313,14 @@ def test_each_row_has_its_own_adapter(mesh, base, tmp_path):
             assert found.tokens == alone.tokens
             np.testing.assert_allclose(found.logprobs, alone.logprobs, atol=1e-5)
     assert many[0].tokens != many[3].tokens
+    for name in (None, "qv", "all"):
+        single = llama_jax.load(base, adapters=folders[name] if name else None, mesh=mesh)
+        found = llama_jax.logits(llama, IDS[:, :3], adapter=name)
+        np.testing.assert_allclose(found, llama_jax.logits(single, IDS[:, :3]), atol=1e-5)
+    for wrong in ({"x": None}, {1: folders["all"]}, {"": folders["all"]}):
+        with pytest.raises(ValueError, match="several adapters are folders by name"):
+            llama_jax.load(base, adapters=wrong)
     with pytest.raises(ValueError, match="adapter 'x' is not known: there are qv, all, patterns"):
         llama_jax.generate(llama, prompts, adapter="x")
-    with pytest.raises((ValueError, CheckpointError), match="several adapters are no one weight"):
+    with pytest.raises((ValueError, CheckpointError), match="several adapters .* is no one model"):
         llama_jax.save(llama, tmp_path / "saved", format="hf")

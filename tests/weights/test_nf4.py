@@ -145,7 +145,11 @@ def test_checkpoints_of_bitsandbytes(double, checkpoint, tmp_path):
     kept = llama_jax.load(tmp_path / "bnb", dtype="float32", quantize="nf4")
     with jax.set_mesh(kept.mesh):
         leaf = leaf_of(kept.model.blocks[1].mlp.w_down)
-        np.testing.assert_array_equal(jax.jit(lambda x: x.dense())(leaf).T, blocks.dense())
+        found = jax.jit(lambda x: x.dense())(leaf)  # in the dtype that bitsandbytes gives it, whatever the model's
+        np.testing.assert_array_equal(found.T, blocks.dense().astype(ml_dtypes.bfloat16))
+    expanded = llama_jax.load(tmp_path / "bnb", dtype="float32")
+    ids = [[3, 5, 8, 13, 21, 34]]
+    np.testing.assert_allclose(llama_jax.logits(expanded, ids), llama_jax.logits(kept, ids), atol=1e-5)
     assert (leaf.scales is not None) == double  # what is stored decides
     llama_jax.convert(tmp_path / "bnb", tmp_path / "hf", to="hf")
     converted = open_checkpoint(tmp_path / "hf").tensors[name].read()
@@ -169,6 +173,13 @@ def test_damaged_checkpoints_of_bitsandbytes(checkpoint, tmp_path):
         (with_state(quant_type="fp4"), "quant_type is 'fp4'"),
         (with_state(shape=[128]), "quant_state cannot be read"),
         (with_state(shape=[-1, 320]), "does not divide"),
+        (with_state(shape=["128", 320]), "quant_state cannot be read"),
+        (with_state(shape=[float("inf"), 320]), "quant_state cannot be read"),
+        (with_state(nested_offset=None), "quant_state cannot be read"),
+        (with_state(nested_offset=float("nan")), "quant_state cannot be read"),
+        (with_state(nested_offset=1e300), "quant_state cannot be read"),
+        (with_state(nested_offset=[0.1]), "quant_state cannot be read"),
+        ({name: good[name][:-1]}, "bytes, and"),
         ({f"{name}.quant_map": good[f"{name}.quant_map"] + 1}, "quant_map has other numbers"),
         ({f"{name}.quant_state.bitsandbytes__nf4": np.frombuffer(b"{", np.uint8)}, "quant_state cannot be read"),
     )

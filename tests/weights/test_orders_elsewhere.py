@@ -49,9 +49,9 @@ def greedy(model, prompts, stop):
         with torch.no_grad():
             ids = model.generate(
                 input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-                max_new_tokens=LONGEST, do_sample=False, eos_token_id=stop, pad_token_id=stop,
+                max_new_tokens=LONGEST, do_sample=False, eos_token_id=stop, pad_token_id=stop[0],
             )[0, len(prompt) :].tolist()  # fmt: skip
-        found.append([i for i in ids if i != stop])
+        found.append([i for i in ids if i not in stop])
     return found
 
 
@@ -63,7 +63,7 @@ def test_the_same_answers(run, node_folder, tmp_path):  # noqa: F811
     documents = zip(corpus.read(range(COUNT)), corpus.read(range(COUNT), LOSS_MASK), strict=True)
     prompts = [ids[: int(np.argmax(mask))].tolist() for ids, mask in documents]
     llama = llama_jax.load(run, mesh=one_device())
-    (stop,) = llama.tokenizer.stop_ids
+    stop = sorted(llama.tokenizer.stop_ids)
     ours = [found.tokens for found in llama_jax.generate(llama, prompts, max_new_tokens=LONGEST)]
     found = {}
     newest = max((run / "checkpoints").iterdir(), key=lambda path: int(path.name) if path.name.isdecimal() else -1)
@@ -78,7 +78,7 @@ def test_the_same_answers(run, node_folder, tmp_path):  # noqa: F811
     llama_jax.convert(run, tmp_path / "merged.gguf", to="gguf", dtype="float16")
     texts = []
     for prompt in prompts:
-        request = json.dumps({"prompts": [], "chat": prompt, "stop": [stop], "text": "", "most": LONGEST})
+        request = json.dumps({"prompts": [], "chat": prompt, "stop": stop, "text": "", "most": LONGEST})
         command = ["node", str(SCRIPT), str(tmp_path / "merged.gguf"), request]
         done = subprocess.run(command, cwd=node_folder, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stderr
