@@ -15,7 +15,7 @@ are there once.
 
 from llama_jax.config.adapter import Adapter
 from llama_jax.config.presets import PRESETS
-from llama_jax.train.recipe import Batch, Checkpoints, Data, Optimizer, Preference, Recipe, Schedule
+from llama_jax.train.recipe import Batch, Checkpoints, Data, Optimizer, Recipe, Schedule
 
 
 def recipe() -> Recipe:
@@ -25,7 +25,6 @@ def recipe() -> Recipe:
         init_from="meta-llama/Llama-3.1-8B-Instruct",
         data=Data(train=("data/pairs",)),
         objective="dpo",
-        preference=Preference(beta=0.1, nll_weight=0.2),
         adapter=Adapter(rank=16, alpha=32.0),
         batch=Batch(seq_len=4096, sequences=16),
         optimizer=Optimizer(

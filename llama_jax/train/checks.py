@@ -66,7 +66,7 @@ def check_numbers(recipe: Recipe) -> None:
 
 def _check_preference(recipe: Recipe) -> None:
     options = recipe.preference
-    if not options.beta > 0:
+    if options.beta is not None and not options.beta > 0:
         raise ValueError(f"preference.beta must be more than 0, got {options.beta}")
     if not 0 <= options.label_smoothing < 0.5:
         raise ValueError(f"preference.label_smoothing must be from 0 to below 0.5, got {options.label_smoothing}")

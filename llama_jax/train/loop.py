@@ -141,9 +141,9 @@ class TrainingRun:
         self._whole_was_said = initial is not None  # by what reads it
         self.base = build.weights_id(initial) if initial and recipe.adapter else None
         self.state = self._restored(steps[-1], initial) if steps else self._new(initial)
-        if not steps and REFERENCE in self.objective.columns:
-            both = [*self.corpora.train, *self.corpora.validation]
-            keep_reference(self.state.model, both, self.objective, recipe.batch.seq_len, self.mesh)  # pyright: ignore
+        if REFERENCE in self.objective.columns:
+            both: Any = [*self.corpora.train, *self.corpora.validation]
+            keep_reference(self.state.model, both, self.objective, recipe.batch.seq_len, self.mesh, began=bool(steps))
         self.reporter = Reporter(
             output, main=distributed.is_main(), total_steps=self.total, step=self.step,
             tensorboard=recipe.tensorboard, wandb=recipe.wandb, recipe=dataclasses.asdict(recipe),

@@ -72,50 +72,57 @@ def _smoothed(margin: jax.Array, smoothing: float) -> jax.Array:
     return (1 - smoothing) * jax.nn.softplus(-margin) + smoothing * jax.nn.softplus(margin)
 
 
-def _dpo(model: Answers, base: Answers, options: Preference) -> jax.Array:
+def _dpo(model: Answers, base: Answers, beta: float, options: Preference) -> jax.Array:
     """Rafailov et al. 2023, arXiv 2305.18290; with smoothing, conservative DPO."""
-    margin = options.beta * ((model.chosen - base.chosen) - (model.rejected - base.rejected))
+    margin = beta * ((model.chosen - base.chosen) - (model.rejected - base.rejected))
     return _smoothed(margin, options.label_smoothing)
 
 
-def _dpo_norm(model: Answers, base: Answers, options: Preference) -> jax.Array:
+def _dpo_norm(model: Answers, base: Answers, beta: float, options: Preference) -> jax.Array:
     """Of means over tokens, as Tulu 3 has it (arXiv 2411.15124)."""
     chosen = (model.chosen - base.chosen) / model.chosen_tokens
     rejected = (model.rejected - base.rejected) / model.rejected_tokens
-    return _smoothed(options.beta * (chosen - rejected), options.label_smoothing)
+    return _smoothed(beta * (chosen - rejected), options.label_smoothing)
 
 
-def _ipo(model: Answers, base: Answers, options: Preference) -> jax.Array:
+def _ipo(model: Answers, base: Answers, beta: float, options: Preference) -> jax.Array:
     """Azar et al. 2023, arXiv 2310.12036, of means over tokens as TRL takes them."""
     chosen = (model.chosen - base.chosen) / model.chosen_tokens
     rejected = (model.rejected - base.rejected) / model.rejected_tokens
-    return jnp.square(chosen - rejected - 1 / (2 * options.beta))
+    return jnp.square(chosen - rejected - 1 / (2 * beta))
 
 
-def _hinge(model: Answers, base: Answers, options: Preference) -> jax.Array:
+def _hinge(model: Answers, base: Answers, beta: float, options: Preference) -> jax.Array:
     """SLiC, arXiv 2305.10425."""
-    margin = options.beta * ((model.chosen - base.chosen) - (model.rejected - base.rejected))
+    margin = beta * ((model.chosen - base.chosen) - (model.rejected - base.rejected))
     return jax.nn.relu(1 - margin)
 
 
-def _simpo(model: Answers, base: Answers, options: Preference) -> jax.Array:
+def _simpo(model: Answers, base: Answers, beta: float, options: Preference) -> jax.Array:
     """Meng et al. 2024, arXiv 2405.14734: without a reference."""
     chosen, rejected = model.chosen / model.chosen_tokens, model.rejected / model.rejected_tokens
-    return jax.nn.softplus(options.gamma - options.beta * (chosen - rejected))
+    return jax.nn.softplus(options.gamma - beta * (chosen - rejected))
 
 
-def _orpo(model: Answers, base: Answers, options: Preference) -> jax.Array:
+def _orpo(model: Answers, base: Answers, beta: float, options: Preference) -> jax.Array:
     """Hong et al. 2024, arXiv 2403.07691: the odds ratio, beside the loss of the better answer."""
     chosen, rejected = model.chosen / model.chosen_tokens, model.rejected / model.rejected_tokens
-    odds = (chosen - rejected) - (jnp.log1p(-jnp.exp(chosen)) - jnp.log1p(-jnp.exp(rejected)))
-    return options.beta * jax.nn.softplus(-odds)
+    odds = (chosen - rejected) - (_log_not(chosen) - _log_not(rejected))
+    return beta * jax.nn.softplus(-odds)
 
 
-COMPARED: Mapping[str, Callable[[Answers, Answers, Preference], jax.Array]] = {
+def _log_not(logp: jax.Array) -> jax.Array:
+    """The logarithm of 1 - p; finite where p is 1 to rounding."""
+    return jnp.log(-jnp.expm1(jnp.minimum(logp, -1e-6)))
+
+
+COMPARED: Mapping[str, Callable[[Answers, Answers, float, Preference], jax.Array]] = {
     "dpo": _dpo, "dpo-norm": _dpo_norm, "ipo": _ipo, "hinge": _hinge, "simpo": _simpo, "orpo": _orpo,
 }  # fmt: skip
 WITHOUT_REFERENCE = ("simpo", "orpo")
 REFERENCE = "reference"  # the column, see `train.reference`
+NORMALISED = ("dpo-norm", "ipo", "simpo", "orpo")  # compare means over tokens
+BETA = {"dpo-norm": 5.0, "simpo": 2.0}  # of the others 0.1
 NLL_WEIGHT = {"dpo": 0.2, "dpo-norm": 0.2, "orpo": 1.0}  # of the others 0
 
 
@@ -134,6 +141,11 @@ class PreferenceObjective:
     options: Preference
     reference: str = ""
     whole: bool = True
+
+    @property
+    def beta(self) -> float:
+        """As given, or the objective's own."""
+        return BETA.get(self.name, 0.1) if self.options.beta is None else self.options.beta
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -165,13 +177,16 @@ class PreferenceObjective:
         some = Answers(*map(jnp.float32, (-1, -1, 1, 1)))
         ours, base = (jax.tree.map(lambda x, y: jnp.where(real_BP, x, y), own, some) for own in (ours, base))
         better_BT = jnp.where(rejected_BT, 0, learned_BT)
-        rewards = [self.options.beta * d for d in (ours.chosen - base.chosen, ours.rejected - base.rejected)]
+        beta = self.beta
+        rewards = [beta * (ours.chosen - base.chosen), beta * (ours.rejected - base.rejected)]
+        if self.name in NORMALISED:
+            rewards = [rewards[0] / ours.chosen_tokens, rewards[1] / ours.rejected_tokens]
 
         def total(x_BP: jax.Array) -> jax.Array:
             return jnp.where(real_BP, x_BP, 0).sum(dtype=jnp.float32)
 
         return Comparison(
-            loss=total(COMPARED[self.name](ours, base, self.options)),
+            loss=total(COMPARED[self.name](ours, base, beta, self.options)),
             nll=-jnp.where(better_BT > 0, better_BT * logp_BT, 0).sum(),
             tokens=better_BT.sum(),
             pairs=real_BP.sum(dtype=jnp.float32),

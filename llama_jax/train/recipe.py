@@ -138,8 +138,9 @@ class Samples:
 class Preference:
     """How two answers to a prompt are compared: of the objectives dpo, dpo-norm, ipo, hinge, simpo and orpo."""
 
-    beta: float = 0.1
-    """How far the model may go from the reference; of orpo the weight of the odds ratio."""
+    beta: float | None = None
+    """How far the model may go from the reference; of orpo the weight of the odds ratio. Default: 5 of dpo-norm (Tulu
+    3), 2 of simpo, else 0.1."""
     nll_weight: float | None = None
     """Of the loss of the better answer, as in supervised fine-tuning: without it, its probability may fall together
     with that of the other one. Default: 0.2 of dpo and dpo-norm, as Llama 3 has it, 1 of orpo, else 0."""

@@ -6,6 +6,7 @@ the first. With an adapter there is nothing to keep: the model without it is the
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from llama_jax.data.rows.plan import SequentialPlan
 from llama_jax.model import Llama
 from llama_jax.progress import progress
 from llama_jax.sharding import pad_batch
-from llama_jax.train.preferences import REFERENCE, PreferenceObjective
+from llama_jax.train.preferences import REFERENCE
 
 ROWS = 8  # of a batch, or as many as the mesh has parts
 FOLDER = "reference"
@@ -74,25 +75,44 @@ class ReferencedCorpus:
 
 def referenced(corpora: Sequence[Corpus], folder: Path, name: str) -> list[Any]:
     """Returns the corpora with the column of the reference, whose files are in a run's folder."""
-    return [ReferencedCorpus(corpus, folder / FOLDER / f"{name}-{i}.npy") for i, corpus in enumerate(corpora)]
+
+    def file(i: int, corpus: Corpus) -> Path:
+        content = corpus.manifest.content or corpus.manifest.fingerprint
+        return folder / FOLDER / f"{name}-{i}-{hashlib.sha256(content.encode()).hexdigest()[:12]}.npy"
+
+    return [ReferencedCorpus(corpus, file(i, corpus)) for i, corpus in enumerate(corpora)]
 
 
 def keep_reference(
     model: Llama,
     corpora: Sequence[ReferencedCorpus],
-    objective: PreferenceObjective,
+    objective: Any,
     seq_len: int,
     mesh: jax.sharding.Mesh,
+    *,
+    began: bool = False,
 ) -> None:
     """Computes the files of the corpora; all processes must call it.
 
     Args:
       model: the reference.
       corpora: whose files are written.
-      objective: which says how a row is read.
+      objective: a `PreferenceObjective`, which says how a row is read.
       seq_len: tokens in a row; no document is longer.
       mesh: the devices.
+      began: whether the run has begun before: then nothing is computed, as the model is no more the reference.
+
+    Raises:
+      ValueError: a run that has begun reads a corpus of which the reference was not asked.
     """
+    if began:
+        for corpus in corpora:
+            if not corpus.file.exists():
+                raise ValueError(
+                    f"{corpus.path}: what the reference says of it was not computed when the run began"
+                    f" ({corpus.file.name} is not there): give the corpora that it began with, or begin a new run"
+                )
+        return
     program: Any = None
     total = sum(int(corpus.first[-1]) for corpus in corpora)
     with jax.set_mesh(mesh), progress("Reference", total, least=1 << 20) as advance:

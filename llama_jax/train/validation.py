@@ -73,9 +73,10 @@ class Validator:
 
     def _values(self, sums: PyTree, count: PyTree, nbytes: float) -> dict[str, float]:
         bits = {"validation_bits_per_byte": sums.nll / math.log(2) / nbytes} if nbytes else {}
-        more = self._objective.metrics(sums, count)
+        more = self._objective.metrics(sums, jax.tree.map(lambda x: max(x, 1.0), count))
+        loss = float(more["loss"])
         more = {f"validation_{k}": float(x) for k, x in more.items() if k not in ("loss", "tokens", "pairs")}
-        return {"validation_loss": sums.nll / sums.tokens} | bits | more
+        return {"validation_loss": loss} | bits | more
 
     def _plan(self, corpus: Corpus) -> SequentialPlan:
         count = min(self._documents or len(corpus), len(corpus))

@@ -21,7 +21,7 @@ from llama_jax.data.masks import show
 from llama_jax.data.prepare.prepare import make_request, prepare
 from llama_jax.data.prepare.shapes import conversation
 from llama_jax.train.loop import train
-from llama_jax.train.preferences import REFERENCE, PreferenceObjective
+from llama_jax.train.preferences import COMPARED, REFERENCE, Answers, PreferenceObjective
 from llama_jax.train.recipe import Batch, Checkpoints, Data, Optimizer, Preference, Recipe, Schedule, Validation
 from llama_jax.train.report import read_metrics
 from llama_jax.weights.load import read_model
@@ -211,7 +211,7 @@ def test_shapes_of_pairs(model, tmp_path, capsys):
         ({"chosen": "a", "rejected": "b"}, "without a prompt"),
         ({"prompt": "a", "chosen": "", "rejected": "b"}, "one of its two answers is empty"),
         ({"chosen": [{"role": "assistant", "content": "a"}], "rejected": [USER]}, "no prompt in common"),
-        ({"prompt": [USER], "chosen": [USER], "rejected": "b"}, "lacks|no answer|chosen answer"),
+        ({"prompt": [USER], "chosen": [USER], "rejected": "b"}, "are the same"),
     ],
 )
 def test_pairs_that_are_none(row, says):
@@ -249,9 +249,58 @@ def test_a_run(adapter, model, tmp_path):
     again = [row for row in read_metrics(tmp_path / "half") if "loss" in row]
     for name in ("loss", "margin", "chosen_logp", "rejected_logp"):
         assert [row[name] for row in again] == [row[name] for row in steps]
+    if adapter is None:
+        other = prepared(ROWS[::-1], tmp_path / "other", model).path
+        moved = recipe(corpus, model, tmp_path / "half", adapter=None, resume="auto", steps=13)
+        moved = dataclasses.replace(moved, data=Data(train=(str(corpus),), validation=(str(other),)))
+        with pytest.raises(ValueError, match="what the reference says of it was not computed when the run began"):
+            train(moved)
     last = read_metrics(tmp_path / "whole")[-1]
     assert last["validation_accuracy"] > 0.7
     assert last["validation_margin"] > 0.1
+
+
+def test_prompts_that_are_repeated():
+    """In front of the answers, with a system message or another turn: they are the prompt, once."""
+    said = {"role": "assistant", "content": "dog"}
+    system, more = {"role": "system", "content": "be brief"}, {"role": "user", "content": "and more"}
+    answers = [{"role": "assistant", "content": text} for text in ("wolf", "hills")]
+    for prompt, before in (([USER], [USER]), ("the fox", [system, USER]), ([USER], [USER, said, more])):
+        row = {"prompt": prompt, "chosen": [*before, answers[0]], "rejected": [*before, answers[1]]}
+        found = conversation(row, pairs=True)
+        assert found.messages == [*before, answers[0]]
+        assert found.other == [*before, answers[1]]
+        assert (found.asked, found.learned) == (len(before), [False] * len(before) + [True])
+    verse = conversation({"prompt": [USER], "chosen": "[Verse 1] la", "rejected": "[1, 2]"}, pairs=True)
+    assert [verse.messages[-1]["content"], verse.other[-1]["content"]] == ["[Verse 1] la", "[1, 2]"]
+    with pytest.raises(ValueError, match="begins with a message of the user, and does not repeat its prompt"):
+        conversation({"prompt": "x", "chosen": [more, answers[0]], "rejected": [more, answers[1]]}, pairs=True)
+
+
+def test_a_long_pair_loses_turns_of_its_prompt(model, tmp_path):
+    """Never of its answers; where nothing is left to lose it is left out and counted."""
+    said = {"role": "assistant", "content": "dog"}
+    turns = [USER, said] * 6
+    rows = [
+        {"prompt": [*turns, USER], "chosen": "wolf", "rejected": "hills"},
+        {"prompt": [USER], "chosen": [said, USER, said] * 8, "rejected": "river"},
+    ]
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    request = make_request([folder / "rows.jsonl"], tokenizer=model, conversations=True, pairs=True, max_tokens=60)
+    manifest = prepare(request, folder / "corpus", workers=0)
+    assert (manifest.documents, manifest.skipped["too_long"], manifest.facts["cut"]) == (1, 1, 1)
+    corpus = open_corpus(folder / "corpus")
+    assert corpus.lengths[0] <= 60
+
+
+def test_certain_answers_are_finite(models):
+    """Of probability one to rounding, the odds ratio and its gradient."""
+    ours = Answers(*map(np.float32, (0.0, -3.0, 1.0, 1.0)))
+    loss = lambda x: COMPARED["orpo"](dataclasses.replace(ours, chosen=x), ours, 0.1, Preference())  # noqa: E731
+    assert np.isfinite(loss(np.float32(0.0)))
+    assert np.isfinite(jax.grad(loss)(np.float32(0.0)))
 
 
 def test_what_a_recipe_cannot_be(model, tmp_path):

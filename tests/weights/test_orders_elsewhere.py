@@ -56,6 +56,7 @@ def greedy(model, prompts, stop):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # PEFT's own
 def test_the_same_answers(run, node_folder, tmp_path):  # noqa: F811
     from peft import PeftModel
 

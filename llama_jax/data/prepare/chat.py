@@ -78,14 +78,14 @@ class ChatEncoder(Encoder):
         if row.other is None:
             ids, mask = self._one(row)
             return Encoded(np.array(ids, self.dtype), {LOSS_MASK: np.array(mask, np.uint8)})
-        prompt = next((i for i, learned in enumerate(row.learned) if learned), len(row.learned))
-        learned = [i >= prompt and message["role"] == "assistant" for i, message in enumerate(row.other)]
-        sides = [self._one(row), self._one(dataclasses.replace(row, messages=row.other, learned=learned))]
-        first, second = (ids[: mask.index(True)] for ids, mask in sides)
-        if first != second:
+        sides = [self._one(row), self._one(dataclasses.replace(row, messages=row.other, learned=row.other_learned))]
+        prompt = self._prompt(row)
+        if not prompt:
+            raise ChatError("its prompt has no token: a model needs one to answer")
+        if any(ids[: len(prompt)] != prompt for ids, _ in sides):
             raise ChatError(
-                "the prompts of its two answers are other tokens: the answers begin or the template writes them so that"
-                " they cannot be compared; give the prompt by itself"
+                "the prompts of its two answers are other tokens: the template writes them so that they cannot be"
+                " compared; give the prompt by itself"
             )
         pair = [
             position << POSITION | ENDS * (learned and _ends(mask, position)) | REJECTED * side
@@ -93,6 +93,12 @@ class ChatEncoder(Encoder):
         ]  # fmt: skip
         ids, mask = ([x for side in sides for x in side[i]] for i in (0, 1))
         return Encoded(np.array(ids, self.dtype), {LOSS_MASK: np.array(mask, np.uint8), PAIR: np.array(pair, np.int32)})
+
+    def _prompt(self, row: Conversation) -> list[int]:
+        """The tokens before the answers of a pair."""
+        if row.plain:
+            return self.tokenizer.encode(row.messages[0]["content"], bos=self.bos)
+        return self.chat_format.prompt(row.messages[: row.asked], tools=row.tools or None)
 
     def _one(self, row: Conversation) -> tuple[list[int], list[bool]]:
         return self._plain(row) if row.plain else self._chat(row.messages, row)
@@ -123,12 +129,17 @@ def _without_first_turn(row: Conversation) -> Conversation | None:
     """The row without what comes between the system message and the second user message; None without an answer."""
     roles = [message["role"] for message in row.messages]
     first = next((i for i, role in enumerate(roles) if role not in ("system", "developer")), len(roles))
-    second = next((i for i in range(first + 1, len(roles)) if roles[i] == "user"), len(roles))
+    end = len(roles) if row.other is None else row.asked  # of a pair's prompt alone
+    second = next((i for i in range(first + 1, end) if roles[i] == "user"), len(roles))
     if not any(row.learned[second:]):
         return None
+    other = {} if row.other is None else {
+        "other": [*row.other[:first], *row.other[second:]], "asked": row.asked - (second - first),
+        "other_learned": [*row.other_learned[:first], *row.other_learned[second:]],
+    }  # fmt: skip
     return dataclasses.replace(
         row,
         messages=[*row.messages[:first], *row.messages[second:]],
-        other=None if row.other is None else [*row.other[:first], *row.other[second:]],
         learned=[*row.learned[:first], *row.learned[second:]],
+        **other,
     )

@@ -43,6 +43,8 @@ class Conversation:
       tools: schemas; None without.
       learned: of each message, whether its answer is learned; those of others than the assistant are not.
       other: of a pair, the messages with the answer that is not preferred; they begin as `messages`.
+      other_learned: of each of these.
+      asked: of a pair, how many messages are the prompt of both.
       shape: that the row had.
       plain: whether the texts are taken as they are, without a chat format: a prompt and its completion.
     """
@@ -52,6 +54,8 @@ class Conversation:
     learned: Sequence[bool]
     plain: bool = False
     other: Sequence[JsonObject] | None = None
+    other_learned: Sequence[bool] = ()
+    asked: int = 0
     shape: str = ""
 
     def to_json(self) -> str:
@@ -161,34 +165,62 @@ SHAPES: dict[str, tuple[frozenset[str], Callable[[Fields], Conversation]]] = {
 
 
 def _preference(record: Fields) -> Conversation:
-    prompt, chosen, rejected = (record[name] for name in ("prompt", "chosen", "rejected"))
-    if all(isinstance(text, str) for text in (prompt, chosen, rejected)):
+    prompt, chosen, rejected = (_messages_or_text(record[name]) for name in ("prompt", "chosen", "rejected"))
+    if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
         if not (chosen and rejected):
             raise ValueError("one of its two answers is empty")
+        if chosen == rejected:
+            raise ValueError("its chosen and rejected answers are the same")
         texts = [[{"role": "user", "content": prompt}, {"role": "assistant", "content": x}] for x in (chosen, rejected)]
-        return Conversation(texts[0], None, [False, True], plain=True, other=texts[1])
-    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _list(record, "prompt")
-    return _pair(asked, _answer(record, "chosen", asked), _answer(record, "rejected", asked), record)
+        learned = [False, True]
+        return Conversation(texts[0], None, learned, plain=True, other=texts[1], other_learned=learned, asked=1)
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return _pair(_whole(asked, chosen), _whole(asked, rejected), record)
 
 
-def _answer(record: Fields, name: str, asked: list[Any]) -> list[Any]:
-    """The messages of an answer; some files repeat the prompt in them."""
-    if isinstance(record[name], str) and not record[name].lstrip().startswith("["):
-        return [{"role": "assistant", "content": record[name]}]
-    found = _list(record, name)
-    return found[len(asked) :] if found[: len(asked)] == asked else found
+def _messages_or_text(value: Any) -> Any:
+    """A list of messages, also one that is written as JSON; else the text."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            found = json.loads(value)
+        except ValueError:
+            return value
+        return found if isinstance(found, list) and found and all(isinstance(x, dict) for x in found) else value
+    if not isinstance(value, str | list | tuple) or (not isinstance(value, str) and not value):
+        raise ValueError(f"its prompt or an answer is {value!r:.40}: give a text, or a list of messages")
+    return value if isinstance(value, str) else list(value)
+
+
+def _whole(asked: list[Any], answer: Any) -> list[Any]:
+    """The prompt and an answer; some files repeat the prompt in front of the answer, and its system message."""
+    if isinstance(answer, str):
+        return [*asked, {"role": "assistant", "content": answer}]
+    roles = [message.get("role") if isinstance(message, Mapping) else None for message in answer]
+    if roles[0] in ("assistant", "gpt", "tool"):
+        return [*asked, *answer]
+    said = [_said(message) for message in answer]
+    if any(said[i : i + len(asked)] == [_said(message) for message in asked] for i in range(len(answer))):
+        return answer
+    raise ValueError(
+        f"an answer begins with a message of the {roles[0]}, and does not repeat its prompt: give the whole prompt in"
+        " 'prompt', or leave it out"
+    )
+
+
+def _said(message: Any) -> Any:
+    if not isinstance(message, Mapping):
+        return message
+    content = message.get("content")
+    return message.get("role"), content.strip() if isinstance(content, str) else content
 
 
 def _implicit(record: Fields) -> Conversation:
-    both = [record["chosen"], record["rejected"]]
-    if all(isinstance(text, str) and not text.lstrip().startswith("[") for text in both):
-        chosen, rejected = map(_turns_of_text, both)
-    else:
-        chosen, rejected = _list(record, "chosen"), _list(record, "rejected")
-    same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), -1)
-    if same < 0:
-        raise ValueError("its chosen and rejected answers are the same, or one is the beginning of the other")
-    return _pair(chosen[:same], chosen[same:], rejected[same:], record)
+    chosen, rejected = (_messages_or_text(record[name]) for name in ("chosen", "rejected"))
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        chosen, rejected = map(_turns_of_text, (chosen, rejected))
+    if isinstance(chosen, str) or isinstance(rejected, str):
+        raise ValueError("one of its answers is a text and the other a list of messages")
+    return _pair(chosen, rejected, record)
 
 
 def _turns_of_text(text: str) -> list[JsonObject]:
@@ -206,21 +238,26 @@ def _openai(record: Fields) -> Conversation:
     given = record["input"]
     if not isinstance(given, Mapping):
         raise ValueError("its input is not an object with messages")
-    chosen, rejected = (_list(record, name) for name in ("preferred_output", "non_preferred_output"))
-    return _pair(
-        _list(given, "messages"), chosen, rejected, {**record, "tools": given.get("tools", record.get("tools"))}
-    )
+    prompt = _list(given, "messages")
+    chosen, rejected = ([*prompt, *_list(record, name)] for name in ("preferred_output", "non_preferred_output"))
+    return _pair(chosen, rejected, {**record, "tools": given.get("tools", record.get("tools"))})
 
 
-def _pair(prompt: list[Any], chosen: list[Any], rejected: list[Any], record: Fields) -> Conversation:
-    found, other = (_of_messages([*prompt, *answer], record) for answer in (chosen, rejected))
-    if not prompt:
+def _pair(chosen: list[Any], rejected: list[Any], record: Fields) -> Conversation:
+    """Of two conversations; what they have in common at the beginning is the prompt of both."""
+    asked = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), -1)
+    if asked < 0:
+        raise ValueError("its chosen and rejected answers are the same, or one is the beginning of the other")
+    if not asked:
         raise ValueError("its two answers have no prompt in common")
+    found, other = (_of_messages(messages, record) for messages in (chosen, rejected))
     for which, one in (("chosen", found), ("rejected", other)):
         if one.messages[-1]["role"] != "assistant":
             raise ValueError(f"its {which} answer ends with a message of the {one.messages[-1]['role']}")
-    learned = [one and i >= len(prompt) for i, one in enumerate(found.learned)]
-    return dataclasses.replace(found, learned=learned, other=other.messages)
+    learned, other_learned = ([one and i >= asked for i, one in enumerate(x.learned)] for x in (found, other))
+    if not (any(learned) and any(other_learned)):
+        raise ValueError("has an answer that is not learned: all of its messages have weight 0")
+    return dataclasses.replace(found, learned=learned, other=other.messages, other_learned=other_learned, asked=asked)
 
 
 PAIR_SHAPES: dict[str, tuple[frozenset[str], Callable[[Fields], Conversation]]] = {
