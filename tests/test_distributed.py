@@ -69,6 +69,7 @@ def test_scripts_print_once_what_one_process_prints(start, model, command, stdin
     assert silent == ("", "")
 
 
+@pytest.mark.slow
 def test_each_process_reads_its_part(start, tmp_path):
     """Half of SmolLM2, of which a fifth (9 heads of 3 groups) lies whole on both of two tensor devices."""
     llama_jax.convert("smollm2-135m-instruct", tmp_path / "hf", to="hf", verify=False)

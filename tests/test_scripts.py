@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from tests.builders import slow
 from tests.processes import ROOT, SHORT
 
 
@@ -52,6 +53,7 @@ def test_json_is_one_object_a_prompt(fox_and_wolf):
         assert result["finish_reason"] == ("length" if len(result["tokens"]) == 8 else "stop")
 
 
+@pytest.mark.slow
 def test_prompts_from_jsonl_and_stdin(run, model, tmp_path, fox_and_wolf):
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": result["prompt"]}) + "\n" for result in fox_and_wolf))
@@ -74,6 +76,7 @@ def test_text(run, model, tmp_path, fox_and_wolf):
     assert done.stdout.splitlines() == [fox, "-" * 40, wolf, "-" * 40]
 
 
+@pytest.mark.slow
 def test_a_mesh_gives_the_same(run, model, fox_and_wolf):
     prompts = ("--prompt", "the quick brown", "--prompt", "it is a wolf")
     done = run("generate.py", *prompts, "--model", model, *SHORT, "--json", "--mesh", "tensor=2", devices=2)
@@ -90,6 +93,7 @@ def test_chat_remembers_until_reset(run, model):
     assert question.stdout == fox + "\n"
 
 
+@pytest.mark.slow
 def test_chat_goes_on_after_a_turn_that_does_not_fit(run, model):
     lines = "the fox\n" + "the quick brown fox " * 60 + "\nthe wolf\n"
     done = run("chat.py", "--model", model, *SHORT, "--max-seq-len", "64", stdin=lines, quiet=False)
@@ -109,15 +113,15 @@ def test_chat_reads_bytes_that_are_no_text(run, model):
     ("args", "message"),
     [
         (("generate.py",), "no prompt: give --prompt TEXT or --prompts-file FILE"),
-        (("generate.py", "--prompt", "a", "--prompts-file", "/no/such/file"), "/no/such/file"),
-        (("generate.py", "--prompt", "a", "--model", "/no/such/folder"), "/no/such/folder"),
+        slow(("generate.py", "--prompt", "a", "--prompts-file", "/no/such/file"), "/no/such/file"),
+        slow(("generate.py", "--prompt", "a", "--model", "/no/such/folder"), "/no/such/folder"),
         (("generate.py", "--prompt", "a", "--model", "MODEL", "--mesh", "model=2"), "unknown axis 'model'"),
-        (("generate.py", "--prompt", "a", "--model", "MODEL", "--mesh", "tensor=2"), "needs 2 devices"),
-        (("generate.py", "--prompt", "a", "--model", "MODEL", "--attention", "flash"), "'flash' is unknown"),
-        (("generate.py", "--prompt", "a" * 300, "--model", "MODEL"), "256 slots"),
+        slow(("generate.py", "--prompt", "a", "--model", "MODEL", "--mesh", "tensor=2"), "needs 2 devices"),
+        slow(("generate.py", "--prompt", "a", "--model", "MODEL", "--attention", "flash"), "'flash' is unknown"),
+        slow(("generate.py", "--prompt", "a" * 300, "--model", "MODEL"), "256 slots"),
         (("chat.py", "Hi", "--top-p", "0"), "top_p must be in (0, 1]"),
-        (("chat.py", "Hi", "--model", "MODEL", "--max-seq-len", "0"), "max_seq_len must be from 1"),
-        (("chat.py", "Hi", "--chat-format", "chatml"), "unknown chat format 'chatml'"),
+        slow(("chat.py", "Hi", "--model", "MODEL", "--max-seq-len", "0"), "max_seq_len must be from 1"),
+        slow(("chat.py", "Hi", "--chat-format", "chatml"), "unknown chat format 'chatml'"),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, tuple) else "",
 )

@@ -27,6 +27,7 @@ def model(tmp_path_factory):
     return folder, hf
 
 
+@pytest.mark.slow
 def test_the_same_model_in_another_format_is_the_same(model, tmp_path):
     folder, _ = model
     for to in ("meta", "native", "gguf"):

@@ -53,7 +53,7 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-LAYOUTS = [(variant, False) for variant in VARIANTS] + [("mha, untied", True), ("gqa, tied", True)]
+LAYOUTS = [*((variant, False) for variant in VARIANTS), ("mha, untied", True), slow("gqa, tied", True)]
 
 
 @pytest.mark.parametrize(("variant", "stacked"), LAYOUTS, ids=lambda x: {False: "list", True: "stacked"}.get(x, x))

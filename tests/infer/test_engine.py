@@ -49,6 +49,7 @@ def options_of(sampling: Sampling) -> dict:
     return {name: getattr(sampling, name) for name in Sampling.__dataclass_fields__}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [MESHES[0], slow(MESHES[1])])
 def test_six_settings_in_one_batch_are_six_single_calls(mesh):
     """Different budgets too; and every seed matters."""

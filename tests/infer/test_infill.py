@@ -75,6 +75,7 @@ def test_what_cannot_be_filled(code_llama, smollm2):
     assert llama_jax.infill(llama, []) == []
 
 
+@pytest.mark.slow
 def test_generate_script_fills_a_gap(code_llama, tmp_path):
     script = Path(__file__).parents[2] / "scripts" / "generate.py"
     file = tmp_path / "gaps.jsonl"

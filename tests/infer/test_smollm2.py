@@ -125,6 +125,7 @@ def test_chat(smollm2):
 TURNS = ("What is the capital of France?", "What is the capital of Italy?", "And of Spain?")
 
 
+@pytest.mark.slow
 def test_a_conversation_equals_fresh_chats(smollm2):
     """The second and third turn prefill only what the cache does not hold."""
     conversation = llama_jax.Conversation(smollm2, max_new_tokens=16)
@@ -163,6 +164,7 @@ def small(smollm2):
     return dataclasses.replace(smollm2, max_seq_len=72)
 
 
+@pytest.mark.slow
 def test_a_cache_that_a_turn_just_fills(small, smollm2):
     """What the second turn adds fits into the 72 slots, but padded to its bucket of 32 it passes their end."""
     conversation = llama_jax.Conversation(small, max_new_tokens=7)

@@ -93,7 +93,7 @@ def test_decoding(mesh, tied):
         np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-4)
 
 
-@pytest.mark.parametrize("mesh", ["tensor=1", "fsdp=2,tensor=4"])
+@pytest.mark.parametrize("mesh", [slow("tensor=1"), "fsdp=2,tensor=4"])
 def test_loss_and_gradient_of_stacked_blocks(mesh):
     """The gradient of a step size is that of its matrix along the whole numbers."""
     leaf, dense = pair(mesh, stacked=True, tied=False)

@@ -18,6 +18,7 @@ from llama_jax.costs.estimate import Workload, memory
 from llama_jax.costs.machines import machine
 from llama_jax.plan.request import model
 from llama_jax.train.choose import choose
+from tests.builders import slow
 from tests.processes import ROOT
 from tests.train.test_recipes import FILES, read
 
@@ -114,6 +115,7 @@ def test_bad_input(args, words, monkeypatch, capsys):
     assert err.startswith("error: ")
 
 
+@pytest.mark.slow
 def test_search_by_arithmetic_and_plot(plan, tmp_path):
     picture = tmp_path / "plan.png"
     args = ["--model", "llama2-70b", "--machine", "v6e-64", "--batch", "64", "--seq", "4096", "--search"]
@@ -139,7 +141,9 @@ def test_dry_run(plan):
     assert "FITS" in out
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [*FILES[::4], *map(slow, (file for file in FILES if file not in FILES[::4]))], ids=lambda path: path.stem
+)
 def test_every_recipe_fits_somewhere(path):
     """What --dry-run would plan for."""
     from llama_jax.plan.request import of_recipe

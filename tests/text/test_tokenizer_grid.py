@@ -115,6 +115,7 @@ def test_ids_and_texts_are_those_of_transformers(tmp_path):
     assert count >= 60
 
 
+@pytest.mark.slow
 def test_converted_tokenizers_give_the_same_ids_or_it_is_said(tmp_path):
     """As `tokenizer.json` and in GGUF; the ids that are the same are transformers', by the test above."""
     exact = 0

@@ -93,6 +93,7 @@ def test_what_a_run_is_refused_for(recipe, corpora, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_is_not_continued_as_another(recipe, corpora, tmp_path):
     train(recipe)
     before = arrays_of(tmp_path / "run", 3)

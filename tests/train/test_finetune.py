@@ -99,6 +99,7 @@ def test_an_adapter_of_a_run(chats, model, tmp_path):
         train(recipe(chats, tmp_path / "other", tmp_path / "half", resume="auto", steps=5))
 
 
+@pytest.mark.slow
 def test_the_first_step_is_the_base(chats, model, tmp_path):
     """B is zero: the loss is that of a run of all parameters, and theirs learns more."""
     small = {"mesh": "fsdp=8", "steps": 2, "batch": Batch(seq_len=96, sequences=8, microbatches=1)}

@@ -152,7 +152,7 @@ def test_the_numbers_of_trl(name, models):
 @pytest.mark.parametrize(
     ("rows", "T", "mesh", "M"),
     [
-        ([[0, 1]], 32, "tensor=1", 1),
+        slow([[0, 1]], 32, "tensor=1", 1),
         ([[0], [1]], 16, "tensor=1", 2),
         ([[0, 1], []], 32, "fsdp=2,context=2,tensor=2", 1),
     ],
@@ -235,7 +235,7 @@ def recipe(corpus, model, output, **changes) -> Recipe:
     return Recipe(**{**given, **changes})
 
 
-@pytest.mark.parametrize("adapter", [Adapter(rank=4, alpha=8), None], ids=["adapter", "all"])
+@pytest.mark.parametrize("adapter", [slow(Adapter(rank=4, alpha=8)), None], ids=["adapter", "all"])
 def test_a_run(adapter, model, tmp_path):
     """It begins at ln 2, the margin grows, and it resumes to the bit."""
     corpus = prepared(ROWS * 8, tmp_path / "pairs", model).path

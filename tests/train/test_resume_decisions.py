@@ -99,6 +99,7 @@ def test_rules_for_keeping():
     assert KeepRules(1, 0, 1).kept([*other, 2], other | {2: Validated(0.5)}) == {2, 4, 6}  # of "a", as the newest
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_stays_over_restarts(recipe, losses):
     """Whole == stopped after 4 and after 6: the same checkpoints."""
     train(recipe)
@@ -115,6 +116,7 @@ def test_the_best_checkpoint_stays_over_restarts(recipe, losses):
     assert same.validation["validation_loss"] == 4.7
 
 
+@pytest.mark.slow
 def test_killed_between_validation_and_save(recipe, losses, monkeypatch):
     """At the best of all steps; the save of the step before may not have come to its end."""
     save = loop.TrainingRun._save
@@ -133,6 +135,7 @@ def test_killed_between_validation_and_save(recipe, losses, monkeypatch):
     assert kept(recipe) == KEPT
 
 
+@pytest.mark.slow
 def test_killed_before_the_older_ones_were_deleted(recipe, losses, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(loop.RunCheckpoints, "tidy", lambda self: None)
@@ -142,6 +145,7 @@ def test_killed_before_the_older_ones_were_deleted(recipe, losses, monkeypatch):
     assert kept(recipe) == KEPT
 
 
+@pytest.mark.slow
 def test_a_run_of_an_older_version(recipe, losses, caplog, monkeypatch):
     """It recorded no losses: they are read from its metrics; without these, what may be the best is kept."""
     train(changed(recipe, steps=6))
@@ -164,6 +168,7 @@ def test_a_run_of_an_older_version(recipe, losses, caplog, monkeypatch):
     ]
 
 
+@pytest.mark.slow
 def test_a_save_that_was_owed_is_owed_after_a_restart(recipe, monkeypatch):
     """Due at step 3, where the latest step was not finite, as after step 4: it comes at 5, with the next good one."""
     plain = changed(recipe, checkpoints=Checkpoints(every=3, keep_last=9), data__validation=(), steps=7)

@@ -29,7 +29,7 @@ from llama_jax.weights.open import open_checkpoint
 from llama_jax.weights.replace import replacing
 from llama_jax.weights.save import convert
 from scripts.bench.weights import peak_memory
-from tests.builders import LLAMA31, LLAMA32, hf_model, mesh_on, one_device, tiny_config, write_hf
+from tests.builders import LLAMA31, LLAMA32, hf_model, mesh_on, one_device, slow, tiny_config, write_hf
 from tests.text.helpers import random_texts
 
 ROOT = Path(__file__).parents[2]
@@ -208,6 +208,7 @@ def test_transformers_loads_the_export_of_smollm2(smollm2_hf):
     assert differences[1] <= 2 * differences[2]
 
 
+@pytest.mark.slow
 def test_conversion_holds_little_memory(smollm2_hf, tmp_path):
     largest = 49152 * 576 * 4
     for to, destination in (("meta", tmp_path / "meta"), ("gguf", tmp_path / "x.gguf")):
@@ -231,7 +232,7 @@ def test_conversion_holds_little_memory(smollm2_hf, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [1, slow(10)])
 def test_a_killed_conversion_leaves_nothing_that_looks_complete(smollm2_hf, tmp_path, kills):
     destination = tmp_path / "out"
     command = [sys.executable, str(ROOT / "scripts" / "convert.py"), str(smollm2_hf), str(destination), "--to", "meta"]
