@@ -6,6 +6,7 @@ The differences that are by design are the functions below, one each; `docs/toke
 import json
 import random
 
+import pytest
 from transformers import AutoTokenizer
 
 from llama_jax.text.added import _TURN_TOKENS
