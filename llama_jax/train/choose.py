@@ -34,7 +34,7 @@ def choose(recipe: Recipe, config: ModelConfig, machine: Machine | None) -> Reci
     batch = recipe.batch
     workload = Workload(
         config, machine, "train", batch.sequences, batch.seq_len, {}, attention=recipe.attention,
-        compiler_options=recipe.compiler_options, adapter=recipe.adapter,
+        compiler_options=recipe.compiler_options, adapter=recipe.adapter, quantize=recipe.quantize,
     )  # fmt: skip
     given = None if recipe.mesh == "auto" else sharding.parse_mesh(recipe.mesh)
     found = costs_choose.choose(
@@ -66,7 +66,7 @@ def choose(recipe: Recipe, config: ModelConfig, machine: Machine | None) -> Reci
 
 def chosen_by(recipe: Recipe, config: ModelConfig, machine: Machine) -> str:
     """Where the choice comes from."""
-    row = tuned.find(config, machine, "train", recipe.batch.seq_len)
+    row = None if recipe.adapter else tuned.find(config, machine, "train", recipe.batch.seq_len)
     if row and (sharding.mesh_text(row.mesh, "fsdp=1"), row.remat) == (recipe.mesh, recipe.remat):
         return f"as in the tuned table for {machine.name}"
     return "by arithmetic, or as given"

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import runpy
 import shutil
 
 import jax
@@ -20,10 +21,12 @@ from llama_jax import sharding
 from llama_jax.config import ConfigError
 from llama_jax.config.adapter import Adapter
 from llama_jax.config.quantization import CODES, SCALES
-from llama_jax.costs.estimate import Workload, block_bytes
+from llama_jax.costs.estimate import Workload
 from llama_jax.costs.machines import machine
+from llama_jax.costs.weights import block_bytes
 from llama_jax.ops.quantized import NF4
 from llama_jax.ops.weights import einsum, leaf_of
+from llama_jax.plan.request import job, of_recipe
 from llama_jax.train import build
 from llama_jax.train.loop import train
 from llama_jax.train.recipe import Batch, Checkpoints, Data, Optimizer, Recipe, Schedule
@@ -33,6 +36,7 @@ from llama_jax.weights.params import parameters
 from llama_jax.weights.quantized import as_quantized
 from llama_jax.weights.source import CheckpointError
 from tests.builders import slow, tiny_config, write_hf
+from tests.processes import ROOT
 from tests.train.test_finetune import chats  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.unoptimized
@@ -313,3 +317,12 @@ def test_arithmetic_counts_the_bytes():
                     for path, x in jax.tree_util.tree_flatten_with_path(blocks)[0] if "norm" not in str(path)
                 )  # fmt: skip
             assert block_bytes(job) == pytest.approx(held, rel=1e-4)
+
+
+def test_a_recipe_is_planned_in_the_form_that_it_is_kept_in():
+    """70B on v6e-8: with weights of four bits there is room to recompute less than with bfloat16's."""
+    recipe = runpy.run_path(str(ROOT / "configs/qlora_llama31_70b.py"))["recipe"]()
+    kept, plain = (of_recipe(x, "v6e-8") for x in (recipe, dataclasses.replace(recipe, quantize=None)))
+    asked, _ = job(recipe.model, "v6e-8", "train", batch=8, seq_len=4096, adapter=recipe.adapter, quantize="nf4")
+    assert (kept[1].mesh, kept[1].remat, kept[1].quantize) == (asked.mesh, asked.remat, "nf4")
+    assert (kept[1].remat, plain[1].remat) == ("attention", "full")
