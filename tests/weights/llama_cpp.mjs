@@ -3,6 +3,7 @@
 // Prints {"top": the five most likely tokens after each prompt with their probabilities, "answer": the greedy text after
 // `chat` up to a stop id, "tokens": llama.cpp's ids of `text`}.
 import {createRequire} from "node:module";
+import {availableParallelism} from "node:os";
 import {pathToFileURL} from "node:url";
 
 const require = createRequire(process.cwd() + "/");
@@ -11,7 +12,7 @@ const [modelPath, request] = process.argv.slice(2);
 const {prompts, chat, stop, text, most = 32} = JSON.parse(request);
 const llama = await getLlama({gpu: false, build: "never", logLevel: "error"});
 const model = await llama.loadModel({modelPath});
-const context = await model.createContext({contextSize: 512});
+const context = await model.createContext({contextSize: 512, threads: availableParallelism()});
 const sequence = context.getSequence();
 
 async function next(tokens) {
