@@ -223,7 +223,7 @@ def transformers_step(config: ModelConfig, tokens: np.ndarray, rank: int = 0) ->
 
     model = LlamaForCausalLM(LlamaConfig(**to_hf_config(config, dtype="float32", transformers=5))).train()
     if rank:
-        from peft import LoraConfig, get_peft_model
+        from peft import LoraConfig, get_peft_model  # pyright: ignore[reportMissingImports]
 
         options = {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
         model = get_peft_model(model, LoraConfig(**options))
